@@ -1,0 +1,1 @@
+"""The pure core: sequences, blocks, scheduling. Standard library only."""

@@ -1,0 +1,133 @@
+"""A sequence: the engine's unit of work, one sample of one request.
+
+Knows its tokens and which blocks hold them. Does not know how blocks are managed, who asked, or what a model is.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence stands. A finished sequence never comes back."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How tokens are drawn and when to stop. Every field is resolved: no field means "default".
+
+    `top_k` 0, `top_p` 1 and `min_p` 0 are off; `temperature` 0 is greedy. `logprobs` None asks for none, 0 for the
+    chosen token's, k for the k likeliest as well. `seed` is an unsigned 64-bit key.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One sample of one request.
+
+    `prompt_token_ids` and `output_token_ids` are token ids; outputs include the `num_emitted` tokens that were
+    delivered before a resume. `block_table[i]` holds the positions from i * block_size. `num_computed_tokens` counts
+    the leading tokens whose K and V are in the cache. `priority`: lower runs first. `deadline` and `arrival` are
+    seconds of the core's clock.
+    """
+
+    key: Hashable
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    output_token_ids: list[int] = field(default_factory=list)
+    sample_index: int = 0
+    priority: int = 0
+    deadline: float | None = None
+    arrival: float = 0.0
+    must_complete: bool = False
+    eos_token_ids: frozenset[int] = frozenset()
+    cache_salt: str = ""
+
+    status: SequenceStatus = SequenceStatus.WAITING
+    finish_reason: FinishReason | None = None
+    block_table: list[int] = field(default_factory=list)
+    num_computed_tokens: int = 0
+    num_emitted: int = 0
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    is_paused: bool = False
+    first_scheduled_at: float | None = None
+    first_token_at: float | None = None
+    last_token_at: float | None = None
+    last_itl_s: float = 0.0
+    token_ids: list[int] = field(init=False)
+    banned_token_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.token_ids = self.prompt_token_ids + self.output_token_ids
+        self.num_emitted = len(self.output_token_ids)
+        self.update_bans()
+
+    def __len__(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_uncomputed_tokens(self) -> int:
+        """Tokens whose K and V are not in the cache yet; the last of them yields the next logits."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """Every id that ends this sequence once min_tokens are out."""
+        if self.params.ignore_eos:
+            return self.params.stop_token_ids
+        return self.params.stop_token_ids | self.eos_token_ids
+
+    def update_bans(self) -> None:
+        """Recompute `banned_token_ids`: the stop ids while fewer than min_tokens are out, else nothing."""
+        is_early = len(self.output_token_ids) < self.params.min_tokens
+        self.banned_token_ids = self.stop_ids if is_early else frozenset()
+
+    def append(self, token_id: int) -> None:
+        """Take one sampled token."""
+        self.output_token_ids.append(token_id)
+        self.token_ids.append(token_id)
+        if self.banned_token_ids:
+            self.update_bans()
+
+    def stop_reason(self) -> FinishReason | None:
+        """Why the sequence ends after its newest token, or None when it goes on."""
+        if not self.output_token_ids:
+            return None
+        num_output = len(self.output_token_ids)
+        if num_output >= self.params.min_tokens and self.output_token_ids[-1] in self.stop_ids:
+            return FinishReason.STOP
+        if num_output >= self.params.max_tokens:
+            return FinishReason.LENGTH
+        return None
