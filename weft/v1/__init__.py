@@ -1,0 +1,1 @@
+"""Generated from protos/weft/v1; never edited."""
