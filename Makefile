@@ -1,0 +1,61 @@
+# Everything a newcomer types. Variables:
+#   PYTHON       the interpreter the virtual environment is made with (3.11 to 3.13)
+#   VENV         where the environment goes
+#   TORCH_INDEX  an index to take torch from, e.g. https://download.pytorch.org/whl/cpu for the small CPU build
+#   PY           another interpreter with everything installed; then nothing is set up
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+PY ?= $(VENV)/bin/python
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+
+# A given PY is taken as it is; otherwise the stamp says when the environment was last brought up to date.
+STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.weft-installed,)
+
+.PHONY: help setup protos format check test test-slow demo up size
+
+help:  ## print this list
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: $(STAMP)  ## make the virtual environment (again only when pyproject.toml or constraints.txt change)
+
+$(VENV)/.weft-installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(VENV)/bin/python -m pip install --quiet --no-deps --index-url $(TORCH_INDEX) -c constraints.txt torch)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[engine,gateway,quantizer,dev]'
+	@# A CPU build of torch brings no triton; the kernel tests run it as an interpreter. It exists for Linux x86-64 alone.
+	if [ "$$(uname -sm)" = "Linux x86_64" ] && ! $(VENV)/bin/python -c 'import triton' 2>/dev/null; then \
+	  $(VENV)/bin/python -m pip install --quiet 'triton==3.6.0'; fi
+	@touch $@
+
+protos: $(STAMP)  ## generate weft/v1 from protos/weft/v1
+	$(PY) tools/generate_stubs.py .
+
+format: $(STAMP)  ## format and fix what ruff can fix
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+check: $(STAMP)  ## lint, format check, types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+test: $(STAMP)  ## the default tests: no GPU, no docker, no network
+	$(PY) -m pytest
+
+test-slow: $(STAMP)  ## the tests that take minutes
+	$(PY) -m pytest -m slow --timeout 900
+
+demo: $(STAMP)  ## quantize the demo model, serve it, stream sixteen completions, stop
+	$(PY) -m tools.demo
+
+up: $(STAMP)  ## the same services, left running in the foreground
+	$(PY) -m tools.demo --up
+
+size:  ## the longest files and functions, lines a folder
+	@$(PYTHON) tools/size.py

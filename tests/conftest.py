@@ -1,0 +1,25 @@
+"""Fixtures that every test may use. Ask for one by name; nothing here starts a service or imports torch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Before torch is imported anywhere: tests share few cores, and more threads than cores only makes them slower.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def demo_model(root: Path) -> Path:
+    """The committed demo checkpoint, a Hugging Face directory."""
+    return root / "models" / "demo"
