@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-# Before torch is imported anywhere: tests share few cores, and more threads than cores only makes them slower.
+# Before torch is imported anywhere: more threads than the few cores of a test machine only slow it down.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 
 ROOT = Path(__file__).resolve().parents[1]

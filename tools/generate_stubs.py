@@ -1,7 +1,8 @@
 """Generate the Python stubs of protos/ under a directory: `python tools/generate_stubs.py OUT`.
 
-The path of a .proto is the path of its Python package, so `from weft.v1 import ...` inside the stubs resolves as it
-stands. The generator is grpcio-tools 1.74: what it writes loads on newer runtimes, while newer stubs refuse older ones.
+The path of a .proto is the path of its Python package, so `from weft.v1 import ...` inside the stubs resolves
+as it stands. The generator is grpcio-tools 1.74: what it writes loads on newer runtimes, while newer stubs
+refuse older ones.
 """
 
 from __future__ import annotations
@@ -15,13 +16,11 @@ GENERATOR = "1.74.0"
 
 
 def generate(out: Path) -> None:
-    """Write `*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` below `out`. Raises SystemExit on the wrong generator."""
+    """Write `*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` below `out`; SystemExit on the wrong generator."""
     from importlib.metadata import version
 
     if (found := version("grpcio-tools")) != GENERATOR:
-        raise SystemExit(
-            f"grpcio-tools {GENERATOR} writes the stubs, found {found}: pip install -c constraints.txt grpcio-tools"
-        )
+        raise SystemExit(f"grpcio-tools {GENERATOR} writes the stubs, found {found}: make setup")
     protos = ROOT / "protos"
     sources = sorted(str(path.relative_to(protos)) for path in protos.rglob("*.proto"))
     outputs = [f"--{kind}={out}" for kind in ("python_out", "grpc_python_out", "pyi_out")]
