@@ -1,0 +1,63 @@
+"""The one definition of the 4-bit layout on disk: AutoAWQ's "gemm".
+
+A word of 32 bits holds eight consecutive output channels; nibble i (bits 4i to 4i+3) holds channel 8c +
+ORDER[i]. `qweight` int32 [in, out/8], `qzeros` int32 [in/group, out/8], `scales` fp16 [in/group, out]; weight
+= (q - zero) * scale, stored transposed (input channels along rows) with respect to `torch.nn.Linear.weight`.
+This module does not know where the numbers come from, nor what order a kernel would like.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""ORDER[i] is the output channel (within its eight) that nibble i holds."""
+
+_PER_WORD = len(ORDER)
+
+
+def pack_int4(values: Tensor) -> Tensor:
+    """Pack integers 0..15, [rows, out] with out divisible by 8, into int32 [rows, out/8]."""
+    if values.dim() != 2 or values.shape[1] % _PER_WORD:
+        raise ValueError(f"pack_int4: [rows, multiple of 8] expected, found {list(values.shape)}")
+    if values.is_floating_point() or values.dtype == torch.bool:
+        raise ValueError(f"pack_int4: integers expected, found {values.dtype}")
+    if values.numel() and (int(values.min()) < 0 or int(values.max()) > 15):
+        raise ValueError("pack_int4: values outside of 0..15")
+    nibbles = values.to(torch.int64).unflatten(1, (-1, _PER_WORD))
+    words = torch.zeros(nibbles.shape[:2], dtype=torch.int64, device=values.device)
+    for position, channel in enumerate(ORDER):
+        words |= nibbles[..., channel] << (4 * position)
+    # The eighth nibble reaches bit 31: bring the word into int32's range explicitly, casts of larger values
+    # vary.
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def unpack_int4(packed: Tensor) -> Tensor:
+    """Unpack int32 [rows, out/8] into uint8 [rows, out], the inverse of `pack_int4`."""
+    if packed.dim() != 2 or packed.dtype != torch.int32:
+        raise ValueError(
+            f"unpack_int4: int32 [rows, words] expected, found {packed.dtype} {list(packed.shape)}"
+        )
+    values = torch.empty(*packed.shape, _PER_WORD, dtype=torch.uint8, device=packed.device)
+    for position, channel in enumerate(ORDER):
+        values[..., channel] = ((packed >> (4 * position)) & 0xF).to(torch.uint8)
+    return values.flatten(1)
+
+
+def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
+    """The fp32 weight [in, out] that the three stored tensors mean: (q - zero) * scale, a group of rows
+    per scale.
+    """
+    values, zeros = unpack_int4(qweight), unpack_int4(qzeros)
+    if (
+        zeros.shape != scales.shape
+        or values.shape[1] != zeros.shape[1]
+        or values.shape[0] % max(zeros.shape[0], 1)
+    ):
+        raise ValueError(
+            f"dequantize: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)}, scales {list(scales.shape)} disagree"
+        )
+    grouped = values.unflatten(0, (zeros.shape[0], -1)).float()
+    return ((grouped - zeros.float().unsqueeze(1)) * scales.float().unsqueeze(1)).flatten(0, 1)
