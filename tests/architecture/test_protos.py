@@ -1,4 +1,4 @@
-"""The rules of the .proto files, read off their compiled descriptors; the freshness of the generated stubs."""
+"""The rules of the .proto files, read off their compiled descriptors; whether the stubs are fresh."""
 
 from __future__ import annotations
 

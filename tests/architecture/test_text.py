@@ -1,4 +1,4 @@
-"""The project speaks of itself alone: no path of one machine, no index of one network, no folder beside it."""
+"""The project speaks of itself alone: no path of one machine, no index of one network, no outside folder."""
 
 from __future__ import annotations
 
