@@ -16,8 +16,9 @@ from services.engine.core.sequence import Sequence
 class Chunk:
     """Tokens [start, start + length) of one sequence, computed in one step.
 
-    K and V of every token before `start` are in the sequence's blocks already; blocks for these tokens are allocated.
-    `is_sampling`: the last token of the chunk is the sequence's newest, so its logits row is sampled.
+    K and V of every token before `start` are in the sequence's blocks already; blocks for these tokens are
+    allocated. `is_sampling`: the last token of the chunk is the sequence's newest, so its logits row is
+    sampled.
     """
 
     sequence: Sequence

@@ -1,6 +1,7 @@
 """A sequence: the engine's unit of work, one sample of one request.
 
-Knows its tokens and which blocks hold them. Does not know how blocks are managed, who asked, or what a model is.
+Knows its tokens and which blocks hold them. Does not know how blocks are managed, who asked, or what a model
+is.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class FinishReason(enum.Enum):
 class SamplingParams:
     """How tokens are drawn and when to stop. Every field is resolved: no field means "default".
 
-    `top_k` 0, `top_p` 1 and `min_p` 0 are off; `temperature` 0 is greedy. `logprobs` None asks for none, 0 for the
-    chosen token's, k for the k likeliest as well. `seed` is an unsigned 64-bit key.
+    `top_k` 0, `top_p` 1 and `min_p` 0 are off; `temperature` 0 is greedy. `logprobs` None asks for none, 0
+    for the chosen token's, k for the k likeliest as well. `seed` is an unsigned 64-bit key.
     """
 
     max_tokens: int
@@ -56,10 +57,12 @@ class SamplingParams:
 class Sequence:
     """One sample of one request.
 
-    `prompt_token_ids` and `output_token_ids` are token ids; outputs include the `num_emitted` tokens that were
-    delivered before a resume. `block_table[i]` holds the positions from i * block_size. `num_computed_tokens` counts
-    the leading tokens whose K and V are in the cache. `priority`: lower runs first. `deadline` and `arrival` are
-    seconds of the core's clock.
+    `prompt_token_ids` and `output_token_ids` are token ids; outputs include the `num_emitted` tokens that
+    were delivered before a resume. `block_table[i]` holds the positions from i * block_size.
+    `num_computed_tokens` counts the leading tokens whose K and V are in the cache. `priority`: lower runs
+    first. `deadline` and `arrival` are seconds of the core's clock. `block_hashes` are the hash chain over
+    full blocks of `token_ids`, as far as anyone needed it. `num_bypassed` counts admissions of later requests
+    while this one could not be placed.
     """
 
     key: Hashable
@@ -86,6 +89,8 @@ class Sequence:
     first_token_at: float | None = None
     last_token_at: float | None = None
     last_itl_s: float = 0.0
+    block_hashes: list[bytes] = field(default_factory=list)
+    num_bypassed: int = 0
     token_ids: list[int] = field(init=False)
     banned_token_ids: frozenset[int] = field(init=False)
 

@@ -1,0 +1,406 @@
+"""The engine's heart: schedule, execute, update.
+
+One thread owns it. It admits sequences, steps them, and tells what happened; every way out of a sequence
+passes `_finish`. It knows neither tensors (the runner's) nor clients (the loop's).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from services.engine.core.batch import Chunk, Runner, SampledToken
+from services.engine.core.block_manager import BlockManager
+from services.engine.core.cost_model import CostModel
+from services.engine.core.errors import (
+    DeadlineUnmet,
+    DeviceFault,
+    DoesNotFit,
+    Draining,
+    DuplicateRequest,
+    InternalFailure,
+    InvalidRequest,
+    QueueFull,
+    RequestError,
+)
+from services.engine.core.events import Counters, FinishedEvent, StepReport, TokenEvent
+from services.engine.core.scheduler import Batch, Scheduler
+from services.engine.core.sequence import FinishReason, Sequence
+
+log = logging.getLogger("weft.engine.core")
+
+MIN_DEADLINE_MARGIN_S = 0.05
+"""A stream is ended this long before its deadline, or two gaps between tokens, so that its last message
+arrives.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class CoreLimits:
+    """What is refused at the door. Lengths in tokens, `max_queue_size` in sequences."""
+
+    vocab_size: int
+    max_model_len: int
+    max_queue_size: int = 512
+
+
+class EngineCore:
+    """A continuous batch over one runner. `now` is a monotonic clock in seconds."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        blocks: BlockManager,
+        limits: CoreLimits,
+        now: Callable[[], float] = monotonic,
+    ) -> None:
+        self.now = now
+        self.limits = limits
+        self.scheduler = scheduler
+        self.blocks = blocks
+        self.costs = CostModel()
+        self.step_started_at: float | None = None
+        self.step_bound_s = self.costs.step_bound_s(0)
+        self.is_draining = False
+        self._runner = runner
+        self._live: dict[Hashable, Sequence] = {}
+        self._finished: list[FinishedEvent] = []
+        self._num_steps = self._num_begun = self._num_ended = 0
+        self._num_prompt_tokens = self._num_generation_tokens = self._peak_batch_size = 0
+
+    # -- commands ------------------------------------------------------------
+
+    def add(self, sequence: Sequence) -> None:
+        """Admit a sequence, or raise the RequestError that says why not; then nothing of it is kept."""
+        try:
+            self._check(sequence)
+        except RequestError:
+            raise
+        except Exception as error:
+            log.exception("admit failed", extra={"key": repr(sequence.key)})
+            raise InternalFailure("admit", error) from error
+        if not sequence.arrival:
+            sequence.arrival = self.now()
+        self._live[sequence.key] = sequence
+        self._num_begun += 1
+        self._num_prompt_tokens += len(sequence.prompt_token_ids)
+        self.scheduler.add(sequence)
+        reason = sequence.stop_reason()
+        if reason is not None:  # A resume of what had already ended.
+            self._finish(sequence, reason)
+
+    def cancel(self, key: Hashable) -> None:
+        """End a sequence. Unknown keys are ignored: its end has crossed this command."""
+        sequence = self._live.get(key)
+        if sequence is not None:
+            self._finish(sequence, FinishReason.CANCELLED)
+
+    def update(self, key: Hashable, *, priority: int | None = None, deadline: float | None = None) -> None:
+        """Change a live sequence's priority or deadline; None leaves it."""
+        sequence = self._live.get(key)
+        if sequence is None:
+            return
+        if priority is not None:
+            sequence.priority = priority
+        if deadline is not None:
+            sequence.deadline = deadline
+        self.scheduler.reorder()
+
+    def set_paused(self, key: Hashable, is_paused: bool) -> None:
+        """Stop, or go on, scheduling a sequence."""
+        sequence = self._live.get(key)
+        if sequence is not None:
+            sequence.is_paused = is_paused
+
+    def abort_all(self, reason: FinishReason, error: RequestError | None = None) -> None:
+        """End everything that is live."""
+        for sequence in list(self._live.values()):
+            self._finish(sequence, reason, error)
+
+    @property
+    def num_live(self) -> int:
+        """Sequences admitted and not ended."""
+        return len(self._live)
+
+    def has_work(self) -> bool:
+        """Whether a step could do anything now: something runnable, or an end to report."""
+        return bool(self._finished) or self.scheduler.has_runnable()
+
+    # -- the step ------------------------------------------------------------
+
+    def step(self) -> StepReport:
+        """Run one step. Raises DeviceFault when the device is beyond repair; any other failure ends one
+        sequence.
+        """
+        self._end_late()
+        batch = self.scheduler.schedule(self.now())
+        outputs = self._execute(batch)
+        return self._update(batch, outputs)
+
+    def report(self) -> StepReport:
+        """The state now, with the ends that no step has told yet."""
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        finished, self._finished = self._finished, []
+        return StepReport(
+            step=self._num_steps,
+            finished=finished,
+            num_running=len(running),
+            num_waiting=len(waiting),
+            num_paused=sum(s.is_paused for s in self._live.values()),
+            blocks=self.blocks.counts(),
+            counters=Counters(
+                begun=self._num_begun,
+                ended=self._num_ended,
+                steps=self._num_steps,
+                preemptions=self.scheduler.num_preemptions,
+                cache_queries=self.scheduler.num_cache_queries,
+                cache_hits=self.scheduler.num_cache_hits,
+                prompt_tokens=self._num_prompt_tokens,
+                generation_tokens=self._num_generation_tokens,
+                peak_batch_size=self._peak_batch_size,
+            ),
+        )
+
+    def check_integrity(self) -> None:
+        """Recount blocks and sequences. Raises IntegrityError."""
+        self.blocks.check_integrity(self._live.values())
+
+    # -- execute ------------------------------------------------------------
+
+    def _execute(self, batch: Batch) -> dict[int, SampledToken | Exception | None]:
+        """Run the batch. Per chunk, by its place: the token, None when it draws none, or what went wrong."""
+        outputs: dict[int, SampledToken | Exception | None] = {}
+        if not batch.chunks:
+            return outputs
+        self._num_steps += 1
+        self._peak_batch_size = max(self._peak_batch_size, len(batch.chunks))
+        self.step_bound_s = self.costs.step_bound_s(batch.num_tokens)
+        self.step_started_at = self.now()
+        try:
+            ready = [i for i in range(len(batch.chunks)) if self._prepare(i, batch.chunks[i], outputs)]
+            self._run(batch, ready, outputs)
+        finally:
+            for copy in batch.copies:
+                self.blocks.finish_copy(copy)
+            duration = self.now() - self.step_started_at
+            self.step_started_at = None
+        self.costs.observe(batch.num_tokens, len(batch.chunks), duration)
+        return outputs
+
+    def _prepare(self, i: int, chunk: Chunk, outputs: dict[int, SampledToken | Exception | None]) -> bool:
+        try:
+            self._runner.prepare(chunk)
+        except Exception as error:
+            self._raise_device_fault(error)
+            outputs[i] = InternalFailure("prepare", error)
+            return False
+        return True
+
+    def _run(
+        self, batch: Batch, ready: list[int], outputs: dict[int, SampledToken | Exception | None]
+    ) -> None:
+        """Copies, then one shared forward; if that fails, each sequence alone, so that only the culprit ends."""
+        try:
+            if batch.copies:
+                self._runner.copy_blocks(batch.copies)
+            if ready:
+                outputs.update(self._forward(batch.chunks, ready))
+            return
+        except Exception as error:
+            self._raise_device_fault(error)
+            log.warning("shared forward failed; running its %d sequences singly", len(ready), exc_info=error)
+        for copy in batch.copies:
+            try:
+                self._runner.copy_blocks([copy])
+            except Exception as error:
+                self._raise_device_fault(error)
+                self._fail_owner(batch, ready, copy.destination, error, outputs)
+        for i in ready:
+            if i in outputs:
+                continue
+            try:
+                outputs.update(self._forward(batch.chunks, [i]))
+            except Exception as error:
+                self._raise_device_fault(error)
+                outputs[i] = InternalFailure("forward", error)
+
+    def _forward(self, chunks: list[Chunk], places: list[int]) -> dict[int, SampledToken | Exception | None]:
+        logits: Any = self._runner.forward([chunks[i] for i in places])
+        outputs: dict[int, SampledToken | Exception | None] = dict.fromkeys(places)
+        sampling = [i for i in places if chunks[i].is_sampling]
+        if sampling:
+            rows = self._runner.sample(logits, [chunks[i] for i in sampling])
+            outputs.update(zip(sampling, rows, strict=True))
+        return outputs
+
+    @staticmethod
+    def _fail_owner(
+        batch: Batch,
+        ready: list[int],
+        block: int,
+        error: Exception,
+        outputs: dict[int, SampledToken | Exception | None],
+    ) -> None:
+        for i in ready:
+            if block in batch.chunks[i].sequence.block_table:
+                outputs[i] = InternalFailure("copy_blocks", error)
+
+    def _raise_device_fault(self, error: Exception) -> None:
+        if isinstance(error, DeviceFault):
+            raise error
+        if self._runner.is_device_fault(error):
+            raise DeviceFault(str(error)) from error
+
+    # -- update ------------------------------------------------------------
+
+    def _update(self, batch: Batch, outputs: dict[int, SampledToken | Exception | None]) -> StepReport:
+        """Commit what was computed, hand out tokens, end what is done."""
+        now = self.now()
+        tokens: list[TokenEvent] = []
+        for i, chunk in enumerate(batch.chunks):
+            sequence, output = chunk.sequence, outputs[i]
+            if isinstance(output, Exception):
+                self._fail(sequence, "sample", output)
+                continue
+            try:
+                self.blocks.commit(sequence, chunk.length)
+                if output is not None:
+                    tokens.append(self._emit(sequence, output, now))
+            except Exception as error:
+                self._fail(sequence, "emit", error)
+                continue
+            if output is not None:
+                reason = sequence.stop_reason()
+                if reason is not None:
+                    self._finish(sequence, reason)
+        report = self.report()
+        report.tokens = tokens
+        report.num_batched_tokens = batch.num_tokens
+        return report
+
+    def _emit(self, sequence: Sequence, token: SampledToken, now: float) -> TokenEvent:
+        ttft_s = itl_s = None
+        if sequence.last_token_at is None:
+            sequence.first_token_at = now
+            ttft_s = now - sequence.arrival
+        else:
+            sequence.last_itl_s = itl_s = now - sequence.last_token_at
+        position = len(sequence.output_token_ids)
+        event = TokenEvent(
+            sequence.key, token.token_id, position, token.logprob, token.top_logprobs, ttft_s, itl_s
+        )
+        sequence.append(token.token_id)
+        sequence.last_token_at = now
+        self._num_generation_tokens += 1
+        return event
+
+    # -- the ends ------------------------------------------------------------
+
+    def _fail(self, sequence: Sequence, stage: str, error: Exception) -> None:
+        failure = error if isinstance(error, RequestError) else InternalFailure(stage, error)
+        cause = failure.cause if isinstance(failure, InternalFailure) else failure
+        log.error("sequence failed: %s", failure, exc_info=cause, extra={"key": repr(sequence.key)})
+        self._finish(sequence, FinishReason.ERROR, failure)
+
+    def _finish(self, sequence: Sequence, reason: FinishReason, error: RequestError | None = None) -> None:
+        """The one way out: blocks released, runner told, the end counted and reported, whatever fails on the
+        way.
+        """
+        try:
+            self.scheduler.remove(sequence)
+            self._runner.forget(sequence)
+        finally:
+            del self._live[sequence.key]
+            self._num_ended += 1
+            sequence.finish_reason = reason
+            self._finished.append(self._end_event(sequence, reason, error))
+
+    def _end_event(
+        self, sequence: Sequence, reason: FinishReason, error: RequestError | None
+    ) -> FinishedEvent:
+        now = self.now()
+        scheduled = now if sequence.first_scheduled_at is None else sequence.first_scheduled_at
+        first = sequence.first_token_at
+        return FinishedEvent(
+            key=sequence.key,
+            reason=reason,
+            num_prompt_tokens=len(sequence.prompt_token_ids),
+            num_output_tokens=len(sequence.output_token_ids),
+            num_cached_tokens=sequence.num_cached_tokens,
+            queue_s=scheduled - sequence.arrival,
+            ttft_s=None if first is None else first - sequence.arrival,
+            total_s=now - sequence.arrival,
+            num_preemptions=sequence.num_preemptions,
+            error=error,
+        )
+
+    def _end_late(self) -> None:
+        """End what is past its deadline, or so near that its last message would come too late."""
+        now = self.now()
+        for sequence in [s for s in self._live.values() if s.deadline is not None]:
+            margin = max(MIN_DEADLINE_MARGIN_S, 2 * sequence.last_itl_s) if sequence.output_token_ids else 0.0
+            if now < (sequence.deadline or 0.0) - margin:
+                continue
+            error = (
+                None
+                if sequence.output_token_ids
+                else DeadlineUnmet("the deadline passed before the first token")
+            )
+            self._finish(sequence, FinishReason.DEADLINE, error)
+
+    # -- the door ------------------------------------------------------------
+
+    def _check(self, sequence: Sequence) -> None:
+        if self.is_draining:
+            raise Draining("the engine is draining")
+        if sequence.key in self._live:
+            raise DuplicateRequest(f"{sequence.key!r} is live already")
+        self._check_tokens(sequence)
+        total = len(sequence.prompt_token_ids) + sequence.params.max_tokens
+        # The last token drawn is never computed, so its K and V need no slot.
+        if self.blocks.blocks_for(total - 1) > self.blocks.num_blocks:
+            raise DoesNotFit(
+                f"prompt and max_tokens are {total} tokens; the KV cache holds "
+                f"{self.blocks.num_blocks * self.blocks.block_size}"
+            )
+        if len(self.scheduler.waiting) >= self.limits.max_queue_size:
+            raise QueueFull(f"{len(self.scheduler.waiting)} sequences are waiting", self._queue_s() or 1.0)
+        if sequence.deadline is not None:
+            self._check_deadline(sequence)
+
+    def _check_tokens(self, sequence: Sequence) -> None:
+        prompt, output = sequence.prompt_token_ids, sequence.output_token_ids
+        limit, vocabulary = self.limits.max_model_len, self.limits.vocab_size
+        if not prompt:
+            raise InvalidRequest("prompt_token_ids", "the prompt is empty")
+        for field, ids in (("prompt_token_ids", prompt), ("emitted_token_ids", output)):
+            if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
+                raise InvalidRequest(field, f"a token id is outside the vocabulary of {vocabulary}")
+        if sequence.params.max_tokens < 1:
+            raise InvalidRequest("sampling.max_tokens", "must be at least 1")
+        if len(output) > sequence.params.max_tokens:
+            raise InvalidRequest("emitted_token_ids", "are more than max_tokens")
+        total = len(prompt) + sequence.params.max_tokens
+        if total > limit:
+            raise InvalidRequest(
+                "sampling.max_tokens",
+                f"prompt ({len(prompt)}) and max_tokens ({sequence.params.max_tokens}) are {total} tokens; "
+                f"the model takes {limit}",
+            )
+
+    def _check_deadline(self, sequence: Sequence) -> None:
+        """Refuse what cannot give one token in time, or all of them when it must complete."""
+        wait = self._queue_s() + self.costs.prefill_s(len(sequence)) + self.costs.itl_s()
+        if sequence.must_complete:
+            wait += (sequence.params.max_tokens - len(sequence.output_token_ids)) * self.costs.itl_s()
+        left = (sequence.deadline or 0.0) - self.now()
+        if left <= 0 or wait > left:
+            raise DeadlineUnmet(f"{max(left, 0):.3f} s are left; about {wait:.3f} s are needed")
+
+    def _queue_s(self) -> float:
+        """How long the waiting prompts take to compute."""
+        return self.costs.prefill_s(sum(s.num_uncomputed_tokens for s in self.scheduler.waiting))

@@ -1,0 +1,78 @@
+"""What a step has to tell: plain data, on its way out of the core.
+
+Keys are whatever the caller gave its sequences; the core never looks inside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from services.engine.core.block_manager import BlockCounts
+from services.engine.core.errors import RequestError
+from services.engine.core.sequence import FinishReason
+
+
+NO_BLOCKS = BlockCounts(0, 0, 0)
+
+
+class TokenEvent(NamedTuple):
+    """One new token. `position` counts from 0 over the whole completion, resumed tokens included. `ttft_s` is
+    set on a sequence's first new token, `itl_s` on every later one: seconds since submit, and since the token
+    before.
+    """
+
+    key: Hashable
+    token_id: int
+    position: int
+    logprob: float | None
+    top_logprobs: tuple[tuple[int, float], ...]
+    ttft_s: float | None
+    itl_s: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class FinishedEvent:
+    """The end of one sequence; exactly one comes per admitted sequence. Times are seconds since submit."""
+
+    key: Hashable
+    reason: FinishReason
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int
+    queue_s: float
+    ttft_s: float | None
+    total_s: float
+    num_preemptions: int
+    error: RequestError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Counters:
+    """Totals since start. `begun` - `ended` is the number of live sequences, always."""
+
+    begun: int = 0
+    ended: int = 0
+    steps: int = 0
+    preemptions: int = 0
+    cache_queries: int = 0
+    cache_hits: int = 0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    peak_batch_size: int = 0
+
+
+@dataclass(slots=True)
+class StepReport:
+    """What one step did. `num_batched_tokens` is 0 when nothing could run."""
+
+    step: int
+    tokens: list[TokenEvent] = field(default_factory=list)
+    finished: list[FinishedEvent] = field(default_factory=list)
+    num_batched_tokens: int = 0
+    num_running: int = 0
+    num_waiting: int = 0
+    num_paused: int = 0
+    blocks: BlockCounts = NO_BLOCKS
+    counters: Counters = field(default_factory=Counters)

@@ -1,0 +1,249 @@
+"""Decides what the next step computes.
+
+Every step may mix decodes and prefill chunks under a token budget. Order is priority, then deadline, then
+arrival, with ageing. Knows blocks through the block manager; does not know clients, text or tensors.
+"""
+
+from __future__ import annotations
+
+import bisect
+from array import array
+from dataclasses import dataclass, field
+
+from services.engine.core.batch import BlockCopy, Chunk
+from services.engine.core.block import common_head
+from services.engine.core.block_manager import BlockManager, Match
+from services.engine.core.sequence import Sequence, SequenceStatus
+
+NEVER = float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one step. `prefill_chunk`: most prompt tokens of one sequence per step. `ageing_s`: waiting
+    this long is worth one step of priority. `max_bypasses`: later requests that may be placed before one that
+    does not fit yet; after that, room is kept for it.
+    """
+
+    max_batch_size: int = 64
+    max_batched_tokens: int = 2048
+    prefill_chunk: int = 512
+    ageing_s: float = 10.0
+    max_bypasses: int = 64
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's work: chunks to compute, copies to do before, sequences that lost their blocks for it."""
+
+    chunks: list[Chunk] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step computes."""
+        return sum(chunk.length for chunk in self.chunks)
+
+
+class Scheduler:
+    """Two lists, running and waiting, and one verb: `schedule`."""
+
+    def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
+        self.config = config
+        self.running: list[Sequence] = []
+        self.waiting: list[Sequence] = []
+        self.num_preemptions = 0
+        self.num_cache_queries = 0
+        self.num_cache_hits = 0
+        self._blocks = blocks
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        sequence.status = SequenceStatus.WAITING
+        self.waiting.append(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Drop a sequence, wherever it is, and release its blocks."""
+        (self.running if sequence.status is SequenceStatus.RUNNING else self.waiting).remove(sequence)
+        self._blocks.release(sequence)
+
+    def reorder(self) -> None:
+        """A running sequence's priority or deadline changed."""
+        self.running.sort(key=_rank)
+
+    def has_runnable(self) -> bool:
+        """Whether anything could be scheduled, given blocks."""
+        return any(not s.is_paused for s in self.running) or any(not s.is_paused for s in self.waiting)
+
+    def schedule(self, now: float) -> Batch:
+        """Choose the next step's work and get its blocks. `now` in seconds of the core's clock."""
+        batch = Batch()
+        budget = self._schedule_running(batch)
+        if self.waiting and not batch.preempted:
+            self._admit(batch, budget, now)
+        return batch
+
+    # -- running ------------------------------------------------------------
+
+    def _schedule_running(self, batch: Batch) -> int:
+        """Decodes first, then prefill chunks; both in order of rank. Returns the budget left."""
+        budget = self.config.max_batched_tokens
+        ready = [s for s in self.running if not s.is_paused]
+        decodes = [s for s in ready if s.num_uncomputed_tokens == 1]
+        prefills = [s for s in ready if s.num_uncomputed_tokens > 1]
+        placed: set[int] = set()
+        for sequence in decodes + prefills:
+            if not budget:
+                break
+            if sequence.status is not SequenceStatus.RUNNING:
+                continue
+            length = min(sequence.num_uncomputed_tokens, budget, self.config.prefill_chunk)
+            if not self._reserve_or_preempt(sequence, sequence.num_computed_tokens + length, placed, batch):
+                continue
+            batch.chunks.append(_chunk(sequence, length))
+            placed.add(id(sequence))
+            budget -= length
+        return budget
+
+    def _reserve_or_preempt(
+        self, sequence: Sequence, num_tokens: int, placed: set[int], batch: Batch
+    ) -> bool:
+        """Get blocks for a running sequence, taking them from the back if need be; False: it was preempted
+        itself.
+        """
+        while not self._blocks.reserve(sequence, num_tokens):
+            victim = self._victim(placed)
+            if victim is None:
+                return False
+            self._preempt(victim, batch)
+            if victim is sequence:
+                return False
+        return True
+
+    def _victim(self, placed: set[int]) -> Sequence | None:
+        """Who loses its blocks: a paused sequence first, then the last in order that is not in this step yet."""
+        for sequence in reversed(self.running):
+            if sequence.is_paused and sequence.block_table:
+                return sequence
+        for sequence in reversed(self.running):
+            if id(sequence) not in placed:
+                return sequence
+        return None
+
+    def _preempt(self, sequence: Sequence, batch: Batch) -> None:
+        self.running.remove(sequence)
+        self._blocks.release(sequence)
+        sequence.num_preemptions += 1
+        self.num_preemptions += 1
+        self.add(sequence)
+        batch.preempted.append(sequence)
+
+    # -- waiting ------------------------------------------------------------
+
+    def _admit(self, batch: Batch, budget: int, now: float) -> None:
+        """Move sequences from waiting to running while budget, batch size and blocks last."""
+        heads = self._heads_in_flight()
+        candidates = sorted(
+            (s for s in self.waiting if not s.is_paused), key=lambda s: _aged_rank(s, now, self.config)
+        )
+        blocked: list[Sequence] = []
+        for sequence in candidates:
+            if not budget or len(self.running) >= self.config.max_batch_size:
+                break
+            if self._is_computed_elsewhere(sequence, self._blocks.match(sequence), heads):
+                continue
+            match = self._find_room(sequence, batch)
+            if match is None:
+                blocked.append(sequence)
+                if sequence.num_bypassed >= self.config.max_bypasses:
+                    break
+                continue
+            budget -= self._start(sequence, match, budget, batch, now)
+            self._note_heads(sequence, heads)
+            for passed in blocked:
+                passed.num_bypassed += 1
+
+    def _find_room(self, sequence: Sequence, batch: Batch) -> Match | None:
+        """The sequence's match, if all of its tokens get blocks with one to spare for each running sequence
+        to grow.
+
+        Paused sequences give way. An engine with nothing running has room: what can never fit was refused.
+        """
+        while True:
+            match = self._blocks.match(sequence)
+            needed = self._blocks.blocks_to_find(sequence, match, len(sequence))
+            num_active = sum(not s.is_paused for s in self.running)
+            spare = min(num_active, self._blocks.num_blocks // 16)
+            if needed + spare <= self._blocks.num_available:
+                return match
+            paused = next((s for s in reversed(self.running) if s.is_paused and s.block_table), None)
+            if paused is None:
+                return None
+            self._preempt(paused, batch)
+
+    def _start(self, sequence: Sequence, match: Match, budget: int, batch: Batch, now: float) -> int:
+        """Give blocks to a sequence and its first chunk to the batch. Returns the tokens spent."""
+        copy = self._blocks.allocate(sequence, match)
+        if copy is not None:
+            batch.copies.append(copy)
+        # The room was checked for the whole sequence; reserving it all at once keeps it from being given away.
+        self._blocks.reserve(sequence, len(sequence))
+        self.waiting.remove(sequence)
+        sequence.status = SequenceStatus.RUNNING
+        sequence.num_bypassed = 0
+        if sequence.first_scheduled_at is None:
+            sequence.first_scheduled_at = now
+            sequence.num_cached_tokens = min(sequence.num_computed_tokens, len(sequence.prompt_token_ids))
+            self.num_cache_queries += len(sequence.prompt_token_ids)
+            self.num_cache_hits += sequence.num_cached_tokens
+        bisect.insort(self.running, sequence, key=_rank)
+        length = min(sequence.num_uncomputed_tokens, budget, self.config.prefill_chunk)
+        batch.chunks.append(_chunk(sequence, length))
+        return length
+
+    # -- computing a shared prefix once ------------------------------------------------------------
+
+    def _heads_in_flight(self) -> dict[bytes, list[array[int]]]:
+        """What running sequences are about to compute: parent hash -> tokens of the block after it."""
+        heads: dict[bytes, list[array[int]]] = {}
+        for sequence in self.running:
+            if sequence.num_uncomputed_tokens > 1 and not sequence.is_paused:
+                self._note_heads(sequence, heads)
+        return heads
+
+    def _note_heads(self, sequence: Sequence, heads: dict[bytes, list[array[int]]]) -> None:
+        size = self._blocks.block_size
+        first = sequence.num_computed_tokens - sequence.num_computed_tokens % size
+        for start in range(first, len(sequence), size):
+            parent, tokens = self._blocks.next_head(sequence, start)
+            heads.setdefault(parent, []).append(tokens)
+
+    def _is_computed_elsewhere(
+        self, sequence: Sequence, match: Match, heads: dict[bytes, list[array[int]]]
+    ) -> bool:
+        """Whether waiting for a running prefill saves at least half of what is left of the next block."""
+        if not heads:
+            return False
+        start = len(match.blocks) * self._blocks.block_size
+        parent, tokens = self._blocks.next_head(sequence, start)
+        wanted = len(tokens) - (start + len(tokens) == len(sequence))
+        for coming in heads.get(parent, ()):
+            gain = min(common_head(coming, tokens), wanted) - match.num_head_tokens
+            if gain >= self._blocks.min_head and 2 * gain >= wanted - match.num_head_tokens:
+                return True
+        return False
+
+
+def _chunk(sequence: Sequence, length: int) -> Chunk:
+    return Chunk(sequence, sequence.num_computed_tokens, length, length == sequence.num_uncomputed_tokens)
+
+
+def _rank(sequence: Sequence) -> tuple[float, float, float]:
+    deadline = NEVER if sequence.deadline is None else sequence.deadline
+    return sequence.priority, deadline, sequence.arrival
+
+
+def _aged_rank(sequence: Sequence, now: float, config: SchedulerConfig) -> tuple[float, float, float]:
+    priority, deadline, arrival = _rank(sequence)
+    return priority - (now - arrival) // config.ageing_s, deadline, arrival

@@ -1,0 +1,254 @@
+"""The engine's one thread: commands in, events out.
+
+Callers on any thread put commands into an inbox; the thread runs the core and hands each link its events.
+Knows links and slots; knows no transport, no protobuf, no tensors.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import NamedTuple, cast
+
+from services.engine.core.engine_core import EngineCore
+from services.engine.core.errors import DeviceFault, RequestError
+from services.engine.core.events import FinishedEvent, StepReport, TokenEvent
+from services.engine.core.sequence import FinishReason, Sequence
+
+log = logging.getLogger("weft.engine.loop")
+
+IDLE_POLL_S = 0.02
+"""How often a loop with nothing runnable looks at deadlines, while anything is live."""
+
+
+@dataclass(slots=True)
+class LinkEvents:
+    """What happened on one link since its last delivery. The int beside an event is its slot."""
+
+    step: int
+    accepted: list[int] = field(default_factory=list)
+    rejected: list[tuple[int, RequestError]] = field(default_factory=list)
+    tokens: list[tuple[int, TokenEvent]] = field(default_factory=list)
+    finished: list[tuple[int, FinishedEvent]] = field(default_factory=list)
+
+
+class Heartbeat(NamedTuple):
+    """The newest step begun, how long it has been running (0 between steps) and how long it may run."""
+
+    step: int
+    step_elapsed_s: float
+    step_bound_s: float
+
+
+class EngineUnavailable(RequestError):
+    """The engine has failed; whatever was live ends with this."""
+
+
+class EngineLoop:
+    """Owns the core from `start` to `stop`. `on_fault` is called once, on the engine's thread, when it dies."""
+
+    def __init__(
+        self,
+        core: EngineCore,
+        *,
+        on_fault: Callable[[BaseException], None],
+        observe: Callable[[StepReport], None] | None = None,
+    ) -> None:
+        self.now = core.now
+        self._core = core
+        self._on_fault = on_fault
+        self._observe = observe
+        self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._deliver: dict[int, Callable[[LinkEvents], None]] = {}
+        self._pending: dict[int, LinkEvents] = {}
+        self._slots: dict[int, set[int]] = {}
+        self._link_ids = itertools.count(1)
+        self._report = core.report()
+        self._drain_at: float | None = None
+        self._is_stopped = threading.Event()
+        self._fault: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, name="engine-loop", daemon=True)
+
+    # -- any thread ------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """End what is live as cancelled, then the thread."""
+        self._inbox.put(None)
+        self._thread.join(timeout_s)
+
+    def open_link(self, deliver: Callable[[LinkEvents], None]) -> int:
+        """A new link. `deliver` is called on the engine's thread and must not block."""
+        link_id = next(self._link_ids)
+
+        def command() -> None:
+            self._deliver[link_id] = deliver
+            self._slots[link_id] = set()
+
+        self._inbox.put(command)
+        return link_id
+
+    def close_link(self, link_id: int) -> None:
+        """Cancel everything of a link; nothing more is delivered to it."""
+
+        def command() -> None:
+            self._deliver.pop(link_id, None)
+            self._pending.pop(link_id, None)
+            for slot in self._slots.pop(link_id, ()):
+                self._core.cancel((link_id, slot))
+
+        self._inbox.put(command)
+
+    def submit(self, link_id: int, slot: int, sequence: Sequence) -> None:
+        """Admit a sequence; answered by `accepted` or `rejected`. Its key becomes (link_id, slot)."""
+        sequence.key = (link_id, slot)
+        sequence.arrival = self.now()
+        self._inbox.put(lambda: self._submit(link_id, slot, sequence))
+
+    def cancel(self, link_id: int, slot: int) -> None:
+        """End a slot; answered by one `finished` unless it had ended."""
+        self._inbox.put(lambda: self._core.cancel((link_id, slot)))
+
+    def update(
+        self, link_id: int, slot: int, *, priority: int | None = None, deadline: float | None = None
+    ) -> None:
+        """Change a slot's priority or deadline (seconds of `now`)."""
+        self._inbox.put(lambda: self._core.update((link_id, slot), priority=priority, deadline=deadline))
+
+    def pause(self, link_id: int, slot: int) -> None:
+        """Stop scheduling a slot."""
+        self._inbox.put(lambda: self._core.set_paused((link_id, slot), True))
+
+    def resume(self, link_id: int, slot: int) -> None:
+        """Schedule a slot again."""
+        self._inbox.put(lambda: self._core.set_paused((link_id, slot), False))
+
+    def drain(self, deadline_s: float) -> None:
+        """Admit nothing more; after `deadline_s` seconds cancel what is left. `num_live` tells how far it is."""
+        at = self.now() + deadline_s
+
+        def command() -> None:
+            self._core.is_draining = True
+            self._drain_at = at
+
+        self._inbox.put(command)
+
+    def load(self) -> StepReport:
+        """The newest snapshot; its tokens and ends are not meant for the caller."""
+        return self._report
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether nothing new is admitted."""
+        return self._core.is_draining
+
+    @property
+    def num_live(self) -> int:
+        """Sequences admitted and not ended, as of the newest snapshot."""
+        return self._report.counters.begun - self._report.counters.ended
+
+    def heartbeat(self) -> Heartbeat:
+        """Where the step loop stands."""
+        started = self._core.step_started_at
+        elapsed = 0.0 if started is None else max(0.0, self.now() - started)
+        return Heartbeat(self._report.step + (started is not None), elapsed, self._core.step_bound_s)
+
+    # -- the engine's thread ------------------------------------------------------------
+
+    def _main(self) -> None:
+        try:
+            while self._take_commands():
+                self._turn()
+            self._core.abort_all(FinishReason.CANCELLED)
+            self._publish(self._core.report())
+        except BaseException as error:
+            log.critical("the engine loop died", exc_info=error)
+            self._die(error)
+        finally:
+            self._is_stopped.set()
+
+    def _turn(self) -> None:
+        """One step, if anything can run; otherwise only what commands and deadlines have brought about."""
+        if self._drain_at is not None and self.now() >= self._drain_at and self._core.num_live:
+            self._core.abort_all(FinishReason.CANCELLED)
+        report = self._core.step() if self._core.num_live else self._core.report()
+        self._publish(report)
+        if self._observe is not None and (report.num_batched_tokens or report.finished):
+            self._observe(report)
+
+    def _take_commands(self) -> bool:
+        """Run the commands in the inbox; with nothing to do, wait for one. False: stop."""
+        timeout: float | None = 0.0
+        if not self._core.has_work() and not self._pending:
+            timeout = IDLE_POLL_S if self._core.num_live else None
+        elif not self._report.num_batched_tokens and self._report.num_running + self._report.num_waiting:
+            timeout = IDLE_POLL_S  # Work that cannot be placed now: do not spin.
+        while True:
+            try:
+                command = self._inbox.get(block=timeout != 0.0, timeout=timeout or None)
+            except Empty:
+                return True
+            if command is None:
+                return False
+            command()
+            timeout = 0.0
+
+    def _submit(self, link_id: int, slot: int, sequence: Sequence) -> None:
+        if link_id not in self._deliver:
+            return
+        events = self._events(link_id)
+        try:
+            self._core.add(sequence)
+        except RequestError as error:
+            events.rejected.append((slot, error))
+            return
+        self._slots[link_id].add(slot)
+        events.accepted.append(slot)
+
+    def _events(self, link_id: int) -> LinkEvents:
+        return self._pending.setdefault(link_id, LinkEvents(self._report.step))
+
+    def _publish(self, report: StepReport) -> None:
+        """Sort a report's events by link and deliver them."""
+        self._report = report
+        for token in report.tokens:
+            link_id, slot = _link_and_slot(token.key)
+            if link_id in self._deliver:
+                self._events(link_id).tokens.append((slot, token))
+        for end in report.finished:
+            link_id, slot = _link_and_slot(end.key)
+            if link_id in self._deliver:
+                self._slots[link_id].discard(slot)
+                self._events(link_id).finished.append((slot, end))
+        pending, self._pending = self._pending, {}
+        for link_id, events in pending.items():
+            events.step = report.step
+            try:
+                self._deliver[link_id](events)
+            except Exception:
+                log.exception("delivery failed; closing link %d", link_id)
+                self.close_link(link_id)
+
+    def _die(self, error: BaseException) -> None:
+        """Tell everyone that their streams are over, then whoever supervises."""
+        self._fault = error
+        try:
+            if not isinstance(error, DeviceFault):
+                log.critical("this is a bug, not a device fault")
+            self._core.abort_all(FinishReason.ERROR, EngineUnavailable("the engine failed"))
+            self._publish(self._core.report())
+        finally:
+            self._on_fault(error)
+
+
+def _link_and_slot(key: Hashable) -> tuple[int, int]:
+    """The key that `submit` gave."""
+    link_id, slot = cast("tuple[int, int]", key)
+    return link_id, slot
