@@ -1,0 +1,50 @@
+"""`weft`, or `python -m cli` from a bare clone: wiring only, one module per command."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from cli.chat import chat
+from cli.generate import generate
+from cli.models import models
+from cli.plan import plan
+from weft import __version__
+
+app = typer.Typer(
+    name="weft",
+    help="Talk to a Weft gateway, and work out what fits on a device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate)
+app.command()(chat)
+app.command()(models)
+app.command()(plan)
+
+
+def show_version(is_wanted: bool) -> None:
+    """Print the version and leave."""
+    if is_wanted:
+        typer.echo(f"weft {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options of `weft` itself."""
+
+
+def main() -> None:
+    """The console script's entry point."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

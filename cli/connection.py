@@ -1,0 +1,91 @@
+"""One call to the gateway: the channel, the key, the deadline, and how a failure is told.
+
+A failure is one line on stderr that begins with the name of its gRPC status, and exit status 1. Ctrl-C
+cancels the call, so that the server frees what it holds, and exits with 130.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated
+
+import grpc
+import typer
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+from weft.v1 import gateway_service_pb2_grpc as gateway_grpc
+
+EXIT_FAILURE = 1
+EXIT_INTERRUPTED = 130
+CONNECTION = "Connection"
+
+
+@dataclass(frozen=True)
+class ConnectionOptions:
+    """Where the gateway is and who is calling."""
+
+    server: Annotated[
+        str,
+        typer.Option(
+            envvar="WEFT_SERVER", metavar="HOST:PORT", help="The gateway.", rich_help_panel=CONNECTION
+        ),
+    ] = "127.0.0.1:8500"
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="WEFT_API_KEY", help="Sent as a bearer token.", rich_help_panel=CONNECTION),
+    ] = None
+    timeout: Annotated[
+        float | None,
+        typer.Option(help="Deadline in seconds; output ends shortly before it.", rich_help_panel=CONNECTION),
+    ] = None
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The call's metadata."""
+        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+
+
+@contextlib.contextmanager
+def gateway(options: ConnectionOptions) -> Iterator[gateway_grpc.GatewayServiceStub]:
+    """A stub on a channel that is closed at the end; a failed call ends the command with its one line."""
+    with grpc.insecure_channel(options.server) as channel:
+        try:
+            yield gateway_grpc.GatewayServiceStub(channel)
+        except grpc.RpcError as error:
+            fail(describe(error))
+
+
+def describe(error: grpc.RpcError) -> str:
+    """STATUS: message, with the fields at fault when the server names them; always one line."""
+    if not isinstance(error, grpc.Call):
+        return f"UNKNOWN: {error}"
+    message = error.details() or ""
+    violations = [
+        f"{violation.field}: {violation.description}"
+        for violation in _bad_fields(error)
+        if violation.description not in message
+    ]
+    return " ".join(f"{error.code().name}: {'; '.join([message, *violations])}".split())
+
+
+def fail(message: str) -> None:
+    """Say what went wrong on one line of stderr and end the command."""
+    typer.echo(f"weft: {message}", err=True)
+    raise typer.Exit(EXIT_FAILURE)
+
+
+def _bad_fields(error: grpc.Call) -> list[error_details_pb2.BadRequest.FieldViolation]:
+    try:
+        status = rpc_status.from_call(error)
+    except ValueError:  # details that contradict the call's own status: show the status alone
+        return []
+    bad_request = error_details_pb2.BadRequest()
+    return [
+        violation
+        for detail in (status.details if status else ())
+        if detail.Unpack(bad_request)
+        for violation in bad_request.field_violations
+    ]
