@@ -1,0 +1,92 @@
+"""Client channels between services, with the options that make a dead or frozen peer show within seconds.
+
+Retries are explicit code in the caller, so the library's own are off. Knows no service.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import grpc
+
+from weft.rpc.auth import auth_metadata
+from weft.rpc.server import MAX_INTERNAL_MESSAGE_BYTES
+
+
+def channel_options(*, max_message_bytes: int = MAX_INTERNAL_MESSAGE_BYTES) -> list[tuple[str, int]]:
+    """Channel arguments of a client between services."""
+    return [
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 3_000),
+        # Without it a frozen peer is noticed after a minute, whatever the keepalive says.
+        ("grpc.http2.ping_timeout_ms", 3_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 1_000),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        # Two channels to one address are two connections.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_retries", 0),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        # A fixed window: probing would let a peer send megabytes ahead of a reader that has stopped.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 1 << 20),
+    ]
+
+
+class _KeyedChannel:
+    """A channel whose every call carries the key. Plain wrapping: a client interceptor costs each message."""
+
+    def __init__(self, channel: grpc.aio.Channel, metadata: tuple[tuple[str, str], ...]) -> None:
+        self._channel = channel
+        self._metadata = metadata
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._channel, name)
+
+    async def __aenter__(self) -> _KeyedChannel:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._channel.close(None)
+
+    def _keyed(self, make: Callable[..., Any], *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        method = make(*args, **kwargs)
+
+        def call(*call_args: Any, metadata: Any = None, **call_kwargs: Any) -> Any:
+            return method(*call_args, metadata=(*(metadata or ()), *self._metadata), **call_kwargs)
+
+        return call
+
+    def unary_unary(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """As of the channel."""
+        return self._keyed(self._channel.unary_unary, *args, **kwargs)
+
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """As of the channel."""
+        return self._keyed(self._channel.unary_stream, *args, **kwargs)
+
+    def stream_unary(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """As of the channel."""
+        return self._keyed(self._channel.stream_unary, *args, **kwargs)
+
+    def stream_stream(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """As of the channel."""
+        return self._keyed(self._channel.stream_stream, *args, **kwargs)
+
+
+def open_channel(
+    target: str, api_key: str | None = None, *, max_message_bytes: int = MAX_INTERNAL_MESSAGE_BYTES
+) -> grpc.aio.Channel:
+    """A channel to HOST:PORT (or another gRPC target) that sends `api_key`, if any, with each call.
+
+    Nothing connects before the first call. The caller closes it, after cancelling its calls: an abandoned
+    call stays alive on the server.
+    """
+    channel = grpc.aio.insecure_channel(target, options=channel_options(max_message_bytes=max_message_bytes))
+    metadata = auth_metadata(api_key)
+    return cast(grpc.aio.Channel, _KeyedChannel(channel, metadata)) if metadata else channel

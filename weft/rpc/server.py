@@ -1,0 +1,312 @@
+"""The life of a server: bind, load, then SERVING; at a signal NOT_SERVING, drain, then stop.
+
+Ready means ready: while `load` runs, health says NOT_SERVING and calls are refused with UNAVAILABLE.
+Loading before binding would hide a taken port behind minutes of work; SERVING before loading would draw
+traffic to a server that cannot answer. Stopping before NOT_SERVING would break calls that a router was
+still sending. Knows no service.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from weft import logs
+from weft.rpc.address import Address
+from weft.rpc.auth import Authenticator
+from weft.rpc.errors import StatusError
+from weft.rpc.health import HEALTH_SERVICE, HealthServicer
+from weft.rpc.interceptor import Interceptor, RpcCounters
+
+MAX_INTERNAL_MESSAGE_BYTES = 64 << 20
+MAX_PUBLIC_MESSAGE_BYTES = 8 << 20
+# Soft and hard limit are the same: between two limits the library refuses at random.
+MAX_METADATA_BYTES = 16 << 10
+STOP_GRACE_S = 2.0
+LOADING_RETRY_S = 1.0
+
+log = logs.get_logger("server")
+T = TypeVar("T")
+
+
+class BindError(Exception):
+    """The address cannot be listened on. The message is one line for a person."""
+
+
+class StoppedError(Exception):
+    """Raised inside `load` when a signal came first."""
+
+
+class Application(Protocol):
+    """What a service gives to `serve`."""
+
+    service_names: Sequence[str]
+
+    async def load(self, server: Server) -> None:
+        """Get ready and register the servicers on `server.grpc`. May take minutes; cancelled when a signal
+        comes.
+        """
+
+    async def drain(self) -> None:
+        """Stop taking new work and let what runs finish, within the service's own limit."""
+
+    async def close(self) -> None:
+        """Let everything go. Runs on every way out, `load` having failed included."""
+
+
+def server_options(*, is_public: bool) -> list[tuple[str, int]]:
+    """Channel arguments of a server; `is_public` for one that clients talk to, else between services.
+
+    `ping_timeout_ms` is what ends a connection whose peer is frozen: `keepalive_timeout_ms` alone lets it
+    stay for a minute.
+    """
+    max_message = MAX_PUBLIC_MESSAGE_BYTES if is_public else MAX_INTERNAL_MESSAGE_BYTES
+    keepalive_ms, timeout_ms = (30_000, 10_000) if is_public else (10_000, 3_000)
+    options = [
+        # Off, or two servers share a port in silence.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.max_receive_message_length", max_message),
+        ("grpc.max_send_message_length", max_message),
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", timeout_ms),
+        ("grpc.http2.ping_timeout_ms", timeout_ms),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Our own channels ping every 10 s; the library's default would answer that with GOAWAY.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_ping_strikes", 2),
+    ]
+    if is_public:
+        options += [
+            ("grpc.max_concurrent_streams", 1_000),
+            ("grpc.max_connection_age_ms", 1_800_000),
+            ("grpc.max_connection_age_grace_ms", 1_800_000),
+            ("grpc.max_connection_idle_ms", 600_000),
+        ]
+    return options
+
+
+@dataclass
+class Server:
+    """One gRPC server with health, reflection and the interceptor. `start` binds; the rest is order."""
+
+    service_names: Sequence[str]
+    is_public: bool = False
+    authenticator: Authenticator | None = None
+    address: Address = field(init=False)
+    exit_code: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.health = HealthServicer(self.service_names)
+        interceptor = Interceptor(authenticator=self.authenticator, gate=self._gate)
+        self.counters: RpcCounters = interceptor.counters
+        self.grpc = grpc.aio.server(
+            interceptors=[interceptor], options=server_options(is_public=self.is_public)
+        )
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)
+        names = (*self.service_names, HEALTH_SERVICE, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self.grpc)
+        self._is_loaded = False
+        self._stop = asyncio.Event()
+
+    def _gate(self) -> StatusError | None:
+        if self._is_loaded:
+            return None
+        return StatusError(
+            grpc.StatusCode.UNAVAILABLE,
+            "the server is loading",
+            retry_after_s=LOADING_RETRY_S,
+            reason="LOADING",
+        )
+
+    async def start(self, address: Address) -> None:
+        """Bind and answer health checks with NOT_SERVING. Raises BindError."""
+        try:
+            port = self.grpc.add_insecure_port(str(address))
+        except RuntimeError:
+            raise BindError(f"cannot listen on {address}: {why_not_bound(address)}") from None
+        self.address = address._replace(port=port)
+        await self.grpc.start()
+        log.info("listening", address=str(self.address))
+        if not address.is_loopback and self.authenticator is None:
+            log.warning("open to the network without API keys", address=str(self.address))
+
+    def set_serving(self) -> None:
+        """Open the gate and say so."""
+        self._is_loaded = True
+        self.health.set_serving(True)
+
+    def set_not_serving(self) -> None:
+        """Health alone changes: calls still arrive, and the service decides about them."""
+        self.health.set_serving(False)
+
+    def request_stop(self, exit_code: int = 0) -> None:
+        """Begin to stop, from the event loop. A non-zero code skips the drain: something is broken."""
+        if exit_code and not self.exit_code:
+            self.exit_code = exit_code
+            self.set_not_serving()
+        self._stop.set()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether a stop was asked for."""
+        return self._stop.is_set()
+
+    async def wait_for_stop(self) -> None:
+        """Return once a stop is asked for."""
+        await self._stop.wait()
+
+    async def stop(self, grace_s: float = STOP_GRACE_S) -> None:
+        """Refuse new calls, give those in progress `grace_s`, cancel the rest."""
+        self.set_not_serving()
+        await self.grpc.stop(grace_s)
+
+
+def why_not_bound(address: Address) -> str:
+    """The system's reason why an address cannot be bound; the library tells only that it failed."""
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, target in found:
+            with socket.socket(family, kind, protocol) as probe:
+                probe.bind(target)
+                probe.listen(1)
+    except OSError as error:
+        return error.strerror or str(error)
+    return "address in use"
+
+
+@contextlib.contextmanager
+def _signals(server: Server) -> Any:
+    """SIGTERM and SIGINT ask the server to stop; a second one ends the process at once with code 1."""
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: int) -> None:
+        if server.is_stopping:
+            log.warning("second signal, exiting at once", signal=signal.Signals(number).name)
+            logs.stop()
+            os._exit(1)
+        log.info("stopping", signal=signal.Signals(number).name)
+        server.request_stop()
+
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    for number in numbers:
+        loop.add_signal_handler(number, on_signal, number)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            loop.remove_signal_handler(number)
+
+
+async def serve(
+    application: Application,
+    address: Address,
+    *,
+    is_public: bool = False,
+    authenticator: Authenticator | None = None,
+) -> int:
+    """Run a service until a signal, and return the exit code of the process.
+
+    0 after a signal and a drain; what `Server.request_stop` was given otherwise. Raises BindError, and
+    whatever `application.load` raises.
+    """
+    server = Server(application.service_names, is_public=is_public, authenticator=authenticator)
+    with _signals(server):
+        try:
+            await server.start(address)
+            try:
+                await _load(application, server)
+            except StoppedError:
+                log.info("stopped while loading")
+                return server.exit_code
+            server.set_serving()
+            log.info("serving", address=str(server.address))
+            await server.wait_for_stop()
+            server.set_not_serving()
+            if not server.exit_code:
+                await application.drain()
+            return server.exit_code
+        finally:
+            await server.stop()
+            await application.close()
+            log.info(
+                "stopped", code=server.exit_code, begun=server.counters.begun, ended=server.counters.ended
+            )
+
+
+async def _load(application: Application, server: Server) -> None:
+    """Load, unless a stop is asked for first: then the load is cancelled and StoppedError raised."""
+    load = asyncio.ensure_future(application.load(server))
+    stop = asyncio.ensure_future(server.wait_for_stop())
+    try:
+        await asyncio.wait((load, stop), return_when=asyncio.FIRST_COMPLETED)
+        if not load.done() or (server.is_stopping and load.cancelled()):
+            raise StoppedError
+        load.result()
+    finally:
+        for task in (load, stop):
+            task.cancel()
+        await asyncio.gather(load, stop, return_exceptions=True)
+
+
+def in_daemon_thread(work: Callable[[], T], name: str) -> Awaitable[T]:
+    """Run `work` in a thread of its own that does not keep the process alive: loads that cannot be
+    interrupted.
+
+    Await the result on the calling event loop. Cancelling the await leaves the thread running.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def deliver(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+        if not done.done():
+            set_outcome(outcome)
+
+    def run() -> None:
+        set_outcome: Callable[[Any], None]
+        outcome: Any
+        try:
+            set_outcome, outcome = done.set_result, work()
+        except BaseException as error:  # it belongs to whoever awaits the result, whatever it is
+            set_outcome, outcome = done.set_exception, error
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(deliver, set_outcome, outcome)
+
+    threading.Thread(target=run, name=name, daemon=True).start()
+    return done
+
+
+def run_service(
+    application: Application,
+    address: Address,
+    *,
+    is_public: bool = False,
+    authenticator: Authenticator | None = None,
+) -> int:
+    """`serve` on an event loop of its own, for a `__main__`. A taken address is one line on standard error,
+    code 1.
+    """
+    try:
+        return asyncio.run(serve(application, address, is_public=is_public, authenticator=authenticator))
+    except BindError as error:
+        log.error("cannot start", reason=str(error))
+        return 1
+
+
+def exit_process(code: int) -> None:
+    """End the process with `code`, logs written. Does not wait for a load that still runs in a thread."""
+    logs.stop()
+    os._exit(code)
