@@ -1,0 +1,144 @@
+"""What the compose file and the Dockerfiles promise; `docker compose config` where compose is installed."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+SERVICES = ("quantizer", "engine", "gateway")
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    loaded = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def gpu() -> dict[str, Any]:
+    loaded = yaml.safe_load((ROOT / "docker-compose.gpu.yml").read_text(encoding="utf-8"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def dockerfile(service: str) -> str:
+    return (ROOT / "services" / service / "Dockerfile").read_text(encoding="utf-8")
+
+
+def test_services_start_in_order(compose: dict[str, Any]) -> None:
+    services = compose["services"]
+    assert sorted(services) == sorted(SERVICES)
+    assert "depends_on" not in services["quantizer"]
+    assert services["engine"]["depends_on"] == {"quantizer": {"condition": "service_completed_successfully"}}
+    assert services["gateway"]["depends_on"] == {"engine": {"condition": "service_healthy"}}
+    assert services["quantizer"]["restart"] == "no"
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_every_service_runs_with_little_power(compose: dict[str, Any], service: str) -> None:
+    settings = compose["services"][service]
+    assert settings["init"] is True
+    assert settings["read_only"] is True
+    assert settings["cap_drop"] == ["ALL"]
+    assert settings["security_opt"] == ["no-new-privileges:true"]
+    assert settings["tmpfs"]
+    assert re.fullmatch(r"\d+s", settings["stop_grace_period"])
+    assert not {"privileged", "network_mode", "pid", "cap_add", "user"} & settings.keys()
+
+
+def test_only_the_gateway_is_published_and_only_here(compose: dict[str, Any]) -> None:
+    published = {name: s.get("ports", []) for name, s in compose["services"].items()}
+    assert [name for name, ports in published.items() if ports] == ["gateway"]
+    assert all(port.startswith("127.0.0.1:") for port in published["gateway"])
+    assert compose["services"]["engine"]["networks"] == ["back"]
+    assert compose["networks"]["back"] == {"internal": True}
+
+
+def test_only_the_quantizer_writes_the_volume(compose: dict[str, Any]) -> None:
+    assert "artifacts" in compose["volumes"]
+    mounts = {name: s["volumes"] for name, s in compose["services"].items()}
+    assert "artifacts:/artifacts" in mounts["quantizer"]
+    assert mounts["engine"] == mounts["gateway"] == ["artifacts:/artifacts:ro"]
+
+
+@pytest.mark.parametrize("service", ["engine", "gateway"])
+def test_health_is_the_products_own_probe(compose: dict[str, Any], service: str) -> None:
+    settings = compose["services"][service]
+    command, module = settings["healthcheck"]["test"][:3], settings["healthcheck"]["test"][3]
+    assert (command, module) == (["CMD", "python", "-m"], "weft.rpc.healthcheck")
+    host, _, port = settings["healthcheck"]["test"][4].rpartition(":")
+    assert host == "127.0.0.1"
+    assert f"--listen=0.0.0.0:{port}" in settings["command"]
+
+
+def test_the_gateway_calls_the_engine_where_it_listens(compose: dict[str, Any]) -> None:
+    assert "--engine=engine:8501" in compose["services"]["gateway"]["command"]
+    assert "--listen=0.0.0.0:8501" in compose["services"]["engine"]["command"]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_commands_are_the_services_own(compose: dict[str, Any], service: str) -> None:
+    """Every flag that the compose file passes is one that the service's own help lists."""
+    verb, *rest = compose["services"][service]["command"]
+    flags = {word.partition("=")[0] for word in rest if word.startswith("--")}
+    command = [sys.executable, "-m", f"services.{service}", verb, "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert not [flag for flag in flags if flag not in shown.stdout]
+
+
+@pytest.mark.parametrize("service", SERVICES)
+def test_dockerfiles_are_small_and_not_root(service: str) -> None:
+    text = dockerfile(service)
+    assert "\nUSER 10001:10001\n" in text
+    assert re.findall(r"^FROM (.+)$", text, re.M) == ["python:3.11-slim"]
+    assert "# syntax" not in text
+    copied = re.findall(r"^COPY (services/\S+)", text, re.M)
+    assert copied == ["services/__init__.py", f"services/{service}"], "an image holds its own service alone"
+    assert all(
+        (ROOT / name).exists() for line in re.findall(r"^COPY (.+) \S+$", text, re.M) for name in line.split()
+    )
+
+
+def test_the_gateway_image_holds_no_torch_and_the_engine_a_compiler() -> None:
+    assert "torch" not in re.sub(r"^#.*$", "", dockerfile("gateway"), flags=re.M)
+    assert {"gcc", "libc6-dev"} <= set(dockerfile("engine").split())
+
+
+@pytest.mark.parametrize(("extra", "has_torch"), [("gateway", False), ("engine", True), ("quantizer", True)])
+def test_requirements_of_an_image(extra: str, has_torch: bool) -> None:
+    script = ROOT / "docker" / "requirements.py"
+    done = subprocess.run(
+        [sys.executable, script, ROOT / "pyproject.toml", extra], check=True, capture_output=True, text=True
+    )
+    names = {re.split(r"[^A-Za-z0-9_.-]", line)[0] for line in done.stdout.splitlines()}
+    assert "grpcio" in names
+    assert ("torch" in names) is has_torch
+
+
+def test_the_gpu_file_reserves_a_device_for_known_services(gpu: dict[str, Any]) -> None:
+    assert set(gpu["services"]) == {"quantizer", "engine"}
+    for settings in gpu["services"].values():
+        (device,) = settings["deploy"]["resources"]["reservations"]["devices"]
+        assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
+
+
+@pytest.mark.parametrize("files", [["docker-compose.yml"], ["docker-compose.yml", "docker-compose.gpu.yml"]])
+def test_compose_reads_it(files: list[str]) -> None:
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True).returncode != 0:
+        pytest.skip("docker compose is not installed")
+    flags = [word for name in files for word in ("-f", name)]
+    done = subprocess.run(
+        [docker, "compose", *flags, "config", "-q"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
