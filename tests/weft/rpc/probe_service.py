@@ -84,13 +84,22 @@ class ProbeService:
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
+async def eventually(is_true: Callable[[], object], within_s: float = 2.0) -> None:
+    """Wait until a condition holds; fail when it does not in time."""
+    for _ in range(int(within_s / 0.01)):
+        if is_true():
+            return
+        await asyncio.sleep(0.01)
+    raise AssertionError("it did not come true in time")
+
+
 async def call_kind(
-    channel: Any, kind: str, *payloads: bytes, metadata: Any = None, timeout: float = 10
+    channel: Any, kind: str, *payloads: bytes, metadata: Any = None, seconds: float = 10
 ) -> list[Any]:
     """Call one of the four methods with raw payloads and return the messages that came back."""
     multicallable = getattr(channel, kind)(f"/{SERVICE}/{kind}", None, Probe.FromString)
     request: Any = iter(payloads) if kind.startswith("stream") else payloads[0]
-    call = multicallable(request, metadata=metadata, timeout=timeout)
+    call = multicallable(request, metadata=metadata, timeout=seconds)
     if kind.endswith("unary"):
         return [await call]
     return [message async for message in call]

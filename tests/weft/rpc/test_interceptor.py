@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.weft.rpc.probe_service import KINDS, Probe, call_kind
+from tests.weft.rpc.probe_service import KINDS, Probe, call_kind, eventually
 from weft import logs
 from weft.rpc import errors
 from weft.rpc.interceptor import request_id_in
@@ -93,9 +93,7 @@ async def test_a_cancelled_call_runs_the_handlers_finally(probe_server, probe_se
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    async with asyncio.timeout(2):
-        while probe_service.num_live or not probe_server.counters.ended:
-            await asyncio.sleep(0.01)
+    await eventually(lambda: not probe_service.num_live and probe_server.counters.ended)
     assert probe_server.counters.by_code == {"CANCELLED": 1}
 
 
@@ -107,18 +105,14 @@ async def test_a_reader_that_leaves_while_a_write_waits_ends_the_handler(probe_s
     await asyncio.sleep(0.3)  # flow control has stopped the writer by now
     assert probe_service.num_live == 1
     call.cancel()
-    async with asyncio.timeout(2):
-        while probe_service.num_live:
-            await asyncio.sleep(0.01)
+    await eventually(lambda: not probe_service.num_live)
 
 
 async def test_an_expired_deadline_ends_the_handler(probe_service, probe_channel):
     probe_service.act = lambda name: asyncio.sleep(60)
-    error = await failed_call(probe_channel, "unary_unary", timeout=0.2)
+    error = await failed_call(probe_channel, "unary_unary", seconds=0.2)
     assert error.code is grpc.StatusCode.DEADLINE_EXCEEDED
-    async with asyncio.timeout(2):
-        while probe_service.num_live:
-            await asyncio.sleep(0.01)
+    await eventually(lambda: not probe_service.num_live)
 
 
 async def test_an_answer_of_the_wrong_type_is_internal(probe_service, probe_server, probe_channel):
