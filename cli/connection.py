@@ -16,11 +16,15 @@ import typer
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 
+from weft.config import variable
+from weft.rpc.auth import auth_metadata
+from weft.rpc.channel import channel_options
 from weft.v1 import gateway_service_pb2_grpc as gateway_grpc
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
 CONNECTION = "Connection"
+SERVER = "127.0.0.1:8500"
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,18 @@ class ConnectionOptions:
     """Where the gateway is and who is calling."""
 
     server: Annotated[
-        str,
+        str | None,
         typer.Option(
-            envvar="WEFT_SERVER", metavar="HOST:PORT", help="The gateway.", rich_help_panel=CONNECTION
+            metavar="HOST:PORT",
+            help=f"The gateway; else WEFT_SERVER, else {SERVER}.",
+            rich_help_panel=CONNECTION,
         ),
-    ] = "127.0.0.1:8500"
+    ] = None
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="WEFT_API_KEY", help="Sent as a bearer token.", rich_help_panel=CONNECTION),
+        typer.Option(
+            metavar="KEY", help="Sent as a bearer token; else WEFT_API_KEY.", rich_help_panel=CONNECTION
+        ),
     ] = None
     timeout: Annotated[
         float | None,
@@ -43,15 +51,20 @@ class ConnectionOptions:
     ] = None
 
     @property
+    def target(self) -> str:
+        """The gateway's address: flag, then variable, then default."""
+        return self.server or variable("WEFT_SERVER") or SERVER
+
+    @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """The call's metadata."""
-        return (("authorization", f"Bearer {self.api_key}"),) if self.api_key else ()
+        return auth_metadata(self.api_key or variable("WEFT_API_KEY"))
 
 
 @contextlib.contextmanager
 def gateway(options: ConnectionOptions) -> Iterator[gateway_grpc.GatewayServiceStub]:
     """A stub on a channel that is closed at the end; a failed call ends the command with its one line."""
-    with grpc.insecure_channel(options.server) as channel:
+    with grpc.insecure_channel(options.target, options=channel_options()) as channel:
         try:
             yield gateway_grpc.GatewayServiceStub(channel)
         except grpc.RpcError as error:

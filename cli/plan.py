@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cli.connection import fail
+from weft.config import parse_size
 from weft.memory import (
     BLOCK_SIZES,
     DEVICES,
@@ -37,25 +37,14 @@ from weft.memory import plan as make_plan
 TABLE_BATCH = 8
 TABLE_CONTEXTS = (2048, 8192, 32768)
 TABLE_ROWS = ((16, "auto"), (4, "int8"))
-UNITS = {
-    "": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": GB,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": MIB,
-    "gib": GIB,
-    "tib": 2**40,
-}
 
 
-def parse_size(text: str) -> int:
-    """Bytes of "80GiB", "24 GB" or "1000000". Raises typer.BadParameter."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
-    if match is None or match[2].lower() not in UNITS or not float(match[1]):
-        raise typer.BadParameter(f"{text!r} is not a size; write 80GiB or 24GB")
-    return int(float(match[1]) * UNITS[match[2].lower()])
+def size(text: str | None) -> int | None:
+    """Bytes of "80GiB". Raises typer.BadParameter."""
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def one_of(name: str, value: Any, allowed: Iterable[Any]) -> None:
@@ -99,7 +88,7 @@ def plan(
     result = make_plan(
         shape,
         device=DEVICES[device],
-        device_memory=parse_size(device_memory) if device_memory else None,
+        device_memory=size(device_memory),
         memory_fraction=memory_fraction,
         weight_bits=weight_bits,
         group_size=group_size,

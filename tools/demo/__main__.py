@@ -1,0 +1,156 @@
+"""`python -m tools.demo`: the whole path on this machine, from a checkpoint to streamed text.
+
+--up leaves the services running in the foreground and prints how to call them. Everything lives in .weft/
+below the repository root; a second run finds the artifact there and skips the quantization.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import sys
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import grpc
+from rich.console import Console
+
+from tools.demo.processes import ROOT, ServiceError, Stack, run
+from tools.demo.streams import Load, Stream, demo_streams, run_streams
+from tools.demo.view import summary, watching
+from weft.artifact.manifest import ArtifactError
+from weft.artifact.store import ArtifactStore
+
+MODEL = "demo"
+SOURCE = ROOT / "models" / MODEL
+READY_TIMEOUT_S = 180.0
+GRPC_PORT, HTTP_PORT = 8500, 8080
+
+HOW_TO_CALL = """
+The services are up: gRPC on 127.0.0.1:{grpc}, HTTP on 127.0.0.1:{http}. Ctrl-C stops them.
+
+  command line   {python} -m cli generate --server 127.0.0.1:{grpc} --max-tokens 60 "Once upon a time"
+                 {python} -m cli chat --server 127.0.0.1:{grpc}
+
+  Python         import grpc
+                 from weft.v1 import gateway_service_pb2 as pb, gateway_service_pb2_grpc as rpc
+                 stub = rpc.GatewayServiceStub(grpc.insecure_channel("127.0.0.1:{grpc}"))
+                 for event in stub.Generate(pb.GenerateRequest(text="Once upon a time")):
+                     print(event.delta.text, end="", flush=True)
+
+  curl           curl -N http://127.0.0.1:{http}/v1/completions -H 'content-type: application/json' \\
+                   -d '{{"model": "demo", "prompt": "Once upon a time", "max_tokens": 60, "stream": true}}'
+
+  grpcurl        grpcurl -plaintext -d '{{"text": "Once upon a time"}}' 127.0.0.1:{grpc}
+  weft.v1.GatewayService/Generate
+"""
+
+
+def main() -> int:
+    """Run the demo; 0 when every stream ended well and every service stopped well."""
+    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
+    parser.add_argument("--up", action="store_true", help="leave the services running in the foreground")
+    parser.add_argument(
+        "--data", type=Path, default=ROOT / ".weft", help="where artifacts and logs go (.weft)"
+    )
+    parser.add_argument("--listen", type=int, default=GRPC_PORT, help=f"gRPC port of --up ({GRPC_PORT})")
+    parser.add_argument("--http", type=int, default=HTTP_PORT, help=f"HTTP port of --up ({HTTP_PORT})")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, interrupt)
+    console = Console()
+    stack = Stack()
+    try:
+        problems = work(console, stack, arguments)
+    except ServiceError as error:
+        problems = [str(error)]
+    except grpc.RpcError as error:
+        problems = [f"{error}\n{stack.tails()}"]
+    except KeyboardInterrupt:
+        problems = [] if arguments.up else ["interrupted"]
+    finally:
+        stopped = stack.stop()
+    for problem in (all_problems := [*problems, *stopped]):
+        print(f"demo: {problem}", file=sys.stderr)
+    return 1 if all_problems else 0
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A SIGTERM leaves the same way as a Ctrl-C: in order."""
+    raise KeyboardInterrupt
+
+
+def work(console: Console, stack: Stack, arguments: argparse.Namespace) -> list[str]:
+    """Quantize, start, stream. Returns what went wrong; raises ServiceError."""
+    began = time.monotonic()
+    artifacts = arguments.data / "artifacts"
+    console.rule("quantize")
+    run("quantizer", ["run", "--source", str(SOURCE), "--artifacts", str(artifacts), "--name", MODEL])
+    console.rule("serve")
+    engine, gateway = start_services(stack, artifacts, arguments)
+    console.print(f"engine on {engine}, gateway on {gateway}, ready after {time.monotonic() - began:.1f} s")
+    if arguments.up:
+        text = HOW_TO_CALL.format(grpc=arguments.listen, http=arguments.http, python=sys.executable)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return wait_until_told(stack)
+    console.rule("stream")
+    streams, load = demo_streams(), Load()
+    seconds = asyncio.run(stream_all(console, streams, gateway, engine, load))
+    console.print(summary(streams, seconds, load, perplexities(artifacts)))
+    problems = complaints(streams, load)
+    return [*problems, stack.tails()] if problems else []
+
+
+def start_services(stack: Stack, artifacts: Path, arguments: argparse.Namespace) -> tuple[str, str]:
+    """Start engine and gateway; their addresses once both are serving."""
+    logs = arguments.data / "logs"
+    grpc_port, http_port = (arguments.listen, arguments.http) if arguments.up else (0, 0)
+    common = ["--artifacts", str(artifacts)]
+    listen = ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
+    engine = stack.start("engine", ["serve", *common, "--model", MODEL, *listen], logs)
+    # Bound before it is loaded: the gateway may start meanwhile and waits for it.
+    address = engine.wait_for("listening", READY_TIMEOUT_S)["address"]
+    listen = ["--listen", f"127.0.0.1:{grpc_port}", "--http", f"127.0.0.1:{http_port}"]
+    gateway = stack.start("gateway", ["serve", *common, "--engine", address, *listen], logs)
+    engine.wait_for("serving", READY_TIMEOUT_S)
+    return address, gateway.wait_for("serving", READY_TIMEOUT_S)["address"]
+
+
+def wait_until_told(stack: Stack) -> list[str]:
+    """Wait for Ctrl-C (a KeyboardInterrupt), or for a service that ends by itself."""
+    while not (dead := stack.dead):
+        time.sleep(0.5)
+    return [f"{service.name} ended by itself" for service in dead]
+
+
+async def stream_all(console: Console, streams: list[Stream], gateway: str, engine: str, load: Load) -> float:
+    """Run the streams under the view; the seconds they took."""
+    async with watching(console, streams, load):
+        return await run_streams(streams, gateway, engine, load)
+
+
+def perplexities(artifacts: Path) -> dict[str, float]:
+    """The perplexities that the quantizer measured, read from the manifest."""
+    try:
+        quality: dict[str, Any] = ArtifactStore(artifacts).open(MODEL).manifest.quality or {}
+    except ArtifactError as error:
+        raise ServiceError(f"the artifact cannot be read: {error}") from error
+    names = {"source": "source", "rounding": "4-bit rounding", "awq": "4-bit AWQ"}
+    return {shown: quality[key]["perplexity"] for key, shown in names.items() if key in quality}
+
+
+def complaints(streams: list[Stream], load: Load) -> list[str]:
+    """Whatever is not as it must be after the last stream."""
+    found = [f"request '{stream.title}' {stream.error}" for stream in streams if stream.error]
+    found += [f"request '{stream.title}' gave no token" for stream in streams if not stream.num_tokens]
+    if load.now.active_blocks:
+        found.append(f"{load.now.active_blocks} blocks are still active with nothing running")
+    if load.now.requests_begun != load.now.requests_ended:
+        found.append(f"{load.now.requests_begun} sequences begun, {load.now.requests_ended} ended")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
