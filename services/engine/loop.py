@@ -49,7 +49,7 @@ class EngineUnavailable(RequestError):
 
 
 class EngineLoop:
-    """Owns the core from `start` to `stop`. `on_fault` is called once, on the engine's thread, when it dies."""
+    """Owns the core from `start` to `stop`. `on_fault` is called once, on the engine's thread, if it dies."""
 
     def __init__(
         self,
@@ -131,7 +131,7 @@ class EngineLoop:
         self._inbox.put(lambda: self._core.set_paused((link_id, slot), False))
 
     def drain(self, deadline_s: float) -> None:
-        """Admit nothing more; after `deadline_s` seconds cancel what is left. `num_live` tells how far it is."""
+        """Admit nothing more; after `deadline_s` seconds cancel what is left. `num_live` tells the rest."""
         at = self.now() + deadline_s
 
         def command() -> None:

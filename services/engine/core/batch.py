@@ -36,7 +36,7 @@ class BlockCopy(NamedTuple):
 
 
 class SampledToken(NamedTuple):
-    """One drawn token. `logprob` and `top_logprobs` (id, logprob), likeliest first, are set when asked for."""
+    """One drawn token. `logprob` and `top_logprobs` (id, logprob), likeliest first, are set if asked for."""
 
     token_id: int
     logprob: float | None = None

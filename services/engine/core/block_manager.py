@@ -64,7 +64,7 @@ class BlockManager:
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
-        self.min_head = min_head or min(16, max(1, block_size // 4))
+        self.min_head = min(block_size, min_head or min(16, max(1, block_size // 4)))
         self.num_evictions = 0
         self._namespace = namespace
         self._has_prefix_cache = has_prefix_cache
@@ -101,7 +101,7 @@ class BlockManager:
             )
         return match
 
-    def blocks_to_find(self, sequence: Sequence, match: Match, num_tokens: int) -> int:
+    def blocks_to_find(self, match: Match, num_tokens: int) -> int:
         """Free or evictable blocks that `allocate` and then `reserve(num_tokens)` would use up."""
         needed = -(-num_tokens // self.block_size) - len(match.blocks)
         revived = sum(block.state is BlockState.CACHED for block in match.blocks)
@@ -156,7 +156,7 @@ class BlockManager:
         sequence.num_computed_tokens += num_tokens
 
     def release(self, sequence: Sequence) -> None:
-        """Take back all blocks of a sequence. What is worth keeping becomes Cached, tails older than heads."""
+        """Take back a sequence's blocks. What is worth keeping becomes Cached, tails older than heads."""
         for index in reversed(sequence.block_table):
             self._disown(self._blocks[index])
         sequence.block_table.clear()

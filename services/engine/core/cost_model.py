@@ -14,7 +14,7 @@ BOUND_FACTOR = 4.0
 
 
 class CostModel:
-    """Estimates step times. Before the first observation every estimate is 0: nothing is refused on a guess."""
+    """Estimates step times. Before the first observation all are 0: nothing is refused on a guess."""
 
     def __init__(self) -> None:
         self._decode_s: float | None = None

@@ -203,7 +203,7 @@ class EngineCore:
     def _run(
         self, batch: Batch, ready: list[int], outputs: dict[int, SampledToken | Exception | None]
     ) -> None:
-        """Copies, then one shared forward; if that fails, each sequence alone, so that only the culprit ends."""
+        """Copies, then one shared forward; if that fails, each sequence alone: only the culprit ends."""
         try:
             if batch.copies:
                 self._runner.copy_blocks(batch.copies)

@@ -13,7 +13,6 @@ from services.engine.core.block_manager import BlockCounts
 from services.engine.core.errors import RequestError
 from services.engine.core.sequence import FinishReason
 
-
 NO_BLOCKS = BlockCounts(0, 0, 0)
 
 

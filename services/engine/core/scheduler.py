@@ -122,7 +122,7 @@ class Scheduler:
         return True
 
     def _victim(self, placed: set[int]) -> Sequence | None:
-        """Who loses its blocks: a paused sequence first, then the last in order that is not in this step yet."""
+        """Who loses its blocks: a paused sequence first, then the last in order not yet in this step."""
         for sequence in reversed(self.running):
             if sequence.is_paused and sequence.block_table:
                 return sequence
@@ -172,11 +172,15 @@ class Scheduler:
         """
         while True:
             match = self._blocks.match(sequence)
-            needed = self._blocks.blocks_to_find(sequence, match, len(sequence))
             num_active = sum(not s.is_paused for s in self.running)
-            spare = min(num_active, self._blocks.num_blocks // 16)
-            if needed + spare <= self._blocks.num_available:
+            room = self._blocks.num_available - min(num_active, self._blocks.num_blocks // 16)
+            if self._blocks.blocks_to_find(match, len(sequence)) <= room:
                 return match
+            if match.head is not None:
+                # The source of a copy is one block more; a sequence as large as the cache must do without.
+                match = Match(match.blocks)
+                if self._blocks.blocks_to_find(match, len(sequence)) <= room:
+                    return match
             paused = next((s for s in reversed(self.running) if s.is_paused and s.block_table), None)
             if paused is None:
                 return None
@@ -187,7 +191,7 @@ class Scheduler:
         copy = self._blocks.allocate(sequence, match)
         if copy is not None:
             batch.copies.append(copy)
-        # The room was checked for the whole sequence; reserving it all at once keeps it from being given away.
+        # The room was checked for the whole sequence; reserving all at once keeps it so.
         self._blocks.reserve(sequence, len(sequence))
         self.waiting.remove(sequence)
         sequence.status = SequenceStatus.RUNNING
