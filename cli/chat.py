@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
-import grpc
 import typer
 
 from cli.connection import ConnectionOptions, gateway
@@ -73,7 +72,7 @@ def stream_answer(
     """
     request = pb.GenerateRequest(model=model, chat=pb.ChatPrompt(messages=history), stop=sampling.stop or ())
     request.sampling.CopyFrom(sampling.to_proto())
-    call: grpc.Call = stub.Generate(request, timeout=connection.timeout, metadata=connection.metadata)
+    call = stub.Generate(request, timeout=connection.timeout, metadata=connection.metadata)
     pieces: list[str] = []
     try:
         for event in call:

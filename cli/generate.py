@@ -59,8 +59,9 @@ def generate(
         priority=priority,
         must_complete=must_complete,
         cache_salt=cache_salt,
-        skip_special_tokens=False if show_special_tokens else None,
     )
+    if show_special_tokens:
+        request.skip_special_tokens = False
     request.sampling.CopyFrom(sampling.to_proto(n=n, logprobs=logprobs))
     set_prompt(request, prompt, chat=chat, token_ids=token_ids)
     with gateway(connection) as stub:

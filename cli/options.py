@@ -78,9 +78,10 @@ class SamplingOptions:
                 **scalars,
                 n=n,
                 logprobs=logprobs,
-                ignore_eos=self.ignore_eos or None,
                 stop_token_ids=self.stop_token_id or (),
             )
+            if self.ignore_eos:
+                message.ignore_eos = True
             for entry in self.logit_bias or ():
                 token_id, _, bias = entry.partition("=")
                 message.logit_bias.add(token_id=int(token_id), bias=float(bias))

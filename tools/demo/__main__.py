@@ -18,7 +18,7 @@ from typing import Any
 import grpc
 from rich.console import Console
 
-from tools.demo.processes import ROOT, ServiceError, Stack, run
+from tools.demo.processes import ROOT, ServiceError, Stack, command_of, run
 from tools.demo.streams import Load, Stream, demo_streams, run_streams
 from tools.demo.view import summary, watching
 from weft.artifact.manifest import ArtifactError
@@ -109,11 +109,13 @@ def start_services(stack: Stack, artifacts: Path, arguments: argparse.Namespace)
     grpc_port, http_port = (arguments.listen, arguments.http) if arguments.up else (0, 0)
     common = ["--artifacts", str(artifacts)]
     listen = ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
-    engine = stack.start("engine", ["serve", *common, "--model", MODEL, *listen], logs)
+    engine = stack.start("engine", command_of("engine", ["serve", *common, "--model", MODEL, *listen]), logs)
     # Bound before it is loaded: the gateway may start meanwhile and waits for it.
     address = engine.wait_for("listening", READY_TIMEOUT_S)["address"]
     listen = ["--listen", f"127.0.0.1:{grpc_port}", "--http", f"127.0.0.1:{http_port}"]
-    gateway = stack.start("gateway", ["serve", *common, "--engine", address, *listen], logs)
+    gateway = stack.start(
+        "gateway", command_of("gateway", ["serve", *common, "--engine", address, *listen]), logs
+    )
     engine.wait_for("serving", READY_TIMEOUT_S)
     return address, gateway.wait_for("serving", READY_TIMEOUT_S)["address"]
 

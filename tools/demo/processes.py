@@ -29,13 +29,13 @@ class ServiceError(Exception):
 class Service:
     """One child process and its log file, in a process group of its own: Ctrl-C here does not reach it."""
 
-    def __init__(self, name: str, arguments: list[str], log_directory: Path) -> None:
+    def __init__(self, name: str, command: list[str], log_directory: Path) -> None:
         self.name = name
         self.log_path = log_directory / f"{name}.log"
         log_directory.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"services.{name}", *arguments],
+                command,
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -89,9 +89,14 @@ class Service:
             raise ServiceError(f"{self.name} exited with {code}\n{self.tail()}")
 
 
+def command_of(name: str, arguments: list[str]) -> list[str]:
+    """The command line of a service of this checkout, with this interpreter."""
+    return [sys.executable, "-m", f"services.{name}", *arguments]
+
+
 def run(name: str, arguments: list[str]) -> None:
     """Run a service's batch command to its end, on this terminal. Raises ServiceError."""
-    code = subprocess.run([sys.executable, "-m", f"services.{name}", *arguments], cwd=ROOT).returncode
+    code = subprocess.run(command_of(name, arguments), cwd=ROOT).returncode
     if code != 0:
         raise ServiceError(f"{name} exited with {code}")
 
@@ -102,9 +107,9 @@ class Stack:
     def __init__(self) -> None:
         self._services: list[Service] = []
 
-    def start(self, name: str, arguments: list[str], log_directory: Path) -> Service:
-        """Start a service; `stop` will stop it."""
-        service = Service(name, arguments, log_directory)
+    def start(self, name: str, command: list[str], log_directory: Path) -> Service:
+        """Start a process; `stop` will stop it."""
+        service = Service(name, command, log_directory)
         self._services.append(service)
         return service
 
