@@ -1,0 +1,118 @@
+"""The one door to device code: every operation a model calls, sent to the backend of the tensors' device.
+
+Each function has its twin of the same name in `reference`, which says what it computes. A backend is a
+module-like object with these operations; the CPU's is assembled below from the twins, `tiled_attention` and
+`linear`. A device without a backend is refused by name. Knows no model, no request.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from services.engine.kernels import reference, tiled_attention
+from services.engine.kernels.linear import DenseLinear, Int4Linear, Linear, Scratch
+from services.engine.kernels.metadata import AttentionMetadata
+from services.engine.kernels.numerics import Numerics
+
+
+class CpuBackend:
+    """The CPU's operations: the plain twins where their bits hold for every batch, tiled forms where they do
+    not.
+    """
+
+    embedding = staticmethod(reference.embedding)
+    gather_rows = staticmethod(reference.gather_rows)
+    rms_norm = staticmethod(reference.rms_norm)
+    add_rms_norm = staticmethod(reference.add_rms_norm)
+    rotary = staticmethod(reference.rotary)
+    write_kv = staticmethod(reference.write_kv)
+    silu_mul = staticmethod(reference.silu_mul)
+    paged_attention = staticmethod(tiled_attention.paged_attention)
+
+
+_BACKENDS = {"cpu": CpuBackend}
+
+
+def _backend(tensor: Tensor) -> type[CpuBackend]:
+    try:
+        return _BACKENDS[tensor.device.type]
+    except KeyError:
+        raise NotImplementedError(f"no kernels for device {tensor.device.type!r} (there are: cpu)") from None
+
+
+def supported_devices() -> tuple[str, ...]:
+    """Device types that have a backend."""
+    return tuple(_BACKENDS)
+
+
+def embedding(token_ids: Tensor, table: Tensor) -> Tensor:
+    """ids [rows] -> [rows, hidden]."""
+    return _backend(table).embedding(token_ids, table)
+
+
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """[rows, hidden], [n] -> [n, hidden]."""
+    return _backend(x).gather_rows(x, rows)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[rows, hidden] -> [rows, hidden]."""
+    return _backend(x).rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(normed sum, sum) of two [rows, hidden]."""
+    return _backend(x).add_rms_norm(x, residual, weight, eps)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """[rows, heads, head_dim] rotated by [rows, head_dim / 2] tables."""
+    return _backend(x).rotary(x, cos, sin)
+
+
+def write_kv(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
+) -> None:
+    """Store [rows, kv_heads, head_dim] into one layer's caches [blocks + 1, kv_heads, block_size,
+    head_dim].
+    """
+    _backend(key).write_kv(key, value, k_cache, v_cache, metadata)
+
+
+def paged_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    numerics: Numerics,
+) -> Tensor:
+    """Causal attention over the blocks; [rows, heads, head_dim] -> the same shape."""
+    tile = numerics.query_tile
+    return _backend(query).paged_attention(query, k_cache, v_cache, metadata, scale, tile)
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """[rows, 2 * width] -> [rows, width]."""
+    return _backend(gate_up).silu_mul(gate_up)
+
+
+def linear(x: Tensor, weight: Linear) -> Tensor:
+    """[rows, in] -> [rows, out] by a linear that `make_dense_linear` or `make_int4_linear` made ready."""
+    return weight(x)
+
+
+def make_dense_linear(weight: Tensor, bias: Tensor | None, numerics: Numerics) -> Linear:
+    """Ready weight [out, in] and bias [out] for their device."""
+    _backend(weight)
+    return DenseLinear(weight, bias, numerics)
+
+
+def make_int4_linear(
+    values: Tensor, zeros: Tensor, scales: Tensor, bias: Tensor | None, numerics: Numerics, scratch: Scratch
+) -> Linear:
+    """Ready a 4-bit weight: values uint8 [in, out], zeros uint8 and scales [in / group, out]. Reorders once,
+    here.
+    """
+    _backend(values)
+    return Int4Linear(values, zeros, scales, bias, numerics, scratch)

@@ -1,0 +1,133 @@
+"""Plain PyTorch twins of every operation: the specification, the oracle of the tests, and most of the CPU
+backend.
+
+Everything here gives a row the same bits whatever other rows are beside it, with two exceptions that say so:
+`linear` (see `services.engine.kernels.linear` for the padded form) and `paged_attention` (`tiled_attention`
+is the form whose bits hold). Nothing here knows a device other than through the tensors it gets.
+
+A layer's K cache and V cache are [num_blocks + 1, kv_heads, block_size, head_dim] each: one head's share of a
+block is contiguous, so that attention over one kv head streams it without a gather per token, and a block of
+128 tokens is one key tile as it lies. The last block is scratch: rows that belong to no sequence write there.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from services.engine.kernels.metadata import AttentionMetadata
+
+
+def embedding(token_ids: Tensor, table: Tensor) -> Tensor:
+    """Rows of `table` [vocab, hidden] for int64 ids [rows]."""
+    return table.index_select(0, token_ids)
+
+
+def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """The rows [n] of x [rows, hidden] whose logits are wanted."""
+    return x.index_select(0, rows)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32; [rows, hidden] (arXiv
+    1910.07467).
+    """
+    wide = x.float()
+    scale = torch.rsqrt(row_mean_square(wide) + eps)
+    return (wide * scale).to(x.dtype) * weight
+
+
+def row_mean_square(x: Tensor) -> Tensor:
+    """mean(x^2) over the last dimension, kept. A lone row is doubled first.
+
+    torch splits a reduction to a single number over threads once it is longer than its grain of 32768, and
+    then the sum's order, hence its bits, differ from those of the same row among others.
+    """
+    if x.shape[0] == 1 and x.shape[-1] > 32768:
+        return x.expand(2, -1).pow(2).mean(-1, keepdim=True)[:1]
+    return x.pow(2).mean(-1, keepdim=True)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual): the block's residual addition fused with the norm that
+    follows.
+    """
+    total = x + residual
+    return rms_norm(total, weight, eps), total
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate x [rows, heads, head_dim] by per-row tables cos and sin [rows, head_dim / 2], in fp32 (arXiv
+    2104.09864).
+
+    The pairs are (i, i + head_dim / 2), as in the Hugging Face checkpoints of Llama and Qwen2.
+    """
+    half = x.shape[-1] // 2
+    first, second = x[..., :half].float(), x[..., half:].float()
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
+
+
+def write_kv(
+    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
+) -> None:
+    """Store K and V [rows, kv_heads, head_dim] into their slots of one layer's caches, in place."""
+    rows = metadata.cache_rows(key.shape[1])
+    head_dim = key.shape[-1]
+    k_cache.view(-1, head_dim).index_copy_(0, rows, key.reshape(-1, head_dim).to(k_cache.dtype))
+    v_cache.view(-1, head_dim).index_copy_(0, rows, value.reshape(-1, head_dim).to(v_cache.dtype))
+
+
+def paged_attention(
+    query: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, scale: float
+) -> Tensor:
+    """Causal attention of query [rows, heads, head_dim] over the blocks of each row's sequence; same shape
+    back.
+
+    One softmax per sequence, in fp32. Slots outside a sequence's context are never touched: they may hold
+    anything. Padding rows give zeros.
+    """
+    out = torch.zeros_like(query)
+    kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
+    groups = query.shape[1] // kv_heads
+    starts = metadata.query_starts
+    for index, context in enumerate(metadata.context_lens):
+        rows = slice(starts[index], starts[index + 1])
+        blocks = metadata.block_tables[index, : -(-context // block_size)]
+        keys = k_cache[blocks].transpose(1, 2).flatten(0, 1)[:context].float().repeat_interleave(groups, 1)
+        values = v_cache[blocks].transpose(1, 2).flatten(0, 1)[:context].float().repeat_interleave(groups, 1)
+        scores = torch.einsum("qhd,khd->hqk", query[rows].float(), keys) * scale
+        is_future = torch.arange(context)[None, :] > metadata.positions[rows][:, None]
+        weights = scores.masked_fill(is_future, float("-inf")).softmax(-1)
+        out[rows] = torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
+    return out
+
+
+def silu_mul(gate_up: Tensor) -> Tensor:
+    """silu(gate) * up for gate_up [rows, 2 * width] -> [rows, width], in fp32.
+
+    Written as x / (1 + exp(-x)): torch's own silu gives other bits at other positions of a row.
+    """
+    width = gate_up.shape[-1] // 2
+    gate, up = gate_up[..., :width].float(), gate_up[..., width:].float()
+    return (gate / (torch.exp(-gate) + 1.0) * up).to(gate_up.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x [rows, in] @ weight [out, in]^T + bias. Bits depend on the number of rows."""
+    return F.linear(x, weight, bias)
+
+
+def dequantize_int4(values: Tensor, zeros: Tensor, scales: Tensor) -> Tensor:
+    """(q - z) * s in fp32: values [in, out] 0..15, zeros and scales [in / group, out] -> [in, out]."""
+    grouped = values.unflatten(0, (zeros.shape[0], -1)).float()
+    return ((grouped - zeros.float()[:, None]) * scales.float()[:, None]).flatten(0, 1)
+
+
+def w4a16_linear(
+    x: Tensor, values: Tensor, zeros: Tensor, scales: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """x [rows, in] times the dequantised weight of `dequantize_int4`, in x's dtype."""
+    y = x @ dequantize_int4(values, zeros, scales).to(x.dtype)
+    return y if bias is None else y + bias

@@ -1,0 +1,257 @@
+"""Paged attention of the CPU backend: absolute 128-key tiles, sums in tile order, whole ragged batch at once.
+
+A row's bits depend on its own keys and nothing else: every product is [query tile rows, head_dim] x
+[head_dim, 128], every tile begins at a multiple of 128 positions whatever the block size, the maximum is
+exact in any order, and the tiles' sums are added from the first to the last. Decodes of many sequences share
+one batched matmul (ordered tile by tile, so that no sequence pays for a longer one); longer chunks run one
+sequence at a time with the keys gathered once.
+
+Memory that a sequence does not own may hold anything, NaN included: scores of such keys are masked, and their
+values are replaced by zeros, because 0 * NaN is NaN.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from services.engine.kernels.metadata import AttentionMetadata
+from services.engine.kernels.numerics import KEY_TILE
+
+_GATHER_BUDGET = 4 << 20
+"""Elements of K gathered at once for decodes: past the caches of a core, more in one go gains nothing."""
+
+_CHUNK_ROWS = 512
+"""(query, head) rows of one slab of a prefill chunk: bounds the scores held at once to rows x context."""
+
+
+@dataclass(slots=True)
+class _DecodeGroup:
+    """Sequences with one row each, longest first, as (key tile, sequence) pairs in tile order.
+
+    rows: batch row of each sequence. ranks: which sequence (in this order) each pair belongs to. units: rows
+    of the cache viewed as [-1, tile part, head_dim]. is_outside: [pairs, 1, 1, 128], keys past the context.
+    counts: how many sequences reach tile 0, 1, ...
+    """
+
+    rows: Tensor
+    ranks: Tensor
+    units: Tensor
+    is_outside: Tensor
+    counts: list[int]
+
+
+@dataclass(slots=True)
+class _ChunkPlan:
+    """One sequence with several rows: batch rows, positions, gather indices of all its key tiles [heads *
+    tiles].
+    """
+
+    start: int
+    length: int
+    num_tiles: int
+    context: int
+    units: Tensor
+
+
+@dataclass(slots=True)
+class _Plan:
+    decodes: list[_DecodeGroup]
+    chunks: list[_ChunkPlan]
+
+
+def paged_attention(
+    query: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    metadata: AttentionMetadata,
+    scale: float,
+    query_tile: int,
+) -> Tensor:
+    """As `reference.paged_attention`, with the guarantee above. Computes in fp32 whatever the dtypes."""
+    _, heads, head_dim = query.shape
+    kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
+    plan = metadata.plan.get("tiles")
+    if plan is None:
+        plan = _make_plan(metadata, kv_heads, head_dim)
+        metadata.plan["tiles"] = plan
+    part = min(block_size, KEY_TILE)
+    keys, values = k_cache.view(-1, part, head_dim), v_cache.view(-1, part, head_dim)
+    wide = query.float() * scale
+    out = torch.zeros_like(wide)
+    for group in plan.decodes:
+        rows = wide.index_select(0, group.rows).view(-1, kv_heads, heads // kv_heads, head_dim)
+        out.index_copy_(
+            0, group.rows, _decode(rows, keys, values, group, query_tile).reshape(-1, heads, head_dim)
+        )
+    for chunk in plan.chunks:
+        span = slice(chunk.start, chunk.start + chunk.length)
+        _prefill(wide[span], out[span], keys, values, metadata.positions[span], chunk, kv_heads, query_tile)
+    return out.to(query.dtype)
+
+
+def _make_plan(metadata: AttentionMetadata, kv_heads: int, head_dim: int) -> _Plan:
+    starts = metadata.query_starts
+    decodes: list[int] = []
+    chunks: list[_ChunkPlan] = []
+    for index, length in enumerate(metadata.query_lens):
+        if length == 1:
+            decodes.append(index)
+            continue
+        context = metadata.context_lens[index]
+        num_tiles = -(-context // KEY_TILE)
+        table = metadata.block_tables[index : index + 1]
+        tiles = torch.arange(num_tiles)
+        units = _units(table.expand(num_tiles, -1), tiles, metadata.block_size, kv_heads)
+        by_head = units.view(num_tiles, kv_heads, -1).transpose(0, 1).flatten()
+        chunks.append(_ChunkPlan(starts[index], length, num_tiles, context, by_head))
+    decodes.sort(key=lambda index: -metadata.context_lens[index])
+    budget = max(1, _GATHER_BUDGET // (kv_heads * KEY_TILE * head_dim))
+    groups = [_decode_group(metadata, members, kv_heads) for members in _slabs(decodes, metadata, budget)]
+    return _Plan(groups, chunks)
+
+
+def _slabs(decodes: list[int], metadata: AttentionMetadata, budget: int) -> Iterator[list[int]]:
+    """Cut the sequences, longest first, into groups of at most `budget` key tiles (or of one sequence)."""
+    members: list[int] = []
+    used = 0
+    for index in decodes:
+        tiles = -(-metadata.context_lens[index] // KEY_TILE)
+        if members and used + tiles > budget:
+            yield members
+            members, used = [], 0
+        members.append(index)
+        used += tiles
+    if members:
+        yield members
+
+
+def _decode_group(metadata: AttentionMetadata, members: list[int], kv_heads: int) -> _DecodeGroup:
+    starts = metadata.query_starts
+    contexts = torch.tensor([metadata.context_lens[index] for index in members])
+    num_tiles = -(-contexts // KEY_TILE)
+    longest = int(num_tiles[0])
+    # nonzero of [tiles, sequences] runs tile by tile, which is the order of the pairs.
+    pairs = (torch.arange(longest)[:, None] < num_tiles[None, :]).nonzero()
+    tiles, ranks = pairs[:, 0], pairs[:, 1]
+    tables = metadata.block_tables[torch.tensor(members)][ranks]
+    limits = contexts[ranks] - tiles * KEY_TILE
+    is_outside = torch.arange(KEY_TILE)[None, :] >= limits[:, None]
+    counts = torch.bincount(tiles, minlength=longest).tolist()
+    rows = torch.tensor([starts[index] for index in members])
+    units = _units(tables, tiles, metadata.block_size, kv_heads)
+    return _DecodeGroup(rows, ranks, units, is_outside[:, None, None, :], counts)
+
+
+def _units(tables: Tensor, tiles: Tensor, block_size: int, kv_heads: int) -> Tensor:
+    """Where key tile tiles[i] of the sequence with block table tables[i] lies: int64 [pairs * heads * parts].
+
+    The cache is viewed as rows of min(block_size, 128) slots. Parts of a tile past the table repeat its last
+    entry: their keys are outside of the context and masked.
+    """
+    heads = torch.arange(kv_heads)
+    if block_size >= KEY_TILE:
+        per_block = block_size // KEY_TILE
+        blocks = tables.gather(1, (tiles // per_block)[:, None])
+        units = (blocks * kv_heads + heads[None, :]) * per_block + (tiles % per_block)[:, None]
+        return units.flatten()
+    parts = KEY_TILE // block_size
+    wanted = tiles[:, None] * parts + torch.arange(parts)[None, :]
+    blocks = tables.gather(1, wanted.clamp_(max=tables.shape[1] - 1))
+    return (blocks[:, None, :] * kv_heads + heads[None, :, None]).flatten()
+
+
+def _decode(query: Tensor, keys: Tensor, values: Tensor, group: _DecodeGroup, query_tile: int) -> Tensor:
+    """Attention of one row per sequence: query [sequences, kv_heads, heads per kv head, head_dim], same shape
+    back.
+    """
+    num_seqs, kv_heads, num_heads, head_dim = query.shape
+    tile_rows = -(-num_heads // query_tile) * query_tile
+    padded = query.new_zeros(num_seqs, kv_heads, tile_rows, head_dim)
+    padded[:, :, :num_heads] = query
+    num_pairs = group.ranks.shape[0]
+    left = padded.index_select(0, group.ranks).view(-1, tile_rows, head_dim)
+    key_tiles = keys.index_select(0, group.units).view(-1, KEY_TILE, head_dim).float()
+    scores = torch.bmm(left, key_tiles.transpose(1, 2)).view(num_pairs, kv_heads, tile_rows, KEY_TILE)
+    scores.masked_fill_(group.is_outside, float("-inf"))
+    tile_max = scores.amax(-1)
+    row_max = tile_max[:num_seqs].clone()
+    for first, count in _later_tiles(group.counts):
+        torch.maximum(row_max[:count], tile_max[first : first + count], out=row_max[:count])
+    weights = scores.sub_(row_max.index_select(0, group.ranks).unsqueeze(-1)).exp_()
+    value_tiles = values.index_select(0, group.units).view(num_pairs, kv_heads, KEY_TILE, head_dim).float()
+    value_tiles.masked_fill_(group.is_outside.transpose(2, 3), 0.0)
+    partial = torch.bmm(weights.view(-1, tile_rows, KEY_TILE), value_tiles.view(-1, KEY_TILE, head_dim))
+    partial = partial.view(num_pairs, kv_heads, tile_rows, head_dim)
+    tile_sum = weights.sum(-1)
+    numerator, denominator = partial[:num_seqs], tile_sum[:num_seqs]
+    for first, count in _later_tiles(group.counts):
+        numerator[:count] += partial[first : first + count]
+        denominator[:count] += tile_sum[first : first + count]
+    return (numerator / denominator.unsqueeze(-1))[:, :, :num_heads]
+
+
+def _later_tiles(counts: list[int]) -> Iterator[tuple[int, int]]:
+    """(first pair, number of pairs) of tiles 1, 2, ..."""
+    first = counts[0]
+    for count in counts[1:]:
+        yield first, count
+        first += count
+
+
+def _prefill(
+    query: Tensor,
+    out: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    chunk: _ChunkPlan,
+    kv_heads: int,
+    query_tile: int,
+) -> None:
+    """Attention of one sequence's chunk: query [length, heads, head_dim] -> out, in slabs of rows."""
+    length, heads, head_dim = query.shape
+    per_head = heads // kv_heads
+    shape = (kv_heads, chunk.num_tiles, KEY_TILE, head_dim)
+    key_tiles = keys.index_select(0, chunk.units).view(shape).float()
+    value_tiles = values.index_select(0, chunk.units).view(shape).float()
+    outside = chunk.context - (chunk.num_tiles - 1) * KEY_TILE
+    value_tiles[:, -1, outside:] = 0.0
+    step = max(1, _CHUNK_ROWS // per_head)
+    for first in range(0, length, step):
+        last = min(first + step, length)
+        rows = query[first:last].view(-1, kv_heads, per_head, head_dim).permute(1, 0, 2, 3).flatten(1, 2)
+        row_positions = positions[first:last].repeat_interleave(per_head)
+        result = _slab(rows, key_tiles, value_tiles, row_positions, query_tile)
+        result = result.view(kv_heads, last - first, per_head, head_dim).permute(1, 0, 2, 3)
+        out[first:last] = result.reshape(last - first, heads, head_dim)
+
+
+def _slab(rows: Tensor, key_tiles: Tensor, value_tiles: Tensor, positions: Tensor, query_tile: int) -> Tensor:
+    """Attention of rows [kv_heads, n, head_dim] at ascending `positions` over tiles [kv_heads, tiles, 128,
+    head_dim].
+    """
+    kv_heads, num_rows, head_dim = rows.shape
+    padded_rows = -(-num_rows // query_tile) * query_tile
+    padded = rows.new_zeros(kv_heads, padded_rows, head_dim)
+    padded[:, :num_rows] = rows
+    limits = positions.new_full((padded_rows,), int(positions[-1]))
+    limits[:num_rows] = positions
+    lowest, num_tiles = int(positions[0]), int(positions[-1]) // KEY_TILE + 1
+    scores = rows.new_empty(num_tiles, kv_heads, padded_rows, KEY_TILE)
+    for tile in range(num_tiles):
+        torch.bmm(padded, key_tiles[:, tile].transpose(1, 2), out=scores[tile])
+        if (tile + 1) * KEY_TILE - 1 > lowest:
+            is_future = torch.arange(tile * KEY_TILE, (tile + 1) * KEY_TILE)[None, :] > limits[:, None]
+            scores[tile].masked_fill_(is_future, float("-inf"))
+    weights = scores.sub_(scores.amax((0, 3)).unsqueeze(-1)).exp_()
+    sums = weights.sum(-1)
+    numerator = torch.bmm(weights[0], value_tiles[:, 0])
+    denominator = sums[0]
+    for tile in range(1, num_tiles):
+        numerator += torch.bmm(weights[tile], value_tiles[:, tile])
+        denominator += sums[tile]
+    return (numerator / denominator.unsqueeze(-1))[:, :num_rows]

@@ -1,0 +1,3 @@
+"""One file per architecture family, over `services.engine.kernels.ops`. Knows no request, scheduler or
+transport.
+"""

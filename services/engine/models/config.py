@@ -1,0 +1,253 @@
+"""config.json of a checkpoint, validated field by field into a ModelConfig.
+
+Knows the Hugging Face field names and their limits. Does not read files and does not know tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from services.engine.kernels.rope import RopeConfig
+
+MAX_LAYERS = 1024
+MAX_DIMENSION = 1 << 20
+MAX_VOCABULARY = 1 << 22
+MAX_POSITIONS = 1 << 24
+MAX_EOS_IDS = 64
+
+
+class ConfigError(ValueError):
+    """The configuration cannot be served; the message names the field."""
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationConfig:
+    """How the 4-bit linears of a checkpoint are stored (AutoAWQ gemm). `group_size` -1: one group per
+    column.
+    """
+
+    group_size: int
+    modules_to_not_convert: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """What a decoder-only model of the Llama family is made of."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    has_qkv_bias: bool
+    has_output_bias: bool
+    has_mlp_bias: bool
+    sliding_window: int | None
+    stored_dtype: str
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    quantization: QuantizationConfig | None
+
+
+class Fields:
+    """Typed access to a config mapping; every failure is a ConfigError that names the field."""
+
+    def __init__(self, raw: Mapping[str, Any], where: str = "config.json") -> None:
+        self.raw = raw
+        self.where = where
+
+    def error(self, name: str, text: str) -> ConfigError:
+        """A ConfigError about one field."""
+        return ConfigError(f"{self.where}: {name} {text}")
+
+    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
+        """An integer in [low, high]; a missing or null field takes the default, or fails without one."""
+        value = self.raw.get(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise self.error(name, "is missing")
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.error(name, f"must be an integer, found {value!r:.80}")
+        if not low <= value <= high:
+            raise self.error(name, f"must be between {low} and {high}, found {value}")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        """A finite number above zero."""
+        value = self.raw.get(name)
+        if value is None:
+            value = default
+        if value is None:
+            raise self.error(name, "is missing")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise self.error(name, f"must be a number, found {value!r:.80}")
+        if not math.isfinite(value) or value <= 0:
+            raise self.error(name, f"must be finite and above zero, found {value}")
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        """true or false; null and missing take the default."""
+        value = self.raw.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.error(name, f"must be true or false, found {value!r:.80}")
+        return value
+
+    def text(self, name: str, default: str) -> str:
+        """A string; null and missing take the default."""
+        value = self.raw.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise self.error(name, f"must be a string, found {value!r:.80}")
+        return value
+
+
+def architecture_of(raw: Mapping[str, Any]) -> str:
+    """The single entry of `architectures`."""
+    value = raw.get("architectures")
+    if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], str):
+        raise ConfigError(f"config.json: architectures must name exactly one class, found {value!r:.120}")
+    return value[0]
+
+
+def parse_config(
+    raw: Mapping[str, Any],
+    *,
+    has_qkv_bias: bool,
+    has_output_bias: bool,
+    has_mlp_bias: bool,
+    sliding_window: int | None,
+) -> ModelConfig:
+    """The fields common to the family; the architecture's own module has decided the keyword arguments."""
+    fields = Fields(raw)
+    hidden = fields.integer("hidden_size", 1, MAX_DIMENSION)
+    heads = fields.integer("num_attention_heads", 1, MAX_DIMENSION)
+    kv_heads = fields.integer("num_key_value_heads", 1, MAX_DIMENSION, default=heads)
+    if kv_heads > heads or heads % kv_heads:
+        raise fields.error(
+            "num_key_value_heads", f"must divide num_attention_heads {heads}, found {kv_heads}"
+        )
+    if raw.get("head_dim") is None and hidden % heads:
+        raise fields.error("num_attention_heads", f"must divide hidden_size {hidden}, found {heads}")
+    head_dim = fields.integer("head_dim", 2, 1024, default=hidden // heads)
+    if head_dim % 2:
+        raise fields.error("head_dim", f"must be even for rotary embedding, found {head_dim}")
+    activation = fields.text("hidden_act", "silu")
+    if activation not in ("silu", "swish"):
+        raise fields.error("hidden_act", f"{activation!r} is not supported (silu is)")
+    vocab_size = fields.integer("vocab_size", 2, MAX_VOCABULARY)
+    return ModelConfig(
+        architecture=architecture_of(raw),
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        num_layers=fields.integer("num_hidden_layers", 1, MAX_LAYERS),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=fields.integer("intermediate_size", 1, MAX_DIMENSION),
+        max_position=fields.integer("max_position_embeddings", 1, MAX_POSITIONS),
+        rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
+        rope=_parse_rope(fields),
+        tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
+        has_qkv_bias=has_qkv_bias,
+        has_output_bias=has_output_bias,
+        has_mlp_bias=has_mlp_bias,
+        sliding_window=sliding_window,
+        stored_dtype=_parse_dtype(fields),
+        bos_token_id=_parse_bos(fields, vocab_size),
+        eos_token_ids=parse_eos_ids(raw.get("eos_token_id"), vocab_size, "config.json"),
+        quantization=_parse_quantization(raw.get("quantization_config")),
+    )
+
+
+def _parse_dtype(fields: Fields) -> str:
+    name = fields.text("dtype", fields.text("torch_dtype", "float32")).removeprefix("torch.")
+    if name not in ("float32", "float16", "bfloat16"):
+        raise fields.error("torch_dtype", f"{name!r} is not supported (float32, float16 and bfloat16 are)")
+    return name
+
+
+def _parse_bos(fields: Fields, vocab_size: int) -> int | None:
+    if fields.raw.get("bos_token_id") is None:
+        return None
+    return fields.integer("bos_token_id", 0, vocab_size - 1)
+
+
+def parse_eos_ids(value: Any, vocab_size: int, where: str) -> tuple[int, ...]:
+    """One id, a list of ids, or null, as ascending ids."""
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if len(ids) > MAX_EOS_IDS:
+        raise ConfigError(f"{where}: eos_token_id lists {len(ids)} ids, at most {MAX_EOS_IDS} are supported")
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
+            raise ConfigError(
+                f"{where}: eos_token_id {token_id!r:.40} is not an id below vocab_size {vocab_size}"
+            )
+    return tuple(sorted(set(ids)))
+
+
+def _parse_rope(fields: Fields) -> RopeConfig:
+    """rope_theta and rope_scaling, or both within rope_parameters as newer checkpoints have it."""
+    nested = fields.raw.get("rope_parameters")
+    scaling = nested if nested is not None else fields.raw.get("rope_scaling")
+    if scaling is None:
+        return RopeConfig(theta=fields.number("rope_theta", 10000.0))
+    name = "rope_parameters" if nested is not None else "rope_scaling"
+    if not isinstance(scaling, Mapping):
+        raise fields.error(name, f"must be an object, found {scaling!r:.80}")
+    inner = Fields(scaling, f"config.json: {name}")
+    theta = inner.number("rope_theta") if "rope_theta" in scaling else fields.number("rope_theta", 10000.0)
+    partial = scaling.get("partial_rotary_factor", fields.raw.get("partial_rotary_factor"))
+    if partial not in (None, 1, 1.0):
+        raise fields.error("partial_rotary_factor", f"{partial!r:.40} is not supported (1 is)")
+    kind = inner.text("rope_type", inner.text("type", "default"))
+    if kind == "default":
+        return RopeConfig(theta=theta)
+    if kind == "linear":
+        return RopeConfig(theta=theta, kind=kind, factor=inner.number("factor"))
+    if kind != "llama3":
+        raise inner.error("rope_type", f"{kind!r} is not supported (default, linear and llama3 are)")
+    low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
+    if low >= high:
+        raise inner.error("low_freq_factor", f"must be below high_freq_factor {high}, found {low}")
+    original = inner.integer("original_max_position_embeddings", 1, MAX_POSITIONS)
+    return RopeConfig(theta, kind, inner.number("factor"), low, high, original)
+
+
+def _parse_quantization(raw: Any) -> QuantizationConfig | None:
+    if raw is None:
+        return None
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"config.json: quantization_config must be an object, found {raw!r:.80}")
+    fields = Fields(raw, "config.json: quantization_config")
+    method = fields.text("quant_method", "")
+    if method != "awq":
+        raise fields.error("quant_method", f"{method!r} is not supported (awq is)")
+    version = fields.text("version", "gemm").lower()
+    if version != "gemm":
+        raise fields.error("version", f"{version!r} is not supported (gemm is)")
+    bits = fields.integer("bits" if "bits" in raw else "w_bit", 1, 64)
+    if bits != 4:
+        raise fields.error("bits", f"must be 4, found {bits}")
+    group_size = fields.integer("group_size" if "group_size" in raw else "q_group_size", -1, MAX_DIMENSION)
+    if group_size != -1 and (group_size < 2 or group_size % 2):
+        raise fields.error("group_size", f"must be even and above zero, or -1, found {group_size}")
+    if not fields.boolean("zero_point", True):
+        raise fields.error("zero_point", "must be true")
+    skipped = raw.get("modules_to_not_convert") or []
+    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
+        raise fields.error("modules_to_not_convert", "must be a list of strings")
+    return QuantizationConfig(group_size, tuple(skipped))

@@ -1,0 +1,86 @@
+"""The pieces a decoder of the Llama family is built of, over `kernels.ops`.
+
+Knows tensors and one layer at a time; does not know checkpoints, sequences or who schedules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from services.engine.kernels import ops
+from services.engine.kernels.linear import Linear
+from services.engine.kernels.metadata import AttentionMetadata
+from services.engine.kernels.numerics import Numerics
+
+
+@dataclass(slots=True)
+class StepContext:
+    """What all layers of one forward share: the batch's shape and each row's rotary angles [rows, head_dim /
+    2].
+    """
+
+    metadata: AttentionMetadata
+    cos: Tensor
+    sin: Tensor
+
+
+@dataclass(slots=True)
+class Attention:
+    """Self-attention over the blocked cache. `qkv` is the fused projection: all q heads, then k, then v."""
+
+    qkv: Linear
+    output: Linear
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    numerics: Numerics
+
+    def __call__(self, x: Tensor, step: StepContext, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+        """[rows, hidden] -> [rows, hidden]; writes the rows' K and V before attending."""
+        rows = x.shape[0]
+        heads = ops.linear(x, self.qkv).view(rows, -1, self.head_dim)
+        rotated = ops.rotary(heads[:, : self.num_heads + self.num_kv_heads], step.cos, step.sin)
+        query, key = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
+        value = heads[:, self.num_heads + self.num_kv_heads :]
+        ops.write_kv(key, value, k_cache, v_cache, step.metadata)
+        scale = self.head_dim**-0.5
+        mixed = ops.paged_attention(query, k_cache, v_cache, step.metadata, scale, self.numerics)
+        return ops.linear(mixed.reshape(rows, -1), self.output)
+
+
+@dataclass(slots=True)
+class GatedMlp:
+    """down(silu(gate(x)) * up(x)). `gate_up` is the fused projection: gate, then up."""
+
+    gate_up: Linear
+    down: Linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return ops.linear(ops.silu_mul(ops.linear(x, self.gate_up)), self.down)
+
+
+@dataclass(slots=True)
+class DecoderLayer:
+    """Norm, attention, norm, MLP, with the residual carried beside (each addition is fused with the norm
+    after it).
+    """
+
+    input_norm: Tensor
+    attention: Attention
+    post_attention_norm: Tensor
+    mlp: GatedMlp
+    eps: float
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, step: StepContext, k_cache: Tensor, v_cache: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(the layer's last addend, the residual to add it to)."""
+        if residual is None:
+            normed, residual = ops.rms_norm(x, self.input_norm, self.eps), x
+        else:
+            normed, residual = ops.add_rms_norm(x, residual, self.input_norm, self.eps)
+        attended = self.attention(normed, step, k_cache, v_cache)
+        normed, residual = ops.add_rms_norm(attended, residual, self.post_attention_norm, self.eps)
+        return self.mlp(normed), residual

@@ -1,0 +1,24 @@
+"""Which class runs which architecture of config.json. Knows names only."""
+
+from __future__ import annotations
+
+from services.engine.models.config import ConfigError
+from services.engine.models.llama import Llama
+from services.engine.models.qwen2 import Qwen2
+
+ARCHITECTURES: dict[str, type[Llama]] = {
+    "LlamaForCausalLM": Llama,
+    "MistralForCausalLM": Llama,
+    "Qwen2ForCausalLM": Qwen2,
+}
+
+
+def model_class(architecture: str) -> type[Llama]:
+    """The class for one entry of `architectures`. Raises ConfigError."""
+    try:
+        return ARCHITECTURES[architecture]
+    except KeyError:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ConfigError(
+            f"config.json: architecture {architecture!r:.80} is not supported ({known} are)"
+        ) from None

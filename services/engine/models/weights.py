@@ -1,0 +1,140 @@
+"""From a checkpoint's tensors to linears ready to run: one path for our artifacts, AutoAWQ's and plain
+checkpoints.
+
+Knows names, shapes, dtypes and the two ways a linear is stored. Does not know any architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from services.engine.kernels import ops
+from services.engine.kernels.linear import ConcatLinear, DenseLinear, Linear, Scratch
+from services.engine.kernels.numerics import Numerics
+from services.engine.models.config import ModelConfig
+from weft.artifact.checkpoint import Checkpoint, CheckpointError
+from weft.artifact.packing import unpack_int4
+
+_FLOATS = ("BF16", "F16", "F32")
+_HEAD = "lm_head.weight"
+
+
+class WeightLoader:
+    """Loads tensors by name, checks each, and remembers which were used.
+
+    `is_strict` adds what our own artifacts promise: no subnormal scale. AutoAWQ writes some for groups that
+    are all zero, and they dequantise exactly.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, config: ModelConfig, numerics: Numerics, is_strict: bool
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.config = config
+        self.numerics = numerics
+        self._is_strict = is_strict
+        self._scratch = Scratch()
+        self._used: set[str] = set()
+
+    def dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """A float tensor of exactly this shape, finite, in the activations' dtype."""
+        tensor = self._load(name, shape, _FLOATS)
+        if not bool(torch.isfinite(tensor).all()):
+            raise self._error(name, "holds a value that is not finite")
+        return tensor.to(self.numerics.dtype)
+
+    def head(self, embedding: Tensor) -> Linear:
+        """The output projection: the embedding itself when tied, else lm_head."""
+        if not self.config.tie_word_embeddings:
+            weight = self.dense(_HEAD, (self.config.vocab_size, self.config.hidden_size))
+            return ops.make_dense_linear(weight, None, self.numerics)
+        if _HEAD in self.checkpoint.names:
+            stored = self.dense(_HEAD, (self.config.vocab_size, self.config.hidden_size))
+            if not torch.equal(stored, embedding):
+                raise self._error(_HEAD, "differs from the embedding although tie_word_embeddings is true")
+        return ops.make_dense_linear(embedding, None, self.numerics)
+
+    def linear(self, parts: Mapping[str, int], in_features: int, has_bias: bool) -> Linear:
+        """Linears that share an input, fused: {name: out_features} in order of their outputs."""
+        is_packed = {name: f"{name}.qweight" in self.checkpoint.names for name in parts}
+        biases = {name: self.dense(f"{name}.bias", (out,)) for name, out in parts.items()} if has_bias else {}
+        if len(set(is_packed.values())) == 1:
+            return self._fused(parts, in_features, biases, is_packed=next(iter(is_packed.values())))
+        return ConcatLinear(
+            [
+                self._fused({name: out}, in_features, biases, is_packed=is_packed[name])
+                for name, out in parts.items()
+            ]
+        )
+
+    def check_all_used(self) -> None:
+        """Refuse tensors that no layer asked for: they mean another architecture, or fewer layers than
+        stored.
+        """
+        left = sorted(
+            name for name in self.checkpoint.names - self._used if not name.endswith("rotary_emb.inv_freq")
+        )
+        if left:
+            names = ", ".join(left[:5])
+            raise CheckpointError(
+                f"{self.checkpoint.directory}: {len(left)} tensors that {self.config.architecture} with "
+                f"{self.config.num_layers} layers does not have: {names}"
+            )
+
+    def _fused(
+        self, parts: Mapping[str, int], in_features: int, biases: Mapping[str, Tensor], *, is_packed: bool
+    ) -> Linear:
+        bias = torch.cat([biases[name] for name in parts]) if biases else None
+        if not is_packed:
+            weights = [self.dense(f"{name}.weight", (out, in_features)) for name, out in parts.items()]
+            return DenseLinear(torch.cat(weights), bias, self.numerics)
+        packed = [self._int4(name, out, in_features) for name, out in parts.items()]
+        values, zeros, scales = (torch.cat(tensors, dim=1) for tensors in zip(*packed, strict=True))
+        return ops.make_int4_linear(values, zeros, scales, bias, self.numerics, self._scratch)
+
+    def _int4(self, name: str, out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(values uint8 [in, out], zeros uint8 [groups, out], scales fp16 [groups, out]) of one AutoAWQ
+        linear.
+        """
+        if self.config.quantization is None:
+            raise self._error(f"{name}.qweight", "is quantized but config.json has no quantization_config")
+        group = self.config.quantization.group_size
+        group = in_features if group == -1 else group
+        if in_features % group or out_features % 8:
+            raise self._error(
+                f"{name}.qweight",
+                f"[{in_features}, {out_features}] does not divide into groups of {group} by words of 8",
+            )
+        shape = (in_features // group, out_features)
+        words = self._load(f"{name}.qweight", (in_features, out_features // 8), ("I32",))
+        zeros = self._load(f"{name}.qzeros", (shape[0], out_features // 8), ("I32",))
+        scales = self._load(f"{name}.scales", shape, _FLOATS)
+        self._check_scales(f"{name}.scales", scales)
+        return unpack_int4(words), unpack_int4(zeros), scales
+
+    def _check_scales(self, name: str, scales: Tensor) -> None:
+        if not bool(torch.isfinite(scales).all()):
+            raise self._error(name, "holds a value that is not finite")
+        smallest = float(scales.min())
+        if smallest <= 0:
+            raise self._error(name, f"holds {smallest}; scales are above zero")
+        if self._is_strict and smallest < 2.0**-14:
+            raise self._error(name, f"holds {smallest:.3g}, which is subnormal in fp16")
+
+    def _load(self, name: str, shape: tuple[int, ...], dtypes: tuple[str, ...]) -> Tensor:
+        if name not in self.checkpoint.names:
+            raise self._error(name, "is missing")
+        if self.checkpoint.shape(name) != shape:
+            raise self._error(name, f"has shape {list(self.checkpoint.shape(name))}, expected {list(shape)}")
+        if self.checkpoint.dtype(name) not in dtypes:
+            raise self._error(
+                name, f"has dtype {self.checkpoint.dtype(name)}, expected {' or '.join(dtypes)}"
+            )
+        self._used.add(name)
+        return self.checkpoint.load(name)
+
+    def _error(self, name: str, text: str) -> CheckpointError:
+        return CheckpointError(f"{self.checkpoint.directory}: tensor {name} {text}")

@@ -1,0 +1,1 @@
+"""What runs a model for the core: inputs, cache memory, forward, sampling. Knows no transport."""

@@ -1,0 +1,101 @@
+"""The decisions taken at load: dtype, determinism, cache size, and the record of them.
+
+Knows configuration and hardware; `ModelRunner` is assembled from these by `load_runner`.
+"""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+from services.engine.kernels import ops
+from services.engine.kernels.numerics import KEY_TILE, Numerics
+from services.engine.models.llama import Llama
+from services.engine.runner.config import RunnerConfig, RunnerConfigError, RunnerInfo
+from services.engine.runner.kv_cache import KVCache, kv_bytes_per_token
+from services.engine.runner.source import Source
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def choose_numerics(config: RunnerConfig) -> Numerics:
+    """dtype and determinism. Raises RunnerConfigError for a device or a combination that there is not."""
+    if config.device not in ops.supported_devices():
+        supported = ", ".join(ops.supported_devices())
+        raise RunnerConfigError(f"device {config.device!r} is not supported (there are: {supported})")
+    dtype = torch.float32 if config.dtype == "auto" else _DTYPES[config.dtype]
+    is_deterministic = config.is_deterministic
+    if is_deterministic is None:
+        is_deterministic = dtype == torch.float32
+    if is_deterministic and dtype != torch.float32:
+        raise RunnerConfigError(
+            "deterministic mode on a CPU needs dtype float32: bfloat16 matmuls round by batch size"
+        )
+    return Numerics(dtype, is_deterministic)
+
+
+def numerics_id(numerics: Numerics, paths: dict[str, str], fingerprint: str) -> str:
+    """Equal ids mean equal bits: what was chosen, where it runs, and the fingerprint of logits that were
+    computed.
+    """
+    name = str(numerics.dtype).removeprefix("torch.")
+    capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
+    weights = "+".join(sorted(set(paths.values())))
+    mode = "deterministic" if numerics.is_deterministic else "fast"
+    return (
+        f"{name}-cpu-{platform.machine()}-{capability}-{weights}-tile{KEY_TILE}v1-{mode}"
+        f"-torch{torch.__version__.split('+')[0]}-t{torch.get_num_threads()}-{fingerprint}"
+    )
+
+
+def make_info(
+    config: RunnerConfig,
+    source: Source,
+    model: Llama,
+    cache: KVCache,
+    numerics: Numerics,
+    max_model_len: int,
+    fingerprint: str,
+) -> RunnerInfo:
+    """The runner's record of itself."""
+    paths = linear_paths(model)
+    return RunnerInfo(
+        model_name=source.model_name,
+        artifact_version=source.version,
+        artifact_digest=source.digest,
+        tokenizer_digest=source.tokenizer_digest,
+        architecture=model.config.architecture,
+        vocab_size=model.config.vocab_size,
+        num_layers=model.config.num_layers,
+        max_model_len=max_model_len,
+        num_blocks=cache.num_blocks,
+        block_size=cache.block_size,
+        kv_bytes_per_token=kv_bytes_per_token(model.config, cache.data.dtype),
+        weight_bytes=weight_bytes(model),
+        dtype=str(numerics.dtype).removeprefix("torch."),
+        kv_dtype=str(cache.data.dtype).removeprefix("torch."),
+        device=config.device,
+        numerics_id=numerics_id(numerics, paths, fingerprint),
+        is_deterministic=numerics.is_deterministic,
+        num_threads=torch.get_num_threads(),
+        bos_token_id=model.config.bos_token_id,
+        eos_token_ids=model.config.eos_token_ids,
+        kernel_paths={"attention": f"tiled-{KEY_TILE}", **paths},
+    )
+
+
+def linear_paths(model: Llama) -> dict[str, str]:
+    """Which code runs each kind of linear: {"qkv": ..., "head": ...}; several are joined by "+"."""
+    found: dict[str, set[str]] = {}
+    for name, linear in model.linears.items():
+        found.setdefault(name.rsplit(".", 1)[-1], set()).add(linear.path)
+    return {kind: "+".join(sorted(paths)) for kind, paths in found.items()}
+
+
+def weight_bytes(model: Llama) -> int:
+    """Bytes of all weights in memory; a head tied to the embedding counts once."""
+    total = model.embedding.nbytes + sum(linear.num_bytes for linear in model.linears.values())
+    norms = sum(layer.input_norm.nbytes + layer.post_attention_norm.nbytes for layer in model.layers)
+    tied = model.linears["head"].num_bytes if model.config.tie_word_embeddings else 0
+    return total + norms + model.norm.nbytes - tied
