@@ -427,3 +427,25 @@ def test_a_late_start_is_refused_by_the_learned_cost():
         core.add(make_sequence("c", [1], deadline=clock.time + 5.0, max_tokens=100, must_complete=True))
     core.cancel("b")
     assert_clean(core)
+
+
+def test_a_hash_collision_costs_a_miss_not_a_mix_up(monkeypatch):
+    monkeypatch.setattr("services.engine.core.block_manager.chain_hash", lambda parent, ids: b"same")
+    core, _ = make_core(64, 4, min_head=4)
+    for i in range(4):
+        run_all(core, [make_sequence(i, [i, 2, 3, 4, i + 5, 6, 7, 8, 9], seed=i)])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_equal_histories_give_equal_schedules(seed):
+    def history():
+        core, _ = make_core(12, 4, prefill_chunk=5, max_batched_tokens=16, max_batch_size=4)
+        for i, prompt in enumerate(prompts(8, 7 + seed)):
+            core.add(make_sequence(i, prompt, seed=seed))
+        log = []
+        while core.num_live:
+            report = core.step()
+            log.append([(t.key, t.token_id) for t in report.tokens])
+        return log
+
+    assert history() == history()
