@@ -24,10 +24,10 @@ log = logs.get_logger("gateway.template")
 
 
 class TemplateError(Exception):
-    """The template itself is at fault, or its process: nothing a client can mend. The text is safe to show."""
+    """The template or its process is at fault, not the client. The text is safe to show."""
 
 
-class ConversationRefused(Exception):  # noqa: N818
+class ConversationRefused(Exception):
     """The template does not take this conversation. The text says why and is safe to show."""
 
 

@@ -21,11 +21,11 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 _PR_SET_PDEATHSIG = 1
 
 
-class RefusedByTemplate(Exception):  # noqa: N818
+class RefusedByTemplate(Exception):
     """The template itself called raise_exception: the conversation has a shape it does not take."""
 
 
-class OutputTooLong(Exception):  # noqa: N818
+class OutputTooLong(Exception):
     """The template made more text than allowed."""
 
 
@@ -102,7 +102,7 @@ def _tojson(value: Any, indent: int | None = None) -> str:
 
 
 def _limit_cpu(cpu_s: float) -> None:
-    """Let the kernel end this process once the render has used `cpu_s`: exactly by timer, surely by rlimit."""
+    """Let the kernel end this process once it has used `cpu_s` more: by timer, and surely by rlimit."""
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
     usage = resource.getrusage(resource.RUSAGE_SELF)

@@ -1,0 +1,128 @@
+"""Many logical requests on one client connection: the Multiplex call. Each fails or ends on its own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import grpc
+
+from services.gateway.events import responses, started
+from services.gateway.gateway import Gateway
+from services.gateway.live import LiveRequest
+from services.gateway.resolution import refuse_unknown_fields
+from weft import logs
+from weft.rpc.errors import StatusError, failure_from, internal_error, invalid_argument, new_error_id
+from weft.v1 import gateway_service_pb2 as pb
+
+MAX_STREAMS = 1024
+log = logs.get_logger("gateway")
+Write = Callable[[pb.MultiplexResponse], Awaitable[None]]
+
+
+class _Stream:
+    """One logical request: its task, and the live request once there is one."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[None] | None = None
+        self.live: LiveRequest | None = None
+        self.is_cancelled = False
+
+
+class ClientStreams:
+    """The logical requests of one Multiplex call. Writes are in one order: a lock keeps messages whole."""
+
+    def __init__(self, gateway: Gateway, write: Write, *, owner: str | None, budget_s: float | None) -> None:
+        self._gateway = gateway
+        self._write = write
+        self._owner = owner
+        self._until = None if budget_s is None else gateway.now() + budget_s
+        self._streams: dict[int, _Stream] = {}
+        self._lock = asyncio.Lock()
+
+    async def run(self, requests: AsyncIterator[pb.MultiplexRequest]) -> None:
+        """Serve until the client sends no more and every request has ended. Leaving cancels the rest."""
+        try:
+            async for request in requests:
+                await self._command(request)
+            while tasks := [s.task for s in self._streams.values() if s.task is not None]:
+                await asyncio.wait(tasks)
+        finally:
+            tasks = [s.task for s in self._streams.values() if s.task is not None]
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _command(self, request: pb.MultiplexRequest) -> None:
+        stream_id = request.stream_id
+        command = request.WhichOneof("command")
+        stream = self._streams.get(stream_id)
+        if command == "cancel":
+            # An unknown id is a cancel that crossed the end of its request.
+            if stream is not None:
+                stream.is_cancelled = True
+                if stream.live is not None:
+                    stream.live.cancel()
+            return
+        try:
+            refuse_unknown_fields(request)
+            if command is None:
+                raise invalid_argument([("command", "generate or cancel must be set")])
+            if stream is not None:
+                raise StatusError(
+                    grpc.StatusCode.ALREADY_EXISTS, f"stream {stream_id} is live: this stream is over"
+                )
+            if len(self._streams) >= MAX_STREAMS:
+                raise self._gateway.admission.refusal(f"more than {MAX_STREAMS} requests on one stream")
+        except StatusError as error:
+            if stream is not None:
+                # An end event for a live id would end the wrong request, so the whole call ends.
+                raise
+            await self._end(stream_id, error)
+            return
+        stream = self._streams[stream_id] = _Stream()
+        stream.task = asyncio.create_task(self._serve(stream_id, stream, request))
+
+    def _budget_s(self, request: pb.MultiplexRequest) -> float | None:
+        own = request.budget_ms / 1000 if request.HasField("budget_ms") else None
+        rest = None if self._until is None else self._until - self._gateway.now()
+        return min((b for b in (own, rest) if b is not None), default=None)
+
+    async def _serve(self, stream_id: int, stream: _Stream, request: pb.MultiplexRequest) -> None:
+        failure: StatusError | None = None
+        try:
+            await self._generate(stream_id, stream, request)
+        except StatusError as error:
+            failure = error
+        except grpc.aio.UsageError:
+            return  # the client is gone; the call's own task says so
+        except Exception as error:  # one request must not end the others
+            error_id = new_error_id()
+            log.error("unhandled exception", exc_info=error, error_id=error_id)
+            failure = internal_error(error_id)
+        finally:
+            del self._streams[stream_id]
+        with contextlib.suppress(grpc.aio.UsageError):
+            await self._end(stream_id, failure)
+
+    async def _generate(self, stream_id: int, stream: _Stream, request: pb.MultiplexRequest) -> None:
+        budget_s = self._budget_s(request)
+        async with self._gateway.open(request.generate, owner=self._owner, budget_s=budget_s) as live:
+            stream.live = live
+            if stream.is_cancelled:
+                live.cancel()
+            await live.admitted()
+            await self._send(stream_id, started(live.resolved))
+            while (updates := await live.next_updates()) is not None:
+                for response in responses(live, updates):
+                    await self._send(stream_id, response)
+
+    async def _send(self, stream_id: int, response: pb.GenerateResponse) -> None:
+        async with self._lock:
+            await self._write(pb.MultiplexResponse(stream_id=stream_id, response=response))
+
+    async def _end(self, stream_id: int, failure: StatusError | None) -> None:
+        end = pb.StreamEnd(failure=failure_from(failure) if failure is not None else None)
+        async with self._lock:
+            await self._write(pb.MultiplexResponse(stream_id=stream_id, end=end))

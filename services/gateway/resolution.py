@@ -1,0 +1,229 @@
+"""From what a client wrote to a request with nothing left open: every check, every default, every token id.
+
+Both faces of the gateway, gRPC and HTTP, come through here. Nothing is accepted and ignored.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+from collections.abc import Iterable
+from typing import Any, cast
+
+import grpc
+from google.protobuf.message import Message
+from google.protobuf.unknown_fields import UnknownFieldSet
+
+from services.gateway.assets import ModelAssets
+from services.gateway.chat_template import ConversationRefused, TemplateError
+from services.gateway.request import ResolvedRequest
+from services.gateway.tokenization import TokenizationError
+from weft import logs
+from weft.rpc.errors import StatusError, internal_error, invalid_argument, new_error_id
+from weft.sampling import (
+    MAX_STOP_TOKEN_IDS,
+    validate_labels,
+    validate_length,
+    validate_sampling,
+    validate_stop,
+    validate_token_ids,
+)
+from weft.v1 import engine_service_pb2 as engine_pb
+from weft.v1 import gateway_service_pb2 as gateway_pb
+from weft.v1 import generation_pb2 as pb
+
+MAX_TEXT_BYTES = 2 << 20
+MAX_MESSAGES = 1024
+USUAL_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
+_ROLE = re.compile(r"[a-z_]{1,32}")
+log = logs.get_logger("gateway")
+
+
+def refuse_unknown_fields(message: Message) -> None:
+    """INVALID_ARGUMENT naming the numbers of fields that this version does not know, nested ones included."""
+    found = list(_unknown_fields(message, ""))
+    if found:
+        raise invalid_argument([(path, "is no field of this version") for path in found[:20]])
+
+
+def _unknown_field_set(message: Message) -> Iterable[Any]:
+    found: Iterable[Any] = cast(Any, UnknownFieldSet)(message)
+    return found
+
+
+def _unknown_fields(message: Message, path: str) -> Iterable[str]:
+    for field in _unknown_field_set(message):
+        yield f"{path}{field.field_number}"
+    for descriptor, value in message.ListFields():
+        if descriptor.message_type is None:
+            continue
+        values = value if descriptor.is_repeated else (value,)
+        for item in values:
+            yield from _unknown_fields(item, f"{path}{descriptor.name}.")
+
+
+def check_fields(request: gateway_pb.GenerateRequest, info: engine_pb.GetInfoResponse) -> None:
+    """Every check that needs no tokenizer, in one refusal. Raises StatusError."""
+    if request.session_id:
+        raise not_offered("session_id", "sessions are not offered yet")
+    if request.resumable or request.HasField("resume_offset"):
+        field = "resumable" if request.resumable else "resume_offset"
+        raise not_offered(field, "resuming after a disconnect is not offered yet")
+    violations: list[tuple[str, str]] = []
+    violations += validate_labels(
+        request_id=request.request_id, priority=request.priority, cache_salt=request.cache_salt
+    )
+    violations += validate_stop(request.stop)
+    violations += validate_sampling(
+        request.sampling, vocab_size=info.vocab_size, max_model_len=info.max_model_len
+    )
+    if request.WhichOneof("prompt") is None:
+        violations.append(("prompt", "one of text, chat, token_ids must be set"))
+    if violations:
+        raise invalid_argument(violations)
+
+
+def not_offered(field: str, text: str) -> StatusError:
+    """UNIMPLEMENTED for a field whose feature does not exist yet."""
+    return StatusError(grpc.StatusCode.UNIMPLEMENTED, f"{field}: {text}", field_violations=[(field, text)])
+
+
+async def tokenize(
+    prompt: gateway_pb.GenerateRequest | gateway_pb.TokenizeRequest,
+    assets: ModelAssets,
+    info: engine_pb.GetInfoResponse,
+) -> list[int]:
+    """The token ids of a prompt of any kind. Raises StatusError."""
+    kind = prompt.WhichOneof("prompt")
+    try:
+        if kind == "text":
+            if not prompt.text:
+                raise invalid_argument([("text", "must not be empty")])
+            check_size("text", prompt.text)
+            return await assets.tokenizer.encode_text(prompt.text)
+        if kind == "chat":
+            return await _tokenize_chat(prompt.chat, assets)
+        if kind == "token_ids" and isinstance(prompt, gateway_pb.GenerateRequest):
+            violations = validate_token_ids(
+                prompt.token_ids.ids, vocab_size=info.vocab_size, field="token_ids.ids"
+            )
+            if violations:
+                raise invalid_argument(violations)
+            return list(prompt.token_ids.ids)
+    except TokenizationError as error:
+        raise _as_internal("tokenizer failed", error) from error
+    raise invalid_argument([("prompt", "one of text, chat, token_ids must be set")])
+
+
+def check_size(field: str, text: str) -> None:
+    """INVALID_ARGUMENT for a text above the cap."""
+    if len(text) > MAX_TEXT_BYTES or len(text.encode("utf-8")) > MAX_TEXT_BYTES:
+        raise invalid_argument([(field, f"must have at most {MAX_TEXT_BYTES} bytes")])
+
+
+async def _tokenize_chat(chat: gateway_pb.ChatPrompt, assets: ModelAssets) -> list[int]:
+    template = assets.template
+    if template is None:
+        raise invalid_argument([("chat", assets.template_problem)])
+    if not 1 <= len(chat.messages) <= MAX_MESSAGES:
+        raise invalid_argument([("chat.messages", f"must have 1 to {MAX_MESSAGES} entries")])
+    for index, message in enumerate(chat.messages):
+        # A role often becomes part of a special token, so it must be a word that the template expects.
+        if message.role not in USUAL_ROLES and not _is_named(message.role, template.source):
+            raise invalid_argument([(f"chat.messages[{index}].role", "is no role that this model knows")])
+    check_size("chat", "".join(message.content for message in chat.messages))
+    contents, marker = assets.tokenizer.escape(message.content for message in chat.messages)
+    messages = [
+        {"role": message.role, "content": content}
+        for message, content in zip(chat.messages, contents, strict=True)
+    ]
+    try:
+        rendered = await template.render(messages)
+    except ConversationRefused as error:
+        raise invalid_argument([("chat", str(error))]) from error
+    except TemplateError as error:
+        error_id = new_error_id()
+        log.error("chat template failed", exc_info=error, error_id=error_id)
+        raise StatusError(grpc.StatusCode.INTERNAL, f"{error} (id {error_id})", error_id=error_id) from error
+    token_ids = await assets.tokenizer.encode_chat(rendered, marker)
+    if not token_ids:
+        raise invalid_argument([("chat", "the rendered conversation is empty")])
+    return token_ids
+
+
+def _is_named(role: str, template: str) -> bool:
+    return _ROLE.fullmatch(role) is not None and (f"'{role}'" in template or f'"{role}"' in template)
+
+
+def _as_internal(event: str, error: Exception) -> StatusError:
+    error_id = new_error_id()
+    log.error(event, exc_info=error, error_id=error_id)
+    return internal_error(error_id)
+
+
+async def resolve(
+    request: gateway_pb.GenerateRequest,
+    info: engine_pb.GetInfoResponse,
+    assets: ModelAssets,
+    request_id: str,
+    deadline: float | None,
+) -> ResolvedRequest:
+    """Tokenize, check lengths, fill in defaults, draw the seed. `check_fields` must have passed. Raises
+    StatusError.
+    """
+    prompt_token_ids = await tokenize(request, assets, info)
+    sampling = pb.SamplingParams()
+    sampling.CopyFrom(request.sampling)
+    violations = validate_length(
+        num_prompt_tokens=len(prompt_token_ids),
+        max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
+        max_model_len=info.max_model_len,
+        prompt_field=request.WhichOneof("prompt") or "prompt",
+    )
+    room = info.max_model_len - len(prompt_token_ids)
+    if not violations and sampling.min_tokens > room:
+        violations = [("sampling.min_tokens", f"the context has room for {room}")]  # type: ignore[list-item]
+    if violations:
+        raise invalid_argument(violations)
+    num_samples = sampling.n or 1
+    sampling.ClearField("n")
+    assets.defaults.apply(sampling)
+    if not sampling.HasField("max_tokens"):
+        sampling.max_tokens = room
+    if not sampling.HasField("seed"):
+        sampling.seed = secrets.randbits(64)
+    return ResolvedRequest(
+        request_id=request_id,
+        info=info,
+        assets=assets,
+        prompt_token_ids=prompt_token_ids,
+        sampling=sampling,
+        num_samples=num_samples,
+        stops=tuple(request.stop),
+        terminal_ids=_end_ids(sampling, info, assets),
+        skip_special_tokens=(
+            request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+        ),
+        priority=request.priority,
+        must_complete=request.must_complete,
+        cache_salt=request.cache_salt,
+        deadline=deadline,
+    )
+
+
+def _end_ids(
+    sampling: pb.SamplingParams, info: engine_pb.GetInfoResponse, assets: ModelAssets
+) -> frozenset[int]:
+    """Every id that ends an output. End tokens that generation_config.json names and the engine does not know
+    become stop token ids.
+    """
+    ids = set(sampling.stop_token_ids)
+    if not sampling.ignore_eos:
+        known = set(info.eos_token_ids)
+        for token_id in assets.defaults.eos_token_ids:
+            has_room = len(sampling.stop_token_ids) < MAX_STOP_TOKEN_IDS
+            if token_id not in known | ids and token_id < info.vocab_size and has_room:
+                sampling.stop_token_ids.append(token_id)
+                ids.add(token_id)
+        ids |= known
+    return frozenset(ids)

@@ -1,0 +1,155 @@
+"""Which engine a sample goes to, and what becomes of a sample whose engine is lost.
+
+Least loaded first. A lost sample keeps its prompt, its seed and every token it was given, so another engine
+of the same artifact, or the same one after a restart, can go on where it stopped. Knows nothing of clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterable, Sequence
+
+import grpc
+
+from services.gateway.engine_client import EngineLink, LinkLost
+from services.gateway.live import LiveSample
+from weft.rpc.errors import StatusError
+
+RETRY_S = 1.0
+
+
+class Router:
+    """The links of this gateway. `max_placements` bounds how often one sample may be started, so that a
+    request that kills engines does not kill them all; `wait_s` is how long a lost sample waits for an engine.
+    """
+
+    def __init__(
+        self, *, wait_s: float, max_placements: int = 4, on_change: Callable[[], None] = lambda: None
+    ) -> None:
+        self.links: Sequence[EngineLink] = ()
+        self.num_replays = 0
+        self._wait_s = wait_s
+        self._max_placements = max_placements
+        self._on_change = on_change
+        self._waiting: dict[LiveSample, asyncio.TimerHandle] = {}
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether at least one engine takes requests."""
+        return any(True for _ in self.usable())
+
+    def usable(self) -> Iterable[EngineLink]:
+        """Links that take new samples."""
+        return (link for link in self.links if link.is_up and not link.is_draining)
+
+    def by_model(self) -> dict[str, EngineLink]:
+        """Every model that can be used now, with the least loaded link to it."""
+        found: dict[str, EngineLink] = {}
+        for link in sorted(self.usable(), key=lambda link: link.num_live):
+            if link.info is not None:
+                found.setdefault(link.info.model_name, link)
+        return found
+
+    def find(self, model: str) -> EngineLink:
+        """The link for a model's name; empty takes the only model there is. Raises StatusError."""
+        models = self.by_model()
+        if not models:
+            raise self.unavailable()
+        if not model:
+            if len(models) > 1:
+                raise StatusError(
+                    grpc.StatusCode.INVALID_ARGUMENT,
+                    "model: there are several, one must be named",
+                    field_violations=[("model", "there are several, one must be named")],
+                )
+            return next(iter(models.values()))
+        link = models.get(model)
+        if link is None:
+            if any(other.info and other.info.model_name == model for other in self.links):
+                raise self.unavailable()
+            raise StatusError(
+                grpc.StatusCode.NOT_FOUND,
+                f"model {model[:80]!r} is not served here",
+                reason="MODEL_NOT_FOUND",
+            )
+        return link
+
+    @staticmethod
+    def unavailable() -> StatusError:
+        """No engine can take a request now."""
+        return StatusError(
+            grpc.StatusCode.UNAVAILABLE, "no engine is ready", retry_after_s=RETRY_S, reason="NO_ENGINE"
+        )
+
+    def place(self, sample: LiveSample) -> bool:
+        """Send a sample to the least loaded engine of its artifact. False when there is none."""
+        wanted = sample.request.resolved.info
+        for link in sorted(self.usable(), key=lambda link: link.num_live):
+            if link.info is None or link.info.artifact_digest != wanted.artifact_digest:
+                continue
+            if link.info.model_name != wanted.model_name:
+                continue
+            try:
+                link.submit(sample)
+            except LinkLost:
+                continue
+            return True
+        return False
+
+    def on_lost(self, sample: LiveSample) -> None:
+        """A sample's link is gone. Go on elsewhere, wait for an engine, or end the request."""
+        if self._is_over(sample) or self._replay(sample):
+            return
+        if self._wait_s <= 0:
+            sample.request.fail(self._engine_lost("the engine was lost"))
+            return
+        deadline = sample.request.resolved.deadline
+        wait_s = (
+            self._wait_s if deadline is None else min(self._wait_s, deadline - sample.request.now() - 0.05)
+        )
+        loop = asyncio.get_running_loop()
+        self._waiting[sample] = loop.call_later(max(0.0, wait_s), self._give_up, sample)
+
+    def on_link_change(self, link: EngineLink) -> None:
+        """A link came up, went down or drains."""
+        if link.is_up and not link.is_draining:
+            for sample in list(self._waiting):
+                if self._is_over(sample) or self._replay(sample):
+                    self._waiting.pop(sample).cancel()
+        self._on_change()
+
+    def _is_over(self, sample: LiveSample) -> bool:
+        request = sample.request
+        return request.is_closed or request.failure is not None or sample.finish_without_engine()
+
+    def _replay(self, sample: LiveSample) -> bool:
+        """Start the sample again after its last token, or end its request if that must not be."""
+        request = sample.request
+        if self._has_expired(sample):
+            sample.finish_at_deadline()
+        elif sample.num_placements >= self._max_placements:
+            request.fail(self._engine_lost("the engine was lost again and again"))
+        elif self.place(sample):
+            self.num_replays += 1
+        else:
+            return False
+        return True
+
+    def _give_up(self, sample: LiveSample) -> None:
+        del self._waiting[sample]
+        if self._is_over(sample):
+            return
+        deadline = sample.request.resolved.deadline
+        if deadline is not None and deadline - sample.request.now() < 0.1:
+            sample.finish_at_deadline()
+        else:
+            sample.request.fail(self._engine_lost("the engine was lost and did not come back"))
+
+    @staticmethod
+    def _has_expired(sample: LiveSample) -> bool:
+        deadline = sample.request.resolved.deadline
+        return deadline is not None and deadline <= sample.request.now()
+
+    @staticmethod
+    def _engine_lost(message: str) -> StatusError:
+        return StatusError(grpc.StatusCode.UNAVAILABLE, message, retry_after_s=RETRY_S, reason="ENGINE_LOST")

@@ -1,0 +1,115 @@
+"""GatewayService over gRPC: messages in, messages out. What a request is and goes through is the Gateway's
+matter.
+"""
+
+# ruff: noqa: N802 - the names are the wire's
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+
+from services.gateway.client_streams import ClientStreams
+from services.gateway.events import responses, started
+from services.gateway.gateway import Gateway
+from services.gateway.resolution import not_offered, refuse_unknown_fields, tokenize
+from weft.rpc.errors import StatusError, invalid_argument
+from weft.rpc.interceptor import key_name
+from weft.sampling import validate_token_ids
+from weft.v1 import gateway_service_pb2 as pb
+from weft.v1.gateway_service_pb2_grpc import GatewayServiceServicer
+
+
+class GatewayServicer(GatewayServiceServicer):
+    """The public face of the gateway."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        self._gateway = gateway
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
+        """Run one request and stream its text."""
+        refuse_unknown_fields(request)
+        gateway = self._gateway
+        async with gateway.open(request, owner=key_name.get(), budget_s=context.time_remaining()) as live:
+            await live.admitted()
+            await context.write(started(live.resolved))
+            while (updates := await live.next_updates()) is not None:
+                for response in responses(live, updates):
+                    await context.write(response)
+
+    async def Multiplex(self, request_iterator: AsyncIterator[pb.MultiplexRequest], context: Any) -> None:
+        """Carry many requests on one stream."""
+        streams = ClientStreams(
+            self._gateway, context.write, owner=key_name.get(), budget_s=context.time_remaining()
+        )
+        await streams.run(request_iterator)
+
+    async def Cancel(self, request: pb.CancelRequest, context: Any) -> pb.CancelResponse:
+        """End a live request of the same key."""
+        refuse_unknown_fields(request)
+        if not request.request_id:
+            raise invalid_argument([("request_id", "must be set")])
+        self._gateway.cancel(key_name.get(), request.request_id)
+        return pb.CancelResponse()
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
+        """Turn text or chat messages into token ids."""
+        refuse_unknown_fields(request)
+        link = self._gateway.router.find(request.model)
+        if link.info is None or link.assets is None:
+            raise self._gateway.router.unavailable()
+        return pb.TokenizeResponse(token_ids=await tokenize(request, link.assets, link.info))
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
+        """Turn token ids into text."""
+        refuse_unknown_fields(request)
+        link = self._gateway.router.find(request.model)
+        if link.info is None or link.assets is None:
+            raise self._gateway.router.unavailable()
+        violations = validate_token_ids(
+            request.token_ids, vocab_size=link.info.vocab_size, field="token_ids", can_be_empty=True
+        )
+        if violations:
+            raise invalid_argument(violations)
+        skip = request.skip_special_tokens if request.HasField("skip_special_tokens") else True
+        text = await asyncio.to_thread(
+            link.assets.vocabulary.decode, request.token_ids, skip_special_tokens=skip
+        )
+        return pb.DetokenizeResponse(text=text)
+
+    async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
+        """Name the models that can be used now."""
+        refuse_unknown_fields(request)
+        response = pb.ListModelsResponse()
+        for name, link in sorted(self._gateway.router.by_model().items()):
+            if link.info is not None:
+                response.models.add(
+                    name=name,
+                    version=link.info.artifact_version,
+                    artifact_digest=link.info.artifact_digest,
+                    max_model_len=link.info.max_model_len,
+                    is_deterministic=link.info.is_deterministic,
+                    numerics_id=link.info.numerics_id,
+                    vocab_size=link.info.vocab_size,
+                )
+        return response
+
+    async def CreateSession(self, request: pb.CreateSessionRequest, context: Any) -> pb.CreateSessionResponse:
+        """Not offered yet."""
+        raise _no_sessions()
+
+    async def GetSession(self, request: pb.GetSessionRequest, context: Any) -> pb.GetSessionResponse:
+        """Not offered yet."""
+        raise _no_sessions()
+
+    async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Any) -> pb.DeleteSessionResponse:
+        """Not offered yet."""
+        raise _no_sessions()
+
+
+def _no_sessions() -> StatusError:
+    error = not_offered("session", "sessions are not offered yet")
+    return StatusError(grpc.StatusCode.UNIMPLEMENTED, error.message)
