@@ -1,0 +1,247 @@
+"""One Connect stream: the commands of a gateway in, its frames out.
+
+A link owns a reader, a writer and a heartbeat; whichever ends first ends the link, and the one `finally`
+cancels all that came over it. Knows the loop's commands; knows neither scheduling nor tensors.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+
+from services.engine.loop import EngineLoop, LinkEvents
+from services.engine.rpc import convert
+from services.engine.rpc.outbox import Outbox
+from weft import logs
+from weft.rpc.errors import StatusError, internal_error, invalid_argument, new_error_id
+from weft.sampling import validate_labels
+from weft.v1 import engine_service_pb2 as pb
+
+HEARTBEAT_INTERVAL_S = 0.2
+HELLO_TIMEOUT_S = 10.0
+MAX_GATEWAY_ID_CHARS = 128
+
+log = logs.get_logger("engine.link")
+
+
+def check_hello(first: pb.ConnectRequest | None) -> pb.GatewayHello:
+    """The hello of a link. Raises StatusError when something else came first, or another protocol version."""
+    if first is None or first.WhichOneof("command") != "hello":
+        raise invalid_argument([("command", "the first message must be a hello")])
+    hello = first.hello
+    if hello.protocol_version != convert.PROTOCOL_VERSION:
+        raise StatusError(
+            grpc.StatusCode.FAILED_PRECONDITION,
+            f"protocol version {hello.protocol_version} is not spoken here, only {convert.PROTOCOL_VERSION}",
+            reason="PROTOCOL_VERSION",
+        )
+    if len(hello.gateway_id) > MAX_GATEWAY_ID_CHARS:
+        raise invalid_argument([("hello.gateway_id", f"must have at most {MAX_GATEWAY_ID_CHARS} characters")])
+    return hello
+
+
+def new_epoch() -> int:
+    """A number that no other link has, on this process or another: 63 random bits, never 0."""
+    return secrets.randbits(63) | 1
+
+
+def handed_over(on_events: Callable[[LinkEvents], None]) -> Callable[[LinkEvents], None]:
+    """`on_events` on the running event loop, as a callback for another thread that never waits."""
+    events_loop = asyncio.get_running_loop()
+
+    def deliver(events: LinkEvents) -> None:
+        events_loop.call_soon_threadsafe(on_events, events)
+
+    return deliver
+
+
+class Link:
+    """The state of one Connect stream, from its hello to its end. Lives on the event loop."""
+
+    def __init__(self, loop: EngineLoop, info: pb.GetInfoResponse, hello: pb.GatewayHello) -> None:
+        self.epoch = new_epoch()
+        self._loop = loop
+        self._info = info
+        self._gateway_id = hello.gateway_id
+        self._outbox = Outbox(self.epoch, hello.initial_credit_bytes)
+        self._wake = asyncio.Event()
+        self._live: dict[int, str] = {}
+        self._is_open = True
+        self._is_writing = False
+        self._failure: StatusError | None = None
+        self._failed = asyncio.Event()
+        # Runs on the engine's thread: hands over and returns. Frames are packed on the event loop.
+        self._link_id = loop.open_link(handed_over(self._on_events))
+
+    @property
+    def num_live(self) -> int:
+        """Slots submitted whose end has not been sent; at least 1 while anything waits to be sent."""
+        return len(self._live) or int(self._is_writing or self._outbox.num_pending > 0)
+
+    async def run(self, requests: AsyncIterator[pb.ConnectRequest], context: Any) -> None:
+        """Serve the link until either side ends it. Raises StatusError when the engine does."""
+        log.info("link opened", epoch=self.epoch, gateway=self._gateway_id, peer=context.peer())
+        hello = pb.EngineHello(protocol_version=convert.PROTOCOL_VERSION, epoch=self.epoch, info=self._info)
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            await context.write(pb.ConnectResponse(hello=hello))
+            tasks = [
+                asyncio.create_task(part)
+                for part in (
+                    self._read(requests),
+                    self._write(context),
+                    self._beat(),
+                    self._wait_for_failure(),
+                )
+            ]
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            self._is_open = False
+            self._loop.close_link(self._link_id)
+            for task in tasks:
+                task.cancel()
+            if tasks:
+                await asyncio.wait(tasks)
+            log.info("link closed", epoch=self.epoch, gateway=self._gateway_id, cancelled=len(self._live))
+
+    def fail(self, error: StatusError) -> None:
+        """End the link with a status."""
+        if self._failure is None:
+            self._failure = error
+            self._failed.set()
+
+    def announce_drain(self, deadline_s: float) -> None:
+        """Tell the gateway to move on what it can."""
+        draining = pb.Draining(epoch=self.epoch, deadline_ms=int(1000 * deadline_s))
+        self._queue_reply(pb.ConnectResponse(draining=draining))
+
+    async def _wait_for_failure(self) -> None:
+        await self._failed.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def _on_events(self, events: LinkEvents) -> None:
+        if not self._is_open:
+            return
+        for slot, refusal in events.rejected:
+            self._log_end("rejected", self._live.pop(slot, ""), slot, refusal)
+        for slot, end in events.finished:
+            request_id = self._live.pop(slot, "")
+            if end.error is not None:
+                self._log_end("failed", request_id, slot, end.error)
+        try:
+            self._outbox.add(events)
+        except StatusError as error:
+            self.fail(error)
+        self._wake.set()
+
+    def _log_end(self, event: str, request_id: str, slot: int, error: Exception) -> None:
+        # The key is how the core's own log lines name the sequence.
+        log.info(event, request=request_id, key=(self._link_id, slot), epoch=self.epoch, reason=str(error))
+
+    def _queue_reply(self, message: pb.ConnectResponse) -> None:
+        try:
+            self._outbox.reply(message)
+        except StatusError as error:
+            self.fail(error)
+        self._wake.set()
+
+    async def _write(self, context: Any) -> None:
+        while True:
+            while (message := self._outbox.next_message()) is not None:
+                self._is_writing = True
+                await context.write(message)
+                self._is_writing = False
+            self._wake.clear()
+            await self._wake.wait()
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            if self._live:
+                self._outbox.beat(self._loop.heartbeat())
+                self._wake.set()
+
+    async def _read(self, requests: AsyncIterator[pb.ConnectRequest]) -> None:
+        async for request in requests:
+            command = request.WhichOneof("command")
+            if command == "submit":
+                self._submit(request.submit)
+            elif command == "cancel":
+                self._loop.cancel(self._link_id, request.cancel.slot)
+            elif command == "credit":
+                self._outbox.add_credit(request.credit.bytes)
+                self._wake.set()
+            elif command == "pause":
+                self._loop.pause(self._link_id, request.pause.slot)
+            elif command == "resume":
+                self._loop.resume(self._link_id, request.resume.slot)
+            elif command == "update":
+                self._update(request.update)
+            else:
+                what = "a hello comes once" if command == "hello" else "must be set, to a command known here"
+                raise invalid_argument([("command", what)])
+
+    def _submit(self, submit: pb.Submit) -> None:
+        """Hand a sequence to the loop, or refuse it. Whatever goes wrong here is that slot's alone."""
+        slot = submit.slot
+        if slot in self._live:
+            live = StatusError(grpc.StatusCode.ALREADY_EXISTS, "the slot is live already", reason="SLOT_LIVE")
+            self._reject(slot, live)
+            return
+        try:
+            violations = convert.check(submit, self._info)
+            if violations:
+                self._reject(slot, invalid_argument(violations))
+                return
+            deadline = self._deadline(submit.budget_ms) if submit.HasField("budget_ms") else None
+            sequence = convert.sequence(submit, self._info, seed=submit.sampling.seed, deadline=deadline)
+        except Exception as error:
+            if isinstance(error, StatusError):
+                raise
+            error_id = new_error_id()
+            log.failure("submit failed", error, error_id=error_id, request=submit.request_id)
+            self._reject(slot, internal_error(error_id))
+            return
+        self._live[slot] = submit.request_id
+        self._loop.submit(self._link_id, slot, sequence)
+
+    def _reject(self, slot: int, error: StatusError) -> None:
+        self._outbox.reject(slot, error)
+        self._wake.set()
+
+    def _update(self, update: pb.Update) -> None:
+        if update.HasField("priority"):
+            violations = list(validate_labels(priority=update.priority))
+            if violations:
+                raise invalid_argument(
+                    [(f"update.{violation.field}", violation.description) for violation in violations]
+                )
+        self._loop.update(
+            self._link_id,
+            update.slot,
+            priority=update.priority if update.HasField("priority") else None,
+            deadline=self._deadline(update.budget_ms) if update.HasField("budget_ms") else None,
+        )
+
+    def _deadline(self, budget_ms: int) -> float:
+        return self._loop.now() + budget_ms / 1000
+
+
+async def read_hello(requests: AsyncIterator[pb.ConnectRequest]) -> pb.GatewayHello:
+    """The first message of a stream, checked, within `HELLO_TIMEOUT_S`. Raises StatusError."""
+    first: pb.ConnectRequest | None = None
+    try:
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            with contextlib.suppress(StopAsyncIteration):
+                first = await anext(requests)
+    except TimeoutError:
+        raise StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "no hello came") from None
+    return check_hello(first)
