@@ -9,6 +9,8 @@ import pytest
 
 # Before torch is imported anywhere: more threads than the few cores of a test machine only slow it down.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
+# Waiting threads that spin take the cores from the processes they wait for.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parents[1]
 
