@@ -1,0 +1,106 @@
+"""Does dequantising cost time? One linear on the CPU: 4-bit weights against 16- and 32-bit ones, by rows.
+
+    python -m benchmarks.linear [--threads N] [--append]
+
+Prints rows per second; --append adds the rows to benchmarks/results.csv. The weights of several layers
+are used in turn, so that they come from memory and not from the processor's cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from services.engine.kernels import ops
+from services.engine.kernels.linear import Scratch
+from services.engine.kernels.numerics import Numerics
+
+IN_FEATURES, OUT_FEATURES, GROUP, LAYERS = 2048, 5632, 128, 6
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+MIN_SECONDS = 0.6
+RESULTS = Path(__file__).with_name("results.csv")
+COLUMNS = ("benchmark", "case", "unit", "median", "p20", "p80", "machine", "git_sha")
+
+
+def variants(dtype: torch.dtype) -> dict[str, list[Callable[[torch.Tensor], torch.Tensor]]]:
+    """LAYERS linears of each kind. int4pack is torch's own 4-bit product; it exists for bf16 on x86 alone."""
+    numerics, scratch = Numerics(dtype, is_deterministic=False), Scratch()
+    found: dict[str, list[Callable[[torch.Tensor], torch.Tensor]]] = {"dense": [], "int4": [], "int4pack": []}
+    for _ in range(LAYERS):
+        values = torch.randint(0, 16, (IN_FEATURES, OUT_FEATURES), dtype=torch.uint8)
+        zeros = torch.randint(0, 16, (IN_FEATURES // GROUP, OUT_FEATURES), dtype=torch.uint8)
+        scales = torch.rand(IN_FEATURES // GROUP, OUT_FEATURES).half() * 0.01
+        found["int4"].append(ops.make_int4_linear(values, zeros, scales, None, numerics, scratch))
+        found["dense"].append(ops.make_dense_linear(torch.randn(OUT_FEATURES, IN_FEATURES), None, numerics))
+        if dtype == torch.bfloat16 and platform.machine() == "x86_64":
+            found["int4pack"].append(int4pack(values, zeros, scales))
+    return {name: linears for name, linears in found.items() if linears}
+
+
+def int4pack(
+    values: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """torch's packed 4-bit product. Its own zero is 8, so ours enters as the constant (8 - zero) x scale."""
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.T.int().contiguous(), 1)
+    shift = (8 - zeros.float()) * scales.float()
+    both = torch.stack([scales.float(), shift], dim=-1).bfloat16().contiguous()
+    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, both)
+
+
+def measure(linears: list[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> list[float]:
+    """Rows per second of each pass over the layers."""
+    rates: list[float] = []
+    for linear in linears:
+        linear(x)
+    give_up_at = time.perf_counter() + MIN_SECONDS
+    while time.perf_counter() < give_up_at or len(rates) < 5:
+        began = time.perf_counter()
+        for linear in linears:
+            linear(x)
+        rates.append(x.shape[0] * len(linears) / (time.perf_counter() - began))
+    return rates
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--append", action="store_true", help="add to results.csv")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    sha = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    capability = torch.backends.cpu.get_cpu_capability()
+    machine = f"{platform.machine()} {capability} {arguments.threads} threads torch {torch.__version__}"
+    rows: list[tuple[object, ...]] = []
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, linears in variants(dtype).items():
+            for count in ROWS:
+                rates = sorted(measure(linears, torch.randn(count, IN_FEATURES).to(dtype)))
+                p20, p80 = (rates[round(q * (len(rates) - 1))] for q in (0.2, 0.8))
+                case = f"{name} {str(dtype).removeprefix('torch.')} {IN_FEATURES}x{OUT_FEATURES} rows={count}"
+                median = statistics.median(rates)
+                print(f"{case:48} {median:10.0f} rows/s   p20 {p20:.0f}  p80 {p80:.0f}", flush=True)
+                rows.append(
+                    ("linear", case, "rows/s", f"{median:.0f}", f"{p20:.0f}", f"{p80:.0f}", machine, sha)
+                )
+    if arguments.append:
+        is_new = not RESULTS.exists()
+        with RESULTS.open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([COLUMNS, *rows] if is_new else rows)
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()
