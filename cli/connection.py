@@ -24,7 +24,7 @@ from weft.v1 import gateway_service_pb2_grpc as gateway_grpc
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
 CONNECTION = "Connection"
-SERVER = "127.0.0.1:8500"
+SERVER = "127.0.0.1:50052"
 
 
 @dataclass(frozen=True)

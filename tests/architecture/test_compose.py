@@ -81,8 +81,8 @@ def test_health_is_the_products_own_probe(compose: dict[str, Any], service: str)
 
 
 def test_the_gateway_calls_the_engine_where_it_listens(compose: dict[str, Any]) -> None:
-    assert "--engine=engine:8501" in compose["services"]["gateway"]["command"]
-    assert "--listen=0.0.0.0:8501" in compose["services"]["engine"]["command"]
+    assert "--engine=engine:50051" in compose["services"]["gateway"]["command"]
+    assert "--listen=0.0.0.0:50051" in compose["services"]["engine"]["command"]
 
 
 @pytest.mark.parametrize("service", SERVICES)

@@ -27,7 +27,7 @@ from weft.artifact.store import ArtifactStore
 MODEL = "demo"
 SOURCE = ROOT / "models" / MODEL
 READY_TIMEOUT_S = 180.0
-GRPC_PORT, HTTP_PORT = 8500, 8080
+GRPC_PORT, HTTP_PORT = 50052, 8080
 
 HOW_TO_CALL = """
 The services are up: gRPC on 127.0.0.1:{grpc}, HTTP on 127.0.0.1:{http}. Ctrl-C stops them.
