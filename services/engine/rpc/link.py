@@ -14,6 +14,7 @@ from typing import Any
 
 import grpc
 
+from services.engine.core.sequence import Sequence
 from services.engine.loop import EngineLoop, LinkEvents
 from services.engine.rpc import convert
 from services.engine.rpc.outbox import Outbox
@@ -198,20 +199,21 @@ class Link:
             return
         try:
             violations = convert.check(submit, self._info)
-            if violations:
-                self._reject(slot, invalid_argument(violations))
-                return
-            deadline = self._deadline(submit.budget_ms) if submit.HasField("budget_ms") else None
-            sequence = convert.sequence(submit, self._info, seed=submit.sampling.seed, deadline=deadline)
+            sequence = None if violations else self._sequence(submit)
         except Exception as error:
-            if isinstance(error, StatusError):
-                raise
             error_id = new_error_id()
             log.failure("submit failed", error, error_id=error_id, request=submit.request_id)
             self._reject(slot, internal_error(error_id))
             return
+        if sequence is None:
+            self._reject(slot, invalid_argument(violations))
+            return
         self._live[slot] = submit.request_id
         self._loop.submit(self._link_id, slot, sequence)
+
+    def _sequence(self, submit: pb.Submit) -> Sequence:
+        deadline = self._deadline(submit.budget_ms) if submit.HasField("budget_ms") else None
+        return convert.sequence(submit, self._info, seed=submit.sampling.seed, deadline=deadline)
 
     def _reject(self, slot: int, error: StatusError) -> None:
         self._outbox.reject(slot, error)
