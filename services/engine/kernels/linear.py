@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from services.engine.kernels.numerics import Numerics, pad_rows
+from services.engine.kernels.scratch import Scratch
 
 
 class Linear(Protocol):
@@ -25,23 +26,6 @@ class Linear(Protocol):
 
     def __call__(self, x: Tensor) -> Tensor:
         """Apply it; the result has x's dtype."""
-
-
-class Scratch:
-    """Buffers for what lives only within one call, shared by all linears of a model (one thread runs
-    them).
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[torch.dtype, Tensor] = {}
-
-    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """A flat buffer of `numel` elements with unspecified contents."""
-        buffer = self._buffers.get(dtype)
-        if buffer is None or buffer.numel() < numel:
-            buffer = torch.empty(numel, dtype=dtype)
-            self._buffers[dtype] = buffer
-        return buffer[:numel]
 
 
 class DenseLinear:
@@ -105,15 +89,14 @@ class Int4Linear:
         """
         half = self.group_size // 2
         shape = (self.num_groups, self.group_size, self.out_features)
-        numel = self.in_features * self.out_features
-        nibbles = self._scratch.take(numel, torch.uint8).view(shape)
+        nibbles = self._scratch.take("nibbles", shape, torch.uint8)
         torch.bitwise_and(self.packed, 15, out=nibbles[:, :half])
         torch.bitwise_right_shift(self.packed, 4, out=nibbles[:, half:])
         shifted = nibbles.view(torch.int8).sub_(self.zeros)
-        weight = self._scratch.take(numel, torch.float32).view(shape)
+        weight = self._scratch.take("weight", shape, torch.float32)
         weight.copy_(shifted).mul_(self.scales)
         if self._dtype != torch.float32:
-            weight = self._scratch.take(numel, self._dtype).view(shape).copy_(weight)
+            weight = self._scratch.take("weight", shape, self._dtype).copy_(weight)
         return weight.view(self.in_features, self.out_features)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -10,9 +10,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from services.engine.kernels import reference, tiled_attention
-from services.engine.kernels.linear import DenseLinear, Int4Linear, Linear, Scratch
+from services.engine.kernels.linear import DenseLinear, Int4Linear, Linear
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
+from services.engine.kernels.scratch import Scratch
 
 
 class CpuBackend:
@@ -86,10 +87,10 @@ def paged_attention(
     metadata: AttentionMetadata,
     scale: float,
     numerics: Numerics,
+    scratch: Scratch,
 ) -> Tensor:
     """Causal attention over the blocks; [rows, heads, head_dim] -> the same shape."""
-    tile = numerics.query_tile
-    return _backend(query).paged_attention(query, k_cache, v_cache, metadata, scale, tile)
+    return _backend(query).paged_attention(query, k_cache, v_cache, metadata, scale, numerics, scratch)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from services.engine.kernels.metadata import AttentionMetadata
-from services.engine.kernels.numerics import KEY_TILE
+from services.engine.kernels.numerics import KEY_TILE, Numerics
+from services.engine.kernels.scratch import Scratch
 
-_GATHER_BUDGET = 4 << 20
+_GATHER_BUDGET = 1 << 19
 """Elements of K gathered at once for decodes: past the caches of a core, more in one go gains nothing."""
 
 _CHUNK_ROWS = 512
@@ -41,6 +42,8 @@ class _DecodeGroup:
     ranks: Tensor
     units: Tensor
     is_outside: Tensor
+    partial: Tensor
+    is_tail: Tensor
     counts: list[int]
 
 
@@ -69,7 +72,8 @@ def paged_attention(
     v_cache: Tensor,
     metadata: AttentionMetadata,
     scale: float,
-    query_tile: int,
+    numerics: Numerics,
+    scratch: Scratch,
 ) -> Tensor:
     """As `reference.paged_attention`, with the guarantee above. Computes in fp32 whatever the dtypes."""
     _, heads, head_dim = query.shape
@@ -85,11 +89,22 @@ def paged_attention(
     for group in plan.decodes:
         rows = wide.index_select(0, group.rows).view(-1, kv_heads, heads // kv_heads, head_dim)
         out.index_copy_(
-            0, group.rows, _decode(rows, keys, values, group, query_tile).reshape(-1, heads, head_dim)
+            0,
+            group.rows,
+            _decode(rows, keys, values, group, numerics.query_tile, scratch).reshape(-1, heads, head_dim),
         )
     for chunk in plan.chunks:
         span = slice(chunk.start, chunk.start + chunk.length)
-        _prefill(wide[span], out[span], keys, values, metadata.positions[span], chunk, kv_heads, query_tile)
+        _prefill(
+            wide[span],
+            out[span],
+            keys,
+            values,
+            metadata.positions[span],
+            chunk,
+            kv_heads,
+            numerics.query_tile,
+        )
     return out.to(query.dtype)
 
 
@@ -143,7 +158,9 @@ def _decode_group(metadata: AttentionMetadata, members: list[int], kv_heads: int
     counts = torch.bincount(tiles, minlength=longest).tolist()
     rows = torch.tensor([starts[index] for index in members])
     units = _units(tables, tiles, metadata.block_size, kv_heads)
-    return _DecodeGroup(rows, ranks, units, is_outside[:, None, None, :], counts)
+    partial = (limits < KEY_TILE).nonzero().flatten()
+    is_tail = is_outside[partial][:, None, :, None]
+    return _DecodeGroup(rows, ranks, units, is_outside[:, None, None, :], partial, is_tail, counts)
 
 
 def _units(tables: Tensor, tiles: Tensor, block_size: int, kv_heads: int) -> Tensor:
@@ -164,7 +181,9 @@ def _units(tables: Tensor, tiles: Tensor, block_size: int, kv_heads: int) -> Ten
     return (blocks[:, None, :] * kv_heads + heads[None, :, None]).flatten()
 
 
-def _decode(query: Tensor, keys: Tensor, values: Tensor, group: _DecodeGroup, query_tile: int) -> Tensor:
+def _decode(
+    query: Tensor, keys: Tensor, values: Tensor, group: _DecodeGroup, query_tile: int, scratch: Scratch
+) -> Tensor:
     """Attention of one row per sequence: query [sequences, kv_heads, heads per kv head, head_dim], same shape
     back.
     """
@@ -174,7 +193,7 @@ def _decode(query: Tensor, keys: Tensor, values: Tensor, group: _DecodeGroup, qu
     padded[:, :, :num_heads] = query
     num_pairs = group.ranks.shape[0]
     left = padded.index_select(0, group.ranks).view(-1, tile_rows, head_dim)
-    key_tiles = keys.index_select(0, group.units).view(-1, KEY_TILE, head_dim).float()
+    key_tiles = _gather(keys, group.units, "keys", scratch).view(-1, KEY_TILE, head_dim)
     scores = torch.bmm(left, key_tiles.transpose(1, 2)).view(num_pairs, kv_heads, tile_rows, KEY_TILE)
     scores.masked_fill_(group.is_outside, float("-inf"))
     tile_max = scores.amax(-1)
@@ -182,8 +201,12 @@ def _decode(query: Tensor, keys: Tensor, values: Tensor, group: _DecodeGroup, qu
     for first, count in _later_tiles(group.counts):
         torch.maximum(row_max[:count], tile_max[first : first + count], out=row_max[:count])
     weights = scores.sub_(row_max.index_select(0, group.ranks).unsqueeze(-1)).exp_()
-    value_tiles = values.index_select(0, group.units).view(num_pairs, kv_heads, KEY_TILE, head_dim).float()
-    value_tiles.masked_fill_(group.is_outside.transpose(2, 3), 0.0)
+    value_tiles = _gather(values, group.units, "values", scratch).view(
+        num_pairs, kv_heads, KEY_TILE, head_dim
+    )
+    if group.partial.numel():
+        tails = value_tiles.index_select(0, group.partial).masked_fill_(group.is_tail, 0.0)
+        value_tiles.index_copy_(0, group.partial, tails)
     partial = torch.bmm(weights.view(-1, tile_rows, KEY_TILE), value_tiles.view(-1, KEY_TILE, head_dim))
     partial = partial.view(num_pairs, kv_heads, tile_rows, head_dim)
     tile_sum = weights.sum(-1)
@@ -192,6 +215,16 @@ def _decode(query: Tensor, keys: Tensor, values: Tensor, group: _DecodeGroup, qu
         numerator[:count] += partial[first : first + count]
         denominator[:count] += tile_sum[first : first + count]
     return (numerator / denominator.unsqueeze(-1))[:, :, :num_heads]
+
+
+def _gather(cache: Tensor, units: Tensor, name: str, scratch: Scratch) -> Tensor:
+    """The cache's units [n, part, head_dim] in fp32, in a scratch buffer."""
+    shape = (units.shape[0], cache.shape[1], cache.shape[2])
+    gathered = scratch.take(name, shape, cache.dtype)
+    torch.index_select(cache, 0, units, out=gathered)
+    if cache.dtype == torch.float32:
+        return gathered
+    return scratch.take(name, shape, torch.float32).copy_(gathered)
 
 
 def _later_tiles(counts: list[int]) -> Iterator[tuple[int, int]]:

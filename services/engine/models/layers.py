@@ -13,6 +13,7 @@ from services.engine.kernels import ops
 from services.engine.kernels.linear import Linear
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
+from services.engine.kernels.scratch import Scratch
 
 
 @dataclass(slots=True)
@@ -36,6 +37,7 @@ class Attention:
     num_kv_heads: int
     head_dim: int
     numerics: Numerics
+    scratch: Scratch
 
     def __call__(self, x: Tensor, step: StepContext, k_cache: Tensor, v_cache: Tensor) -> Tensor:
         """[rows, hidden] -> [rows, hidden]; writes the rows' K and V before attending."""
@@ -46,7 +48,9 @@ class Attention:
         value = heads[:, self.num_heads + self.num_kv_heads :]
         ops.write_kv(key, value, k_cache, v_cache, step.metadata)
         scale = self.head_dim**-0.5
-        mixed = ops.paged_attention(query, k_cache, v_cache, step.metadata, scale, self.numerics)
+        mixed = ops.paged_attention(
+            query, k_cache, v_cache, step.metadata, scale, self.numerics, self.scratch
+        )
         return ops.linear(mixed.reshape(rows, -1), self.output)
 
 

@@ -101,6 +101,7 @@ class Llama:
                 num_kv_heads=config.num_kv_heads,
                 head_dim=config.head_dim,
                 numerics=loader.numerics,
+                scratch=loader.scratch,
             ),
             post_attention_norm=loader.dense(prefix + "post_attention_layernorm.weight", (hidden,)),
             mlp=GatedMlp(

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from services.engine.kernels import ops
-from services.engine.kernels.linear import ConcatLinear, DenseLinear, Linear, Scratch
+from services.engine.kernels.linear import ConcatLinear, Linear
 from services.engine.kernels.numerics import Numerics
+from services.engine.kernels.scratch import Scratch
 from services.engine.models.config import ModelConfig
 from weft.artifact.checkpoint import Checkpoint, CheckpointError
 from weft.artifact.packing import unpack_int4
@@ -36,7 +37,7 @@ class WeightLoader:
         self.config = config
         self.numerics = numerics
         self._is_strict = is_strict
-        self._scratch = Scratch()
+        self.scratch = Scratch()
         self._used: set[str] = set()
 
     def dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -90,10 +91,10 @@ class WeightLoader:
         bias = torch.cat([biases[name] for name in parts]) if biases else None
         if not is_packed:
             weights = [self.dense(f"{name}.weight", (out, in_features)) for name, out in parts.items()]
-            return DenseLinear(torch.cat(weights), bias, self.numerics)
+            return ops.make_dense_linear(torch.cat(weights), bias, self.numerics)
         packed = [self._int4(name, out, in_features) for name, out in parts.items()]
         values, zeros, scales = (torch.cat(tensors, dim=1) for tensors in zip(*packed, strict=True))
-        return ops.make_int4_linear(values, zeros, scales, bias, self.numerics, self._scratch)
+        return ops.make_int4_linear(values, zeros, scales, bias, self.numerics, self.scratch)
 
     def _int4(self, name: str, out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
         """(values uint8 [in, out], zeros uint8 [groups, out], scales fp16 [groups, out]) of one AutoAWQ

@@ -1,0 +1,28 @@
+"""Buffers for what lives only within one call, kept between calls.
+
+A fresh tensor of some MiB costs more in page faults than the copy that fills it; these are faulted in once.
+One thread runs a model, so a buffer has one user at a time; each use has its own name. Knows sizes only.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Scratch:
+    """Named flat buffers that grow to the largest size asked for."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor with unspecified contents, valid until the same name is taken again."""
+        numel = math.prod(shape)
+        buffer = self._buffers.get((name, dtype))
+        if buffer is None or buffer.numel() < numel:
+            buffer = torch.empty(numel, dtype=dtype)
+            self._buffers[name, dtype] = buffer
+        return buffer[:numel].view(shape)
