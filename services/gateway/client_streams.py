@@ -99,7 +99,7 @@ class ClientStreams:
             return  # the client is gone; the call's own task says so
         except Exception as error:  # one request must not end the others
             error_id = new_error_id()
-            log.error("unhandled exception", exc_info=error, error_id=error_id)
+            log.failure("unhandled exception", error, error_id=error_id)
             failure = internal_error(error_id)
         finally:
             del self._streams[stream_id]

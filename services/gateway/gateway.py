@@ -10,14 +10,14 @@ import time
 import uuid
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
 import grpc
 
-from services.gateway.admission import Admission
+from services.gateway.admission import Admission, Ticket
 from services.gateway.live import LiveRequest
 from services.gateway.resolution import check_fields, resolve
 from services.gateway.router import Router
@@ -67,6 +67,9 @@ class Gateway:
         self.admission = admission
         self.counters = RequestCounters()
         self.is_draining = False
+        # Seconds since the request's arrival, for whoever measures.
+        self.observe_first_token: Callable[[float], None] = lambda seconds: None
+        self.observe_request: Callable[[float], None] = lambda seconds: None
         self._max_request_s = max_request_s
         self._slow_client_s = slow_client_s
         self._entries: dict[tuple[str | None, str], _Entry] = {}
@@ -86,6 +89,7 @@ class Gateway:
         """
         counters = self.counters
         counters.begun += 1
+        begun_at = self.now()
         code = "OK"
         ticket = live = None
         key: tuple[str | None, str] | None = None
@@ -108,7 +112,12 @@ class Gateway:
             key = (owner, request_id)
             resolved = await resolve(request, link.info, link.assets, request_id, deadline)
             ticket.claim_tokens(len(resolved.prompt_token_ids) * resolved.num_samples)
-            entry.live = live = LiveRequest(resolved, self.now, ticket.promote)
+
+            def on_first_token(ticket: Ticket = ticket) -> None:
+                ticket.promote()
+                self.observe_first_token(self.now() - begun_at)
+
+            entry.live = live = LiveRequest(resolved, self.now, on_first_token)
             self._start(entry, live)
             yield live
         except StatusError as error:
@@ -129,6 +138,7 @@ class Gateway:
                 ticket.leave()
             counters.ended += 1
             counters.by_code[code] += 1
+            self.observe_request(self.now() - begun_at)
 
     def cancel(self, owner: str | None, request_id: str) -> None:
         """End a live request of the same key. Raises StatusError when there is none."""

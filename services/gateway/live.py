@@ -93,7 +93,8 @@ class LiveSample:
     def on_token(self, token_id: int, logprobs: engine_pb.EntryLogprobs | None) -> None:
         """The next token of the sample, in order."""
         self.is_accepted = True
-        if not self.token_ids:
+        if not self.request.has_tokens:
+            self.request.has_tokens = True
             self.request.on_first_token()
         self.token_ids.append(token_id)
         output = self.output
@@ -210,6 +211,7 @@ class LiveRequest:
         self.samples = [LiveSample(self, index) for index in range(resolved.num_samples)]
         self.failure: StatusError | None = None
         self.is_closed = False
+        self.has_tokens = False
         self._wake = asyncio.Event()
 
     def wake(self) -> None:
@@ -234,11 +236,6 @@ class LiveRequest:
         """The consumer is gone or done. What still runs is cancelled. May come twice."""
         self.is_closed = True
         self._detach()
-
-    @property
-    def has_tokens(self) -> bool:
-        """Whether any sample has drawn a token."""
-        return any(sample.token_ids for sample in self.samples)
 
     async def admitted(self) -> None:
         """Return when the engine has taken every sample. Raises StatusError."""

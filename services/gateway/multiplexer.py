@@ -174,7 +174,7 @@ class Multiplexer:
     @staticmethod
     def _fail(sample: LiveSample, error: Exception) -> None:
         error_id = new_error_id()
-        log.error("a token could not be taken in", exc_info=error, error_id=error_id)
+        log.failure("a token could not be taken in", error, error_id=error_id)
         sample.request.fail(internal_error(error_id))
 
     def _lose(self, sample: LiveSample) -> None:

@@ -143,7 +143,7 @@ async def _tokenize_chat(chat: gateway_pb.ChatPrompt, assets: ModelAssets) -> li
         raise invalid_argument([("chat", str(error))]) from error
     except TemplateError as error:
         error_id = new_error_id()
-        log.error("chat template failed", exc_info=error, error_id=error_id)
+        log.failure("chat template failed", error, error_id=error_id)
         raise StatusError(grpc.StatusCode.INTERNAL, f"{error} (id {error_id})", error_id=error_id) from error
     token_ids = await assets.tokenizer.encode_chat(rendered, marker)
     if not token_ids:
@@ -157,7 +157,7 @@ def _is_named(role: str, template: str) -> bool:
 
 def _as_internal(event: str, error: Exception) -> StatusError:
     error_id = new_error_id()
-    log.error(event, exc_info=error, error_id=error_id)
+    log.failure(event, error, error_id=error_id)
     return internal_error(error_id)
 
 
@@ -180,11 +180,13 @@ async def resolve(
         max_model_len=info.max_model_len,
         prompt_field=request.WhichOneof("prompt") or "prompt",
     )
-    room = info.max_model_len - len(prompt_token_ids)
-    if not violations and sampling.min_tokens > room:
-        violations = [("sampling.min_tokens", f"the context has room for {room}")]  # type: ignore[list-item]
     if violations:
-        raise invalid_argument(violations)
+        error = invalid_argument(violations)
+        error.reason = "CONTEXT_LENGTH_EXCEEDED"
+        raise error
+    room = info.max_model_len - len(prompt_token_ids)
+    if sampling.min_tokens > room:
+        raise invalid_argument([("sampling.min_tokens", f"the context has room for {room}")])
     num_samples = sampling.n or 1
     sampling.ClearField("n")
     assets.defaults.apply(sampling)

@@ -22,7 +22,9 @@ FAST = TemplateLimits(cpu_s=0.3, wall_s=5.0)
 
 
 @asynccontextmanager
-async def started(source: str, limits: TemplateLimits = FAST, **constants: str) -> AsyncIterator[ChatTemplate]:
+async def started(
+    source: str, limits: TemplateLimits = FAST, **constants: str
+) -> AsyncIterator[ChatTemplate]:
     template = ChatTemplate(source, constants, limits=limits)
     await template.start()
     try:
@@ -145,7 +147,9 @@ asyncio.run(main())
 
 
 def test_children_die_with_their_parent() -> None:
-    with subprocess.Popen([sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True) as parent:
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    ) as parent:
         assert parent.stdout is not None
         children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
         assert len(children) == 2

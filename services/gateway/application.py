@@ -1,0 +1,115 @@
+"""The gateway as a process: what is started, in which order, and stopped in the other."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from services.gateway.admission import Admission, AdmissionLimits
+from services.gateway.assets import AssetSource
+from services.gateway.config import GatewayConfig
+from services.gateway.engine_client import EngineLink, LinkTimes
+from services.gateway.gateway import Gateway
+from services.gateway.metrics import GatewayMetrics
+from services.gateway.router import Router
+from services.gateway.servicer import GatewayServicer
+from weft import logs
+from weft.rpc.address import Address
+from weft.rpc.auth import Authenticator
+from weft.v1.gateway_service_pb2_grpc import add_GatewayServiceServicer_to_server
+
+if TYPE_CHECKING:
+    from services.gateway.http.server import HttpServer
+    from weft.rpc.server import Server
+
+SERVICE_NAME = "weft.v1.GatewayService"
+log = logs.get_logger("gateway")
+
+
+class GatewayApplication:
+    """What `weft.rpc.server.serve` runs. It is loaded once the first engine has said Hello."""
+
+    service_names: Sequence[str] = (SERVICE_NAME,)
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        *,
+        authenticator: Authenticator | None = None,
+        engine_api_key: str | None = None,
+        times: LinkTimes | None = None,
+    ) -> None:
+        self.config = config
+        self.authenticator = authenticator
+        self.source = AssetSource(artifacts=config.artifacts, directory=config.tokenizer)
+        self.router = Router(wait_s=config.engine_wait_seconds, on_change=self._on_change)
+        gateway_id = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
+        self.router.links = [
+            EngineLink(
+                target,
+                gateway_id=gateway_id,
+                load_assets=self.source.load,
+                on_change=self.router.on_link_change,
+                on_lost=self.router.on_lost,
+                api_key=engine_api_key,
+                times=times,
+            )
+            for target in config.engine
+        ]
+        limits = AdmissionLimits(
+            max_live_requests=config.max_live_requests,
+            max_waiting_requests=config.max_waiting_requests,
+            max_waiting_tokens=config.max_waiting_tokens,
+        )
+        self.gateway = Gateway(
+            self.router,
+            Admission(limits),
+            max_request_s=config.max_request_seconds,
+            slow_client_s=config.slow_client_seconds,
+        )
+        self.metrics = GatewayMetrics(self.gateway)
+        self.http: HttpServer | None = None
+        self._server: Server | None = None
+        self._is_loaded = False
+        self._is_up = asyncio.Event()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def load(self, server: Server) -> None:
+        """Register, connect, and wait for the first engine."""
+        self._server = server
+        add_GatewayServiceServicer_to_server(GatewayServicer(self.gateway), server.grpc)
+        works = [link.run() for link in self.router.links] + [self.gateway.sweep()]
+        self._tasks = [asyncio.create_task(work) for work in works]
+        if self.config.http is not None:
+            await self._start_http(self.config.http)
+        await self._is_up.wait()
+        self._is_loaded = True
+
+    async def drain(self) -> None:
+        """Let running requests end."""
+        await self.gateway.drain(self.config.drain_seconds)
+
+    async def close(self) -> None:
+        """Stop HTTP, links and template processes."""
+        if self.http is not None:
+            await self.http.stop()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.source.close()
+
+    async def _start_http(self, address: Address) -> None:
+        from services.gateway.http.server import HttpServer
+
+        self.http = HttpServer(self.gateway, self.metrics, self.authenticator)
+        await self.http.start(address)
+
+    def _on_change(self) -> None:
+        """Readiness follows the links."""
+        if self.router.is_ready:
+            self._is_up.set()
+        if self._is_loaded and self._server is not None and not self._server.is_stopping:
+            self._server.health.set_serving(self.router.is_ready)

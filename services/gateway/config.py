@@ -1,0 +1,97 @@
+"""The gateway's configuration. `load` merges repeated `--engine` flags; all else is weft.config's."""
+
+# ruff: noqa: RUF009 - `option` makes a dataclass field
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from weft.config import ConfigError, load_config, option
+from weft.logs import LEVELS
+from weft.rpc.address import Address, parse_address
+
+PROG = "python -m services.gateway serve"
+ENV_PREFIX = "WEFT_GATEWAY_"
+
+
+def parse_engines(text: str) -> tuple[str, ...]:
+    """HOST:PORT, or several with commas between."""
+    return tuple(str(parse_address(part)) for part in text.split(",") if part.strip())
+
+
+@dataclass(frozen=True)
+class GatewayConfig:
+    """Flags of `serve`; WEFT_GATEWAY_* variables stand in for them."""
+
+    listen: Address = option(
+        parse_address("127.0.0.1:50052"),
+        "address to listen on for gRPC",
+        parse=parse_address,
+        metavar="HOST:PORT",
+    )
+    engine: tuple[str, ...] = option(
+        ("127.0.0.1:50051",),
+        "an engine; may be given several times",
+        parse=parse_engines,
+        metavar="HOST:PORT",
+    )
+    artifacts: Path | None = option(
+        None, "artifact root: tokenizers and templates are read below it", metavar="DIR"
+    )
+    tokenizer: Path | None = option(
+        None, "directory with tokenizer.json, for engines of plain checkpoints", metavar="DIR"
+    )
+    http: Address | None = option(
+        None, "address to listen on for OpenAI-compatible HTTP", parse=parse_address, metavar="HOST:PORT"
+    )
+    api_key_file: Path | None = option(
+        None, "file of hashed API keys; without it everybody may call", metavar="FILE"
+    )
+    engine_api_key_file: Path | None = option(
+        None, "file with the key that this gateway shows to engines", metavar="FILE"
+    )
+    max_waiting_requests: int = option(512, "requests that may wait for their first token")
+    max_waiting_tokens: int = option(4 << 20, "prompt tokens that may wait")
+    max_live_requests: int = option(4096, "requests in flight")
+    max_request_seconds: float = option(1800.0, "the longest a request may take")
+    slow_client_seconds: float = option(60.0, "how long a client may leave its output unread")
+    engine_wait_seconds: float = option(15.0, "how long a request whose engine is lost waits for another")
+    drain_seconds: float = option(30.0, "how long running requests may go on after a signal")
+    log_level: str = option("info", "what is logged", choices=LEVELS)
+
+    def __post_init__(self) -> None:
+        if (self.artifacts is None) == (self.tokenizer is None):
+            raise ConfigError("--artifacts", "either it or --tokenizer must be given, and not both")
+        if not self.engine:
+            raise ConfigError("--engine", "at least one is needed")
+        for name in ("max_waiting_requests", "max_waiting_tokens", "max_live_requests"):
+            if getattr(self, name) < 1:
+                raise ConfigError("--" + name.replace("_", "-"), "must be at least 1")
+        for name in ("max_request_seconds", "slow_client_seconds"):
+            if getattr(self, name) <= 0:
+                raise ConfigError("--" + name.replace("_", "-"), "must be above 0")
+        for name in ("engine_wait_seconds", "drain_seconds"):
+            if getattr(self, name) < 0:
+                raise ConfigError("--" + name.replace("_", "-"), "must not be negative")
+
+
+def load(argv: Sequence[str]) -> GatewayConfig:
+    """The configuration of one process. Exits with one line on a bad value."""
+    return load_config(GatewayConfig, merge_engines(argv), prog=PROG, env_prefix=ENV_PREFIX)
+
+
+def merge_engines(argv: Sequence[str]) -> list[str]:
+    """Several `--engine X` as one `--engine X,Y`."""
+    engines: list[str] = []
+    rest: list[str] = []
+    arguments = iter(argv)
+    for argument in arguments:
+        if argument == "--engine":
+            engines.append(next(arguments, ""))
+        elif argument.startswith("--engine="):
+            engines.append(argument.removeprefix("--engine="))
+        else:
+            rest.append(argument)
+    return [*rest, "--engine", ",".join(engines)] if engines else rest

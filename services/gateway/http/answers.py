@@ -1,0 +1,166 @@
+"""Updates of a request as the JSON that OpenAI-compatible clients read: whole answers, and chunks. Pure."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from services.gateway.http.parameters import HttpRequest
+from services.gateway.request import ResolvedRequest, SampleEnd, SampleUpdate
+from weft.v1 import generation_pb2 as pb
+
+# Clients know stop and length only; `stop_reason` says it exactly.
+_REASONS = {
+    pb.FINISH_REASON_STOP: ("stop", None),
+    pb.FINISH_REASON_LENGTH: ("length", None),
+    pb.FINISH_REASON_CANCELLED: ("stop", "cancelled"),
+    pb.FINISH_REASON_DEADLINE: ("length", "deadline"),
+}
+
+
+class AnswerWriter:
+    """Writes one request's answer. Feed it every update; it keeps what the end needs."""
+
+    def __init__(self, request: HttpRequest, resolved: ResolvedRequest) -> None:
+        self._request = request
+        self._resolved = resolved
+        self._created = int(time.time())
+        self._ends: list[SampleEnd] = []
+        self._texts: dict[int, list[str]] = {index: [] for index in range(resolved.num_samples)}
+        self._logprobs: dict[int, list[Any]] = {index: [] for index in range(resolved.num_samples)}
+        self._reasons: dict[int, SampleEnd] = {}
+        self._offsets = [0] * resolved.num_samples
+
+    def first_chunks(self) -> list[dict[str, Any]]:
+        """What a chat stream begins with: the role, once a choice."""
+        if not self._request.is_chat:
+            return []
+        delta = {"role": "assistant", "content": ""}
+        return [
+            self._chunk([self._choice(index, {"delta": delta}, None, None)])
+            for index in range(self._resolved.num_samples)
+        ]
+
+    def chunks(self, updates: list[SampleUpdate]) -> list[dict[str, Any]]:
+        """The chunks of some updates; one without text is sent only for what else it carries."""
+        found = []
+        for update in updates:
+            logprobs = self._logprobs_of(update)
+            if update.end is not None:
+                self._ends.append(update.end)
+            if not (update.text or update.end is not None or logprobs):
+                continue
+            if self._request.is_chat:
+                content: dict[str, Any] = {"delta": {"content": update.text} if update.text else {}}
+            else:
+                content = {"text": update.text}
+            choice = self._choice(update.sample_index, content, self._wrap(logprobs), update.end)
+            found.append(self._chunk([choice]))
+        return found
+
+    def usage_chunk(self) -> dict[str, Any] | None:
+        """The chunk after all others, when the client asked for it."""
+        if not self._request.includes_usage:
+            return None
+        return {**self._chunk([]), "usage": self._usage()}
+
+    def add(self, updates: list[SampleUpdate]) -> None:
+        """Take in updates of an answer that is sent whole."""
+        for update in updates:
+            self._texts[update.sample_index].append(update.text)
+            self._logprobs[update.sample_index] += self._logprobs_of(update)
+            if update.end is not None:
+                self._ends.append(update.end)
+                self._reasons[update.sample_index] = update.end
+
+    def whole(self) -> dict[str, Any]:
+        """The whole answer, once every sample has ended."""
+        choices = []
+        for index, pieces in self._texts.items():
+            text = "".join(pieces)
+            if self._request.is_chat:
+                message = {"role": "assistant", "content": text, "refusal": None}
+                content: dict[str, Any] = {"message": message}
+            else:
+                content = {"text": text}
+            choices.append(
+                self._choice(index, content, self._wrap(self._logprobs[index]), self._reasons[index])
+            )
+        kind = "chat.completion" if self._request.is_chat else "text_completion"
+        return {**self._head(kind), "choices": choices, "usage": self._usage()}
+
+    def _head(self, kind: str) -> dict[str, Any]:
+        prefix = "chatcmpl" if self._request.is_chat else "cmpl"
+        return {
+            "id": f"{prefix}-{self._resolved.request_id}",
+            "object": kind,
+            "created": self._created,
+            "model": self._resolved.info.model_name,
+            "system_fingerprint": self._resolved.info.artifact_digest or None,
+        }
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        kind = "chat.completion.chunk" if self._request.is_chat else "text_completion"
+        chunk = {**self._head(kind), "choices": choices}
+        if self._request.includes_usage:
+            chunk["usage"] = None
+        return chunk
+
+    @staticmethod
+    def _choice(index: int, content: dict[str, Any], logprobs: Any, end: SampleEnd | None) -> dict[str, Any]:
+        reason, detail = _REASONS[end.reason] if end is not None else (None, None)
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": reason}
+        if end is not None:
+            choice["stop_reason"] = end.stop_string or detail
+        return choice
+
+    def _usage(self) -> dict[str, Any]:
+        prompt = len(self._resolved.prompt_token_ids)
+        completion = sum(end.usage.completion_tokens for end in self._ends)
+        cached = min((end.usage.cached_tokens for end in self._ends), default=0)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        }
+
+    def _logprobs_of(self, update: SampleUpdate) -> list[Any]:
+        """One entry a token, in the spelling of the endpoint; text offsets are set here, in order."""
+        if not update.logprobs:
+            return []
+        pieces = self._resolved.assets.vocabulary
+        entries: list[Any] = []
+        for token_id, entry in zip(update.token_ids, update.logprobs, strict=False):
+            top = [
+                (pieces.piece(i), p) for i, p in zip(entry.top_token_ids, entry.top_logprobs, strict=False)
+            ]
+            piece = pieces.piece(token_id)
+            if self._request.is_chat:
+                entries.append(
+                    {**_token(piece, entry.logprob), "top_logprobs": [_token(b, p) for b, p in top]}
+                )
+            else:
+                text = piece.decode("utf-8", "replace")
+                offset = self._offsets[update.sample_index]
+                self._offsets[update.sample_index] += len(text)
+                entries.append(
+                    (text, entry.logprob, {b.decode("utf-8", "replace"): p for b, p in top}, offset)
+                )
+        return entries
+
+    def _wrap(self, entries: list[Any]) -> dict[str, Any] | None:
+        if not self._request.has_logprobs:
+            return None
+        if self._request.is_chat:
+            return {"content": entries, "refusal": None}
+        return {
+            "tokens": [text for text, _, _, _ in entries],
+            "token_logprobs": [logprob for _, logprob, _, _ in entries],
+            "top_logprobs": [top for _, _, top, _ in entries],
+            "text_offset": [offset for _, _, _, offset in entries],
+        }
+
+
+def _token(piece: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": piece.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(piece)}

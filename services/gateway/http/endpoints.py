@@ -1,0 +1,206 @@
+"""The HTTP endpoints as ASGI applications. A client that leaves cancels its request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from services.gateway.gateway import Gateway
+from services.gateway.http.answers import AnswerWriter
+from services.gateway.http.body import Disconnected, Receive, Scope, read_object
+from services.gateway.http.errors import HttpError, body_of, encode, headers_of, status_of
+from services.gateway.http.parameters import HttpRequest, parse_request
+from services.gateway.live import LiveRequest
+from weft import logs
+from weft.rpc.auth import Authenticator
+from weft.rpc.errors import StatusError, internal_error, new_error_id
+
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+_JSON = [(b"content-type", b"application/json")]
+_SSE = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+log = logs.get_logger("gateway.http")
+
+
+class Endpoint:
+    """Authenticates, answers, and turns every exception into an error body. Subclasses give `respond`."""
+
+    def __init__(
+        self, gateway: Gateway, authenticator: Authenticator | None, *, is_open: bool = False
+    ) -> None:
+        self.gateway = gateway
+        self._authenticator = None if is_open else authenticator
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        out = Output(send)
+        try:
+            owner = None
+            if self._authenticator is not None:
+                pairs = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]]
+                owner = self._authenticator.authenticate(pairs)
+            await self.respond(scope, receive, out, owner)
+        except Disconnected:
+            return
+        except (StatusError, HttpError) as error:
+            await out.error(error)
+        except Exception as error:
+            error_id = new_error_id()
+            log.failure("unhandled exception", error, path=scope["path"], error_id=error_id)
+            await out.error(internal_error(error_id))
+
+    async def respond(self, scope: Scope, receive: Receive, out: Output, owner: str | None) -> None:
+        """Answer through `out`. May raise StatusError, HttpError or Disconnected."""
+        raise NotImplementedError
+
+
+class Output:
+    """What goes back. Remembers whether the answer has begun, since an error then has another form."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self._is_stream = False
+
+    async def whole(self, status: int, data: bytes, headers: list[tuple[bytes, bytes]]) -> None:
+        """A whole answer."""
+        headers = [*headers, (b"content-length", str(len(data)).encode())]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self._send({"type": "http.response.body", "body": data})
+
+    async def begin_stream(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """Begin a stream of events."""
+        await self._send({"type": "http.response.start", "status": 200, "headers": [*_SSE, *headers]})
+        self._is_stream = True
+
+    async def events(self, documents: list[dict[str, Any]]) -> None:
+        """Send events: one write, whatever their number."""
+        if documents:
+            data = b"".join(b"data: " + encode(document) + b"\n\n" for document in documents)
+            await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end_stream(self, last: bytes) -> None:
+        """Send the last bytes of a stream."""
+        await self._send({"type": "http.response.body", "body": last})
+
+    async def error(self, error: StatusError | HttpError) -> None:
+        """An error body; inside a stream an event, and no [DONE]: what came so far is not the whole."""
+        if self._is_stream:
+            await self.end_stream(b"data: " + encode(body_of(error)) + b"\n\n")
+        else:
+            await self.whole(status_of(error), encode(body_of(error)), headers_of(error))
+
+
+class Completions(Endpoint):
+    """POST /v1/completions and /v1/chat/completions."""
+
+    def __init__(self, gateway: Gateway, authenticator: Authenticator | None, *, is_chat: bool) -> None:
+        super().__init__(gateway, authenticator)
+        self._is_chat = is_chat
+
+    async def respond(self, scope: Scope, receive: Receive, out: Output, owner: str | None) -> None:
+        """Generate, while watching for the client's leave."""
+        request = parse_request(await read_object(scope, receive), is_chat=self._is_chat)
+        if not request.generate.request_id:
+            request.generate.request_id = uuid.uuid4().hex
+        work = asyncio.create_task(self._generate(request, out, owner))
+        watch = asyncio.create_task(_wait_for_disconnect(receive))
+        try:
+            await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                raise Disconnected
+            work.result()
+        finally:
+            for task in (work, watch):
+                task.cancel()
+            await asyncio.gather(work, watch, return_exceptions=True)
+
+    async def _generate(self, request: HttpRequest, out: Output, owner: str | None) -> None:
+        async with self.gateway.open(request.generate, owner=owner, budget_s=None) as live:
+            await live.admitted()
+            writer = AnswerWriter(request, live.resolved)
+            headers = [(b"x-request-id", live.resolved.request_id.encode("ascii"))]
+            if request.is_stream:
+                await self._stream(live, writer, out, headers)
+                return
+            while (updates := await live.next_updates()) is not None:
+                writer.add(updates)
+        await out.whole(200, encode(writer.whole()), [*_JSON, *headers])
+
+    @staticmethod
+    async def _stream(
+        live: LiveRequest, writer: AnswerWriter, out: Output, headers: list[tuple[bytes, bytes]]
+    ) -> None:
+        await out.begin_stream(headers)
+        await out.events(writer.first_chunks())
+        while (updates := await live.next_updates()) is not None:
+            await out.events(writer.chunks(updates))
+        usage = writer.usage_chunk()
+        await out.events([usage] if usage is not None else [])
+        await out.end_stream(b"data: [DONE]\n\n")
+
+
+async def _wait_for_disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Models(Endpoint):
+    """GET /v1/models and /v1/models/NAME."""
+
+    async def respond(self, scope: Scope, receive: Receive, out: Output, owner: str | None) -> None:
+        """List the models, or describe one."""
+        models = {
+            name: {
+                "id": name,
+                "object": "model",
+                "created": 0,
+                "owned_by": "weft",
+                "max_model_len": link.info.max_model_len if link.info else 0,
+            }
+            for name, link in sorted(self.gateway.router.by_model().items())
+        }
+        name = scope.get("path_params", {}).get("name")
+        if name is None:
+            document: dict[str, Any] = {"object": "list", "data": list(models.values())}
+        elif name in models:
+            document = models[name]
+        else:
+            raise HttpError(404, f"model {name[:80]!r} is not served here", code="model_not_found")
+        await out.whole(200, encode(document), _JSON)
+
+
+class Health(Endpoint):
+    """GET /healthz: 200 when a request could be served now, else 503."""
+
+    async def respond(self, scope: Scope, receive: Receive, out: Output, owner: str | None) -> None:
+        """Say whether the gateway is ready."""
+        is_ready = self.gateway.router.is_ready and not self.gateway.is_draining
+        engines = {
+            link.target: "up" if link.is_up else link.last_problem for link in self.gateway.router.links
+        }
+        document: dict[str, Any] = {"status": "ok" if is_ready else "not ready"}
+        if not is_ready:
+            document["engines_up"] = sum(state == "up" for state in engines.values())
+        with contextlib.suppress(Disconnected):
+            await out.whole(200 if is_ready else 503, encode(document), _JSON)
+
+
+class Metrics(Endpoint):
+    """GET /metrics."""
+
+    def __init__(
+        self, gateway: Gateway, authenticator: Authenticator | None, text: Callable[[], bytes], kind: str
+    ) -> None:
+        super().__init__(gateway, authenticator)
+        self._text = text
+        self._kind = kind
+
+    async def respond(self, scope: Scope, receive: Receive, out: Output, owner: str | None) -> None:
+        """The exposition."""
+        await out.whole(200, self._text(), [(b"content-type", self._kind.encode())])

@@ -1,0 +1,286 @@
+"""OpenAI's request fields as a GenerateRequest. A field is honoured or refused by name, never ignored.
+
+Range checks are the shared validator's; here are only types, the fields that HTTP spells in its own way, and
+those
+whose feature does not exist: they are taken in their neutral value (`best_of` equal to n, `echo` false, no
+tools) and refused otherwise. `user`, `metadata` and `safety_identifier` are labels that change no output by
+contract; they are taken. null always means unset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from services.gateway.http.errors import HttpError, bad_request
+from weft.v1 import gateway_service_pb2 as pb
+
+# /v1/completions has always stopped after 16 tokens unless told otherwise.
+COMPLETION_MAX_TOKENS = 16
+MAX_LABEL_CHARS = 512
+_SAMPLING_INTS = {
+    "top_k": 32,
+    "seed": 64,
+    "min_tokens": 32,
+    "n": 32,
+    "max_tokens": 32,
+}
+_SAMPLING_FLOATS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+_ONLY_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "echo": (False,),
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "parallel_tool_calls": (True, False),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "store": (False,),
+    "service_tier": ("auto", "default"),
+    "use_beam_search": (False,),
+    "prompt_logprobs": (),
+    "prediction": (),
+    "audio": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "web_search_options": (),
+    "chat_template": (),
+    "chat_template_kwargs": (),
+    "continue_final_message": (False,),
+    "add_generation_prompt": (True,),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """What was asked for: the request itself, and how the answer is to be written."""
+
+    generate: pb.GenerateRequest
+    is_chat: bool
+    is_stream: bool
+    includes_usage: bool
+    has_logprobs: bool
+
+
+def parse_request(document: dict[str, Any], *, is_chat: bool) -> HttpRequest:
+    """Read a body. Raises HttpError naming the parameter."""
+    fields = {name: value for name, value in document.items() if value is not None}
+    request = pb.GenerateRequest()
+    taken: set[str] = set()
+
+    def take(name: str) -> Any:
+        taken.add(name)
+        return fields.get(name)
+
+    request.model = _typed(take("model"), str, "model") or ""
+    (_chat_prompt if is_chat else _text_prompt)(request, take)
+    _sampling(request, take)
+    _lengths(request, take, is_chat)
+    has_logprobs = _logprobs(request, take, is_chat)
+    request.stop.extend(_stop(take("stop")))
+    _labels(request, take)
+    is_stream = bool(_typed(take("stream"), bool, "stream"))
+    includes_usage = _stream_options(take("stream_options"), is_stream)
+    best_of = _integer(take("best_of"), "best_of", 32)
+    if best_of is not None and best_of != (request.sampling.n or 1):
+        raise bad_request("best_of", "is not supported unless it equals n", code="unsupported_parameter")
+    for name, allowed in _ONLY_NEUTRAL.items():
+        value = take(name)
+        if value is not None and not any(type(value) is type(a) and value == a for a in allowed):
+            raise bad_request(name, "is not supported by this server", code="unsupported_parameter")
+    unknown = sorted(set(document) - taken)
+    if unknown:
+        names = ", ".join(name[:64] for name in unknown[:20])
+        raise HttpError(400, f"unknown parameter: {names}", param=unknown[0][:64], code="unknown_parameter")
+    return HttpRequest(request, is_chat, is_stream, includes_usage, has_logprobs)
+
+
+_Take = Callable[[str], Any]
+
+
+def _typed(value: Any, kind: type, name: str) -> Any:
+    if value is not None and type(value) is not kind:
+        raise bad_request(name, f"must be a {kind.__name__}", code="invalid_type")
+    return value
+
+
+def _integer(value: Any, name: str, bits: int) -> int | None:
+    if value is None:
+        return None
+    if type(value) is not int:
+        raise bad_request(name, "must be an integer", code="invalid_type")
+    if not 0 <= value < 2**bits:
+        raise bad_request(name, f"must be 0 to 2^{bits} - 1", code="invalid_value")
+    return int(value)
+
+
+def _number(value: Any, name: str) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float):
+        raise bad_request(name, "must be a number", code="invalid_type")
+    if abs(value) > 1e30:
+        raise bad_request(name, "is out of range", code="invalid_value")
+    return float(value)
+
+
+def _text_prompt(request: pb.GenerateRequest, take: _Take) -> None:
+    prompt = take("prompt")
+    # A list of one prompt is what some libraries make of every prompt.
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        request.text = prompt
+    elif isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
+        if not all(0 <= i < 2**32 for i in prompt):
+            raise bad_request("prompt", "a token id is out of range", code="invalid_value")
+        request.token_ids.ids.extend(prompt)
+    elif isinstance(prompt, list) and prompt and all(isinstance(i, str | list) for i in prompt):
+        raise bad_request(
+            "prompt", "several prompts in one request are not supported", code="unsupported_value"
+        )
+    else:
+        raise bad_request("prompt", "must be a string or a list of token ids", code="invalid_type")
+
+
+def _chat_prompt(request: pb.GenerateRequest, take: _Take) -> None:
+    messages = take("messages")
+    if not isinstance(messages, list):
+        raise bad_request("messages", "must be a list", code="invalid_type")
+    request.chat.SetInParent()
+    for index, message in enumerate(messages):
+        where = f"messages[{index}]"
+        if not isinstance(message, dict):
+            raise bad_request(where, "must be an object", code="invalid_type")
+        for name, value in message.items():
+            if name not in ("role", "content") and value is not None and value != []:
+                raise bad_request(f"{where}.{name[:64]}", "is not supported", code="unsupported_parameter")
+        role = message.get("role")
+        if not isinstance(role, str):
+            raise bad_request(f"{where}.role", "must be a string", code="invalid_type")
+        request.chat.messages.add(role=role, content=_content(message.get("content"), f"{where}.content"))
+
+
+def _content(content: Any, where: str) -> str:
+    """A string, or parts of type text; this server sees no images and opens no address."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise bad_request(where, "must be a string or a list of text parts", code="invalid_type")
+    texts = []
+    for index, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise bad_request(
+                f"{where}[{index}]", "only parts of type text are supported", code="unsupported_value"
+            )
+        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
+            raise bad_request(f"{where}[{index}]", "must have a text and nothing else", code="invalid_value")
+        texts.append(part["text"])
+    return "".join(texts)
+
+
+def _sampling(request: pb.GenerateRequest, take: _Take) -> None:
+    sampling = request.sampling
+    for name in _SAMPLING_FLOATS:
+        number = _number(take(name), name)
+        if number is not None:
+            setattr(sampling, name, number)
+    for name, bits in _SAMPLING_INTS.items():
+        integer = _integer(take(name), name, bits)
+        if integer is not None:
+            setattr(sampling, name, integer)
+    ignore_eos = _typed(take("ignore_eos"), bool, "ignore_eos")
+    if ignore_eos is not None:
+        sampling.ignore_eos = ignore_eos
+    stop_ids = _typed(take("stop_token_ids"), list, "stop_token_ids") or []
+    for token_id in stop_ids:
+        sampling.stop_token_ids.append(_integer(token_id, "stop_token_ids", 32) or 0)
+    biases = _typed(take("logit_bias"), dict, "logit_bias") or {}
+    for key, value in biases.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < 2**32):
+            raise bad_request("logit_bias", "its keys must be token ids", code="invalid_value")
+        sampling.logit_bias.add(token_id=int(key), bias=_number(value, "logit_bias") or 0.0)
+
+
+def _lengths(request: pb.GenerateRequest, take: _Take, is_chat: bool) -> None:
+    if not is_chat:
+        if not request.sampling.HasField("max_tokens"):
+            request.sampling.max_tokens = COMPLETION_MAX_TOKENS
+        return
+    limit = _integer(take("max_completion_tokens"), "max_completion_tokens", 32)
+    if limit is None:
+        return
+    if request.sampling.HasField("max_tokens") and request.sampling.max_tokens != limit:
+        raise bad_request("max_tokens", "differs from max_completion_tokens", code="invalid_value")
+    request.sampling.max_tokens = limit
+
+
+def _logprobs(request: pb.GenerateRequest, take: _Take, is_chat: bool) -> bool:
+    wanted, top = take("logprobs"), take("top_logprobs") if is_chat else None
+    if not is_chat:
+        number = _integer(wanted, "logprobs", 32)
+        if number is not None:
+            request.sampling.logprobs = number
+        return number is not None
+    wanted = bool(_typed(wanted, bool, "logprobs"))
+    number = _integer(top, "top_logprobs", 32)
+    if number is not None and not wanted:
+        raise bad_request("top_logprobs", "needs logprobs to be true", code="invalid_value")
+    if wanted:
+        request.sampling.logprobs = number or 0
+    return wanted
+
+
+def _stop(value: Any) -> list[str]:
+    if value is None:
+        return []
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
+        raise bad_request("stop", "must be a string or a list of strings", code="invalid_type")
+    return stops
+
+
+def _labels(request: pb.GenerateRequest, take: _Take) -> None:
+    for name in ("user", "safety_identifier", "prompt_cache_key"):
+        label = _typed(take(name), str, name)
+        if label is not None and len(label) > MAX_LABEL_CHARS:
+            raise bad_request(name, f"must have at most {MAX_LABEL_CHARS} characters", code="invalid_value")
+    metadata = _typed(take("metadata"), dict, "metadata") or {}
+    if len(metadata) > 16 or any(
+        not isinstance(value, str) or len(key) > 64 or len(value) > MAX_LABEL_CHARS
+        for key, value in metadata.items()
+    ):
+        raise bad_request("metadata", "must be at most 16 pairs of short strings", code="invalid_value")
+    for name in ("request_id", "cache_salt"):
+        text = _typed(take(name), str, name)
+        if text is not None:
+            setattr(request, name, text)
+    priority = _typed(take("priority"), int, "priority")
+    if priority is not None:
+        if abs(priority) >= 2**31:
+            raise bad_request("priority", "is out of range", code="invalid_value")
+        request.priority = priority
+    skip = _typed(take("skip_special_tokens"), bool, "skip_special_tokens")
+    if skip is not None:
+        request.skip_special_tokens = skip
+
+
+def _stream_options(value: Any, is_stream: bool) -> bool:
+    options = _typed(value, dict, "stream_options")
+    if options is None:
+        return False
+    if not is_stream:
+        raise bad_request("stream_options", "needs stream to be true", code="invalid_value")
+    unknown = set(options) - {"include_usage"}
+    if unknown:
+        raise bad_request(f"stream_options.{min(unknown)[:64]}", "is unknown", code="unknown_parameter")
+    return bool(_typed(options.get("include_usage"), bool, "stream_options.include_usage"))

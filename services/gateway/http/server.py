@@ -1,0 +1,114 @@
+"""The HTTP server: routes, one socket, uvicorn on the event loop that gRPC runs on.
+
+Routing goes by the path that the server parsed, never by the Host header, and redirects nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from services.gateway.gateway import Gateway
+from services.gateway.http.endpoints import Completions, Health, Metrics, Models
+from services.gateway.http.errors import HttpError, body_of, encode
+from services.gateway.metrics import CONTENT_TYPE, GatewayMetrics
+from weft import logs
+from weft.rpc.address import Address
+from weft.rpc.auth import Authenticator
+from weft.rpc.server import BindError
+
+MAX_HEADER_BYTES = 32 << 10
+KEEP_ALIVE_S = 30
+STOP_GRACE_S = 2
+log = logs.get_logger("gateway.http")
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals belong to the gRPC server's life; this one is told when to stop."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the process's signals alone."""
+        yield
+
+
+class HttpServer:
+    """The OpenAI-compatible face. `start` binds, `stop` lets open answers end for a moment."""
+
+    def __init__(
+        self, gateway: Gateway, metrics: GatewayMetrics, authenticator: Authenticator | None
+    ) -> None:
+        self.address = Address("127.0.0.1", 0)
+        self.app = Starlette(
+            routes=[
+                Route(
+                    "/v1/completions", Completions(gateway, authenticator, is_chat=False), methods=["POST"]
+                ),
+                Route(
+                    "/v1/chat/completions",
+                    Completions(gateway, authenticator, is_chat=True),
+                    methods=["POST"],
+                ),
+                Route("/v1/models", Models(gateway, authenticator), methods=["GET"]),
+                Route("/v1/models/{name}", Models(gateway, authenticator), methods=["GET"]),
+                Route("/healthz", Health(gateway, authenticator, is_open=True), methods=["GET"]),
+                Route(
+                    "/metrics", Metrics(gateway, authenticator, metrics.text, CONTENT_TYPE), methods=["GET"]
+                ),
+            ],
+            exception_handlers={HTTPException: _refusal},
+        )
+        self.app.router.redirect_slashes = False
+        self._server: _Uvicorn | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self, address: Address) -> None:
+        """Bind and serve. Raises BindError."""
+        try:
+            family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+            listener = socket.create_server((address.host, address.port), family=family, backlog=512)
+        except OSError as error:
+            raise BindError(f"cannot listen on {address}: {error.strerror or error}") from None
+        self.address = address._replace(port=listener.getsockname()[1])
+        config = uvicorn.Config(
+            self.app,
+            http="h11",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=STOP_GRACE_S,
+        )
+        self._server = _Uvicorn(config)
+        self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
+        log.info("listening", address=str(self.address))
+
+    async def stop(self) -> None:
+        """Take no more connections, let open answers end within `STOP_GRACE_S`, stop. May come twice."""
+        if self._server is None or self._task is None:
+            return
+        self._server.should_exit = True
+        await asyncio.gather(self._task, return_exceptions=True)
+        self._server = None
+
+
+async def _refusal(request: Request, error: Exception) -> Response:
+    """404 and 405 of the router, in the body that clients expect."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    headers: Any = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
+    text = {404: "there is no such path", 405: "the method is not allowed here"}.get(status, "refused")
+    body = encode(body_of(HttpError(status, text)))
+    return Response(body, status_code=status, headers=headers, media_type="application/json")
