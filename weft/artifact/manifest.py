@@ -32,11 +32,11 @@ class ArtifactError(Exception):
     """An artifact cannot be read, written or trusted."""
 
 
-class ArtifactNotFound(ArtifactError):  # noqa: N818
+class ArtifactNotFound(ArtifactError):
     """No such model, version or artifact."""
 
 
-class DigestMismatch(ArtifactError):  # noqa: N818
+class DigestMismatch(ArtifactError):
     """A file is not what the manifest says. `file`, `expected` and `found` say which and how."""
 
     def __init__(self, file: str, expected: str, found: str) -> None:

@@ -57,7 +57,8 @@ def dequantize(qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
         or values.shape[0] % max(zeros.shape[0], 1)
     ):
         raise ValueError(
-            f"dequantize: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)}, scales {list(scales.shape)} disagree"
+            f"dequantize: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)}, "
+            f"scales {list(scales.shape)} disagree"
         )
     grouped = values.unflatten(0, (zeros.shape[0], -1)).float()
     return ((grouped - zeros.float().unsqueeze(1)) * scales.float().unsqueeze(1)).flatten(0, 1)

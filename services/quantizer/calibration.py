@@ -1,0 +1,104 @@
+"""Text files -> windows of token ids, for calibration and for evaluation.
+
+Paragraphs are joined on one line each, a blank line between them: a hard-wrapped book would otherwise teach
+the search the statistics of line breaks. This module does not know the model; only its tokenizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from services.quantizer.errors import QuantizerError
+from weft.artifact.regular_file import FileRefusedError, read_regular
+
+MAX_TEXT_SIZE = 64 << 20
+_DATA = Path(__file__).parent / "data"
+BUNDLED_CALIBRATION = (_DATA / "calibration.txt",)
+BUNDLED_EVALUATION = (_DATA / "evaluation_dubliners.txt", _DATA / "evaluation_alice.txt")
+
+
+def read_texts(paths: Sequence[Path]) -> tuple[list[str], str]:
+    """The texts, and a digest of their bytes. Refuses what is missing, empty, huge or not UTF-8."""
+    texts, hasher = [], hashlib.sha256()
+    for path in paths:
+        try:
+            data = read_regular(path, MAX_TEXT_SIZE)
+        except FileNotFoundError:
+            raise QuantizerError(f"{path}: no such file") from None
+        except (OSError, FileRefusedError) as error:
+            raise QuantizerError(str(error)) from error
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise QuantizerError(f"{path}: not UTF-8 at byte {error.start}") from None
+        if not text.strip():
+            raise QuantizerError(f"{path}: empty")
+        hasher.update(len(data).to_bytes(8, "little") + data)
+        texts.append(text)
+    return texts, "sha256:" + hasher.hexdigest()
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """tokenizer.json of a checkpoint."""
+    path = directory / "tokenizer.json"
+    if not path.exists():
+        raise QuantizerError(f"{path}: missing; a SentencePiece model must be converted first")
+    try:
+        return Tokenizer.from_buffer(read_regular(path, 256 << 20))
+    except Exception as error:  # the library raises plain Exception for anything it dislikes
+        raise QuantizerError(f"{path}: {str(error)[:200]}") from error
+
+
+def paragraphs_on_one_line(text: str) -> str:
+    """Each paragraph (text between blank lines) on a line of its own, blank lines between them."""
+    joined = (" ".join(paragraph.split()) for paragraph in text.replace("\r\n", "\n").split("\n\n"))
+    return "\n\n".join(paragraph for paragraph in joined if paragraph)
+
+
+def windows(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
+    """Consecutive windows of exactly `length` tokens, each begun as the tokenizer begins a text (bos, if it
+    has one).
+    """
+    prefix = tokenizer.encode("").ids
+    step = length - len(prefix)
+    if step < 1:
+        raise QuantizerError(f"a window of {length} tokens has no room beside {len(prefix)} leading ones")
+    ids = tokenizer.encode(paragraphs_on_one_line(text), add_special_tokens=False).ids
+    return [prefix + ids[begin : begin + step] for begin in range(0, len(ids) - step + 1, step)]
+
+
+def calibration_windows(
+    tokenizer: Tokenizer, texts: Sequence[str], samples: int, length: int, seed: int, vocab_size: int
+) -> Tensor:
+    """int64 [at most samples, length]: windows of all texts, chosen by `seed`, in the order of the texts."""
+    found = [window for text in texts for window in windows(tokenizer, text, length)]
+    if not found:
+        raise QuantizerError(f"the calibration text holds fewer tokens than one window, {length}")
+    if len(found) > samples:
+        found = [found[index] for index in sorted(random.Random(seed).sample(range(len(found)), samples))]
+    return _as_tensor(found, vocab_size)
+
+
+def evaluation_windows(
+    tokenizer: Tokenizer, texts: Sequence[str], num_tokens: int, length: int, vocab_size: int
+) -> Tensor:
+    """int64 [windows, length]: the beginnings of all texts in equal shares, `num_tokens` in all at most."""
+    share = num_tokens // len(texts) // length
+    found = [window for text in texts for window in windows(tokenizer, text, length)[: max(share, 1)]]
+    if not found:
+        raise QuantizerError(f"the evaluation text holds fewer tokens than one window, {length}")
+    return _as_tensor(found, vocab_size)
+
+
+def _as_tensor(found: list[list[int]], vocab_size: int) -> Tensor:
+    ids = torch.tensor(found, dtype=torch.int64)
+    if int(ids.max()) >= vocab_size:
+        raise QuantizerError(f"the tokenizer gives id {int(ids.max())}, the model knows {vocab_size} tokens")
+    return ids

@@ -1,0 +1,77 @@
+"""Clip search: shrink the lowest and the highest value of each group's range, each by its own factor.
+
+A narrower range rounds most weights finer and clips a few. What counts is the linear's output error over
+the calibration inputs X, which their Gram matrix H = X^T X gives exactly: ||X E^T||^2 = sum over rows e of
+e H e^T, E = W' - W. Rows are independent. Groups of a row are not, so they are visited in turn, each judged
+with the errors of the others in place; a group moves only when the row's error falls, so the result is
+never worse than the full range it begins with.
+
+AWQ (Lin et al., 2023) searches a symmetric clip per group and ignores the terms between groups. This module
+does not know of scales between layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from services.quantizer.grid import full_range, grid, snap
+
+COARSE = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+FINE = (-0.0333, -0.0167, 0.0, 0.0167, 0.0333)
+
+
+def search_ranges(weight: Tensor, gram: Tensor, group_size: int, sweeps: int = 1) -> tuple[Tensor, Tensor]:
+    """Ranges (low, high), [out, in/group] each, for fp32 `weight` [out, in] and `gram` [in, in]."""
+    grouped = weight.unflatten(1, (-1, group_size))
+    low, high = full_range(grouped)
+    error = (snap(grouped, *grid(low, high)) - grouped).flatten(1)
+    for _ in range(sweeps):
+        for group in range(grouped.shape[1]):
+            columns = slice(group * group_size, (group + 1) * group_size)
+            own = gram[columns, columns]
+            pull = 2.0 * (error @ gram[:, columns] - error[:, columns] @ own)
+            best = _search_group(grouped[:, group], own, pull, low[:, group], high[:, group])
+            low[:, group], high[:, group] = best
+            error[:, columns] = snap(grouped[:, group], *grid(*best)) - grouped[:, group]
+    return low, high
+
+
+def _search_group(
+    weight: Tensor, own: Tensor, pull: Tensor, low: Tensor, high: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The best (low, high) [rows] for one group: a coarse grid of both factors, then a fine one around its
+    best.
+    """
+    bottom, top = full_range(weight)
+    best = _Best(weight, own, pull, low, high)
+    ones = torch.ones_like(bottom)
+    best.try_all((bottom * a, top * b) for a in COARSE for b in COARSE)
+    # Where an end is zero its factor means nothing: keep 1.
+    lows = torch.where(bottom < 0, best.low / bottom, ones)
+    highs = torch.where(top > 0, best.high / top, ones)
+    best.try_all((bottom * (lows + a), top * (highs + b)) for a in FINE for b in FINE if a or b)
+    return best.low, best.high
+
+
+class _Best:
+    """Per row the range with the least e own e^T + pull e^T so far."""
+
+    def __init__(self, weight: Tensor, own: Tensor, pull: Tensor, low: Tensor, high: Tensor) -> None:
+        self._weight, self._own, self._pull = weight, own, pull
+        self.low, self.high = low.clone(), high.clone()
+        self.loss = self._judge(low, high)
+
+    def try_all(self, ranges: Iterable[tuple[Tensor, Tensor]]) -> None:
+        for low, high in ranges:
+            loss = self._judge(low, high)
+            is_better = loss < self.loss
+            self.loss = torch.where(is_better, loss, self.loss)
+            self.low = torch.where(is_better, low, self.low)
+            self.high = torch.where(is_better, high, self.high)
+
+    def _judge(self, low: Tensor, high: Tensor) -> Tensor:
+        error = snap(self._weight, *grid(low, high)) - self._weight
+        return ((error @ self._own + self._pull) * error).sum(-1)

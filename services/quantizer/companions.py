@@ -1,0 +1,84 @@
+"""The files of an artifact that are not weights: configuration, tokenizer, chat template, generation
+defaults.
+
+They come from the source, read strictly; nothing that asks to run code passes. This module does not know
+any numbers.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from services.quantizer.errors import QuantizerError
+from weft.artifact.manifest import MAX_TOKENIZER_SIZE
+from weft.artifact.publish import Staging
+from weft.artifact.regular_file import FileRefusedError, read_regular
+from weft.artifact.strict_json import StrictJsonError, parse_object
+
+COMPANION_NAMES = (
+    "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
+_MAX_SIZE = 16 << 20
+
+
+def companion_files(directory: Path) -> dict[str, bytes]:
+    """Name -> bytes of what the artifact takes over from the source; tokenizer.json is indispensable."""
+    files: dict[str, bytes] = {}
+    for name in COMPANION_NAMES:
+        path = directory / name
+        try:
+            files[name] = read_regular(path, MAX_TOKENIZER_SIZE if name == "tokenizer.json" else _MAX_SIZE)
+        except FileNotFoundError:
+            if name == "tokenizer.json":
+                raise QuantizerError(
+                    f"{path}: missing; a SentencePiece model must be converted first"
+                ) from None
+        except (OSError, FileRefusedError) as error:
+            raise QuantizerError(str(error)) from error
+    for name in ("tokenizer_config.json", "generation_config.json"):
+        if name in files:
+            _check_document(files[name], directory / name)
+    if "chat_template.jinja" not in files and "tokenizer_config.json" in files:
+        template = _embedded_template(json.loads(files["tokenizer_config.json"]))
+        if template is not None:
+            files["chat_template.jinja"] = template.encode("utf-8")
+    return files
+
+
+def write_companions(staged: Staging, files: dict[str, bytes]) -> None:
+    """Write them into the artifact."""
+    for name in sorted(files):
+        staged.write(name, files[name])
+
+
+def quantized_config(config: dict[str, Any], group_size: int, full_precision: list[str]) -> bytes:
+    """config.json of the artifact: the source's, and how its weights are packed."""
+    packing = {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": group_size,
+        "zero_point": True,
+        "modules_to_not_convert": full_precision or None,
+    }
+    return json.dumps({**config, "quantization_config": packing}, indent=2).encode("utf-8") + b"\n"
+
+
+def _check_document(data: bytes, path: Path) -> None:
+    try:
+        document = parse_object(data, str(path))
+    except StrictJsonError as error:
+        raise QuantizerError(str(error)) from None
+    if document.get("auto_map"):
+        raise QuantizerError(f"{path}: auto_map asks to run code of the model; it never is")
+
+
+def _embedded_template(document: dict[str, Any]) -> str | None:
+    """The chat template of tokenizer_config.json: a string, or the one called default among named ones."""
+    template = document.get("chat_template")
+    if isinstance(template, list):
+        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) and template else None

@@ -1,0 +1,291 @@
+"""One quantization from checkpoint to published artifact: the order of things, and nothing else.
+
+Block by block: load, take the source and the rounded block through the evaluation, search, fold, write, go
+on. Knows the parts by their interfaces; the numbers are theirs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import platform
+import resource
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from services.quantizer.calibration import (
+    BUNDLED_CALIBRATION,
+    BUNDLED_EVALUATION,
+    calibration_windows,
+    evaluation_windows,
+    load_tokenizer,
+    read_texts,
+)
+from services.quantizer.canary import CanaryRecorder
+from services.quantizer.companions import companion_files, quantized_config, write_companions
+from services.quantizer.config import QuantizerConfig
+from services.quantizer.errors import QuantizerError
+from services.quantizer.evaluation import Evaluation
+from services.quantizer.grid import QuantizedWeight
+from services.quantizer.progress import ProgressReporter
+from services.quantizer.quantize import BlockQuantizer, QuantizedBlock, indivisible_linears, rounded_weights
+from services.quantizer.report import build_report, report_html, report_json
+from services.quantizer.shards import ShardWriter
+from services.quantizer.source import STORED_DTYPES, Source
+from weft.artifact.manifest import ArtifactError, Canary, LinearError, Manifest
+from weft.artifact.packing import pack_int4
+from weft.artifact.publish import Staging
+from weft.artifact.regular_file import chunks, open_regular
+from weft.artifact.store import Artifact, ArtifactStore
+
+_LOGGER = logging.getLogger("weft.quantizer")
+_MAX_EVALUATION_LENGTH = 1024
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What the blocks add up to."""
+
+    errors: dict[str, LinearError] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
+    quality: dict[str, Any] | None = None
+    canary: Canary | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Inputs:
+    """What a run reads besides the weights."""
+
+    calibration: Tensor
+    evaluation: Tensor | None
+    companions: dict[str, bytes]
+
+
+def run(config: QuantizerConfig) -> Artifact:
+    """Quantize and publish, or return what CURRENT already holds. Raises QuantizerError and what
+    weft.artifact raises.
+    """
+    started = time.time()
+    store = ArtifactStore(config.artifacts)
+    calibration_texts, calibration_digest = read_texts(config.calibration or BUNDLED_CALIBRATION)
+    evaluation_texts, evaluation_digest = read_texts(config.evaluation or BUNDLED_EVALUATION)
+    device = _prepare_torch(config)
+    source = Source(config.source, device)
+    companions = companion_files(config.source)
+    draft = Manifest(
+        model=config.name,
+        files={},
+        source_digest=_source_digest(source, companions),
+        recipe=config.recipe(evaluation_digest),
+        seed=config.seed,
+        calibration_digest=calibration_digest,
+        tokenizer_digest="sha256:" + hashlib.sha256(companions["tokenizer.json"]).hexdigest(),
+    )
+    current = None if config.force else _up_to_date(store, draft)
+    if current is not None:
+        _LOGGER.info("%s %s already holds this source, recipe and calibration", config.name, current.version)
+        return current
+    skipped = _check_divisible(source, config)
+    inputs = _read_inputs(config, source, companions, calibration_texts, evaluation_texts)
+    with store.stage(config.name) as staged, torch.inference_mode():
+        outcome = _quantize_blocks(config, source, inputs, skipped, staged)
+        return _publish(staged, source, config, draft, companions, skipped, outcome, started)
+
+
+def _prepare_torch(config: QuantizerConfig) -> torch.device:
+    transformers.logging.set_verbosity_error()
+    torch.manual_seed(config.seed % (1 << 63))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if config.device.startswith("cuda") and not torch.cuda.is_available():
+        raise QuantizerError(f"--device {config.device}: this torch sees no such device")
+    # fp32 means fp32: the losses that are compared differ in digits that reduced precision does not have.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return torch.device(config.device)
+
+
+def _read_inputs(
+    config: QuantizerConfig,
+    source: Source,
+    companions: dict[str, bytes],
+    calibration_texts: list[str],
+    evaluation_texts: list[str],
+) -> _Inputs:
+    if config.sequence_length > source.max_length:
+        raise QuantizerError(
+            f"--sequence-length {config.sequence_length}: the model's context is {source.max_length}"
+        )
+    tokenizer = load_tokenizer(config.source)
+    calibration = calibration_windows(
+        tokenizer, calibration_texts, config.samples, config.sequence_length, config.seed, source.vocab_size
+    )
+    if len(calibration) < config.samples:
+        _LOGGER.warning("the calibration text gives %d windows, not %d", len(calibration), config.samples)
+    evaluation = None
+    if config.evaluation_tokens:
+        length = min(_MAX_EVALUATION_LENGTH, source.max_length, config.evaluation_tokens)
+        evaluation = evaluation_windows(
+            tokenizer, evaluation_texts, config.evaluation_tokens, length, source.vocab_size
+        )
+    return _Inputs(calibration, evaluation, companions)
+
+
+def _check_divisible(source: Source, config: QuantizerConfig) -> set[str]:
+    skipped = indivisible_linears(source, config.group_size)
+    if skipped and not config.skip_indivisible:
+        shapes = {name: tuple(p.shape) for name, p in source.block(0).named_parameters()}
+        for linear in source.architecture.linears:
+            num_out, num_in = shapes[f"{linear}.weight"]
+            if num_in % config.group_size or num_out % 8:
+                raise QuantizerError(
+                    f"tensor {source.full_name(0, linear)}.weight: {num_in} inputs and {num_out} outputs "
+                    f"do not divide into groups of {config.group_size} and words of 8; choose another "
+                    "--group-size or --skip-indivisible"
+                )
+    if skipped.issuperset(source.architecture.linears):
+        raise QuantizerError(f"no linear of this model divides into groups of {config.group_size}")
+    return skipped
+
+
+def _quantize_blocks(
+    config: QuantizerConfig, source: Source, inputs: _Inputs, skipped: set[str], staged: Staging
+) -> _Outcome:
+    outcome = _Outcome()
+    writer = ShardWriter(staged)
+    hidden = source.embed(inputs.calibration)
+    canary = CanaryRecorder(source, inputs.calibration)
+    evaluation = None if inputs.evaluation is None else Evaluation(source, inputs.evaluation)
+    linears = [name for name in source.architecture.linears if name not in skipped]
+    with ProgressReporter(source.num_blocks + 1) as progress:
+        for index in range(source.num_blocks):
+            layer, weights = source.block(index), source.block_weights(index)
+            block = BlockQuantizer(source, index, weights, hidden, config.group_size, skipped).run()
+            hidden = source.run_block(layer, block.weights if config.propagate_error else weights, hidden)
+            canary.advance(layer, block.weights)
+            if evaluation is not None:
+                evaluation.advance(layer, "source", weights)
+                evaluation.advance(layer, "rounding", rounded_weights(weights, linears, config.group_size))
+                evaluation.advance(layer, "awq", block.weights)
+            _write_block(writer, source, index, block)
+            for name, error in block.errors.items():
+                outcome.errors[source.full_name(index, name)] = error
+            for name, label in block.choices.items():
+                outcome.choices[source.full_name(index, name)] = label
+            progress.advance(f"block {index + 1}")
+        head = source.head()
+        outcome.canary = canary.finish(head)
+        if evaluation is not None:
+            outcome.quality = evaluation.finish(head)
+        del head
+        for name in source.outer_names():
+            writer.add(name, source.checkpoint.load(name))
+        writer.finish()
+        progress.advance("evaluation")
+    return outcome
+
+
+def _write_block(writer: ShardWriter, source: Source, index: int, block: QuantizedBlock) -> None:
+    for name in sorted(block.weights):
+        linear = name.removesuffix(".weight")
+        full_name = source.full_name(index, name)
+        if name.endswith(".weight") and linear in block.linears:
+            for suffix, tensor in _packed(block.linears[linear]).items():
+                writer.add(f"{full_name.removesuffix('weight')}{suffix}", tensor)
+        else:
+            writer.add(full_name, block.weights[name].to(STORED_DTYPES[source.checkpoint.dtype(full_name)]))
+
+
+def _packed(weight: QuantizedWeight) -> dict[str, Tensor]:
+    """The three tensors of the gemm layout: input channels along rows."""
+    return {
+        "qweight": pack_int4(weight.values.T.cpu()),
+        "qzeros": pack_int4(weight.zeros.T.cpu()),
+        "scales": weight.scales.T,
+    }
+
+
+def _publish(
+    staged: Staging,
+    source: Source,
+    config: QuantizerConfig,
+    draft: Manifest,
+    companions: dict[str, bytes],
+    skipped: set[str],
+    outcome: _Outcome,
+    started: float,
+) -> Artifact:
+    full_precision = [
+        source.full_name(index, name)
+        for index in range(source.num_blocks)
+        for name in source.architecture.linears
+        if name in skipped
+    ]
+    write_companions(staged, companions)
+    staged.write("config.json", quantized_config(source.checkpoint.config, config.group_size, full_precision))
+    report = build_report(config.name, draft.recipe, outcome.quality, outcome.errors, outcome.choices)
+    staged.write("report.json", report_json(report))
+    staged.write("report.html", report_html(report))
+    manifest = Manifest(
+        model=draft.model,
+        files=dict(staged.files),
+        source_digest=draft.source_digest,
+        recipe=draft.recipe,
+        seed=draft.seed,
+        calibration_digest=draft.calibration_digest,
+        tokenizer_digest=draft.tokenizer_digest,
+        linears=outcome.errors,
+        quality=outcome.quality,
+        canary=outcome.canary,
+    )
+    version = "awq-" + manifest.digest.removeprefix("sha256:")[:12]
+    return staged.publish(manifest, version, _run_document(config, started))
+
+
+def _up_to_date(store: ArtifactStore, draft: Manifest) -> Artifact | None:
+    try:
+        artifact = store.open(draft.model)
+    except ArtifactError:
+        return None
+    found = artifact.manifest
+    keys = ("source_digest", "recipe", "seed", "calibration_digest", "tokenizer_digest")
+    return artifact if all(getattr(found, key) == getattr(draft, key) for key in keys) else None
+
+
+def _source_digest(source: Source, companions: dict[str, bytes]) -> str:
+    """One digest over everything that is read from the source directory."""
+    hasher = hashlib.sha256()
+    for name in sorted(companions):
+        hasher.update(f"{name} {hashlib.sha256(companions[name]).hexdigest()}\n".encode())
+    hasher.update(json.dumps(source.checkpoint.config, sort_keys=True).encode() + b"\n")
+    for path in source.checkpoint.files:
+        file_hasher = hashlib.sha256()
+        with open_regular(path) as (descriptor, _):
+            for chunk in chunks(descriptor):
+                file_hasher.update(chunk)
+        hasher.update(f"{path.name} {file_hasher.hexdigest()}\n".encode())
+    return "sha256:" + hasher.hexdigest()
+
+
+def _run_document(config: QuantizerConfig, started: float) -> bytes:
+    """run.json: what differs from run to run, so that nothing else has to."""
+    document = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.time() - started, 2),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "host": platform.node(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": config.device,
+        "source": str(config.source),
+    }
+    return json.dumps(document, indent=1).encode() + b"\n"

@@ -1,0 +1,124 @@
+"""Candidates for the scales of one group, and how a candidate changes weights: activation-aware weight
+quantization.
+
+Multiplying an input channel's weights by s > 1 before rounding, and dividing what comes out of the
+channel's producer by s, makes that channel's rounding error smaller by s. Channels with large activations
+deserve it (Lin et al., 2023). Candidates:
+
+    identity           s = 1
+    x-only             s = mean|x|^r
+    duo                s = mean|x|^r / (mean over rows of |w| / max of its group)^(1 - r)
+
+each normalised by sqrt(max s * min s). This module does not know how a candidate is judged, nor of models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_LEAST = 1e-4
+_STEP = 0.05
+_REFINEMENT = 0.025
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """`scales` fp32 [in], and where they come from."""
+
+    method: str
+    ratio: float
+    scales: Tensor
+
+    @property
+    def label(self) -> str:
+        return "identity" if self.method == "identity" else f"{self.method} {self.ratio:.3f}"
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleSpace:
+    """Everything a candidate is made from.
+
+    Attributes:
+        x_mean: fp32 [in], mean |x| over the calibration tokens.
+        w_mean: fp32 [in], see `weight_means`.
+        num_repeats: how many times in a row of heads one channel of the producer is read (1 unless
+        grouped-query). head_size: channels per head, for the same purpose.
+        producer: what is divided by the scales and stored in `dtype`: a norm's weight, a bias, or None when
+        the producer is
+            quantized itself and has nothing else.
+        dtype: of the producer on disk.
+    """
+
+    x_mean: Tensor
+    w_mean: Tensor
+    num_repeats: int
+    head_size: int
+    producer: Tensor | None
+    dtype: torch.dtype
+    is_norm: bool
+
+    def make(self, method: str, ratio: float) -> Candidate:
+        """One candidate, its scales such that the producer, divided and stored, loses nothing."""
+        if method == "identity":
+            return Candidate(method, 0.0, torch.ones_like(self.x_mean))
+        scales = self.x_mean.clamp(min=_LEAST) ** ratio
+        if method == "duo":
+            scales = scales / (self.w_mean ** (1.0 - ratio) + _LEAST)
+        scales = self._shared(scales.clamp(min=_LEAST))
+        scales = scales / torch.sqrt(scales.max() * scales.min())
+        scales = torch.where(torch.isfinite(scales) & (scales > 0), scales, torch.ones_like(scales))
+        return Candidate(method, ratio, self._shared(self.representable(scales)))
+
+    def representable(self, scales: Tensor) -> Tensor:
+        """The nearest scales by which the producer can be divided exactly in its stored dtype.
+
+        Where the stored producer / s rounds to p', s becomes producer / p'. A norm's channel of weight 0
+        carries no signal: it keeps 1.
+        """
+        if self.producer is None:
+            return scales
+        producer = self.producer if self.num_repeats == 1 else self._expand(self.producer)
+        stored = (producer / scales).to(self.dtype).float()
+        exact = producer / stored
+        is_usable = (stored != 0) & torch.isfinite(stored) & torch.isfinite(exact) & (exact > 0)
+        return torch.where(is_usable, exact, torch.ones_like(scales) if self.is_norm else scales)
+
+    def producer_scales(self, scales: Tensor) -> Tensor:
+        """[out of the producer] from scales [in] that already agree over the repeats."""
+        if self.num_repeats == 1:
+            return scales
+        return scales.view(-1, self.num_repeats, self.head_size)[:, 0].reshape(-1)
+
+    def _shared(self, scales: Tensor) -> Tensor:
+        """One producer channel feeds several input channels under grouped-query attention: they take the
+        mean.
+        """
+        if self.num_repeats == 1:
+            return scales
+        return self._expand(scales.view(-1, self.num_repeats, self.head_size).mean(1).reshape(-1))
+
+    def _expand(self, per_producer: Tensor) -> Tensor:
+        heads = per_producer.view(-1, 1, self.head_size)
+        return heads.expand(-1, self.num_repeats, -1).reshape(-1)
+
+
+def weight_means(weights: list[Tensor], group_size: int) -> Tensor:
+    """[in]: mean over all rows of |w| relative to the largest of its (row, group)."""
+    stacked = torch.cat(weights).abs().unflatten(1, (-1, group_size))
+    return (stacked / (stacked.amax(-1, keepdim=True) + 1e-6)).flatten(1).mean(0)
+
+
+def rank_candidates(space: ScaleSpace, loss: Callable[[Tensor], float]) -> list[Candidate]:
+    """All candidates by ascending `loss` of their scales; the best of each family is refined once."""
+    steps = [round(_STEP * i, 3) for i in range(21)]
+    points = [("identity", 0.0)] + [("x-only", r) for r in steps[1:]] + [("duo", r) for r in steps]
+    judged = [(loss(candidate.scales), candidate) for candidate in (space.make(*point) for point in points)]
+    for method in ("x-only", "duo"):
+        best = min((pair for pair in judged if pair[1].method == method), key=lambda pair: pair[0])[1].ratio
+        near = [round(best + d, 3) for d in (-_REFINEMENT, _REFINEMENT) if 0.0 <= best + d <= 1.0]
+        judged += [(loss(c.scales), c) for c in (space.make(method, ratio) for ratio in near)]
+    return [candidate for _, candidate in sorted(judged, key=lambda pair: pair[0])]
