@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import faulthandler
 import os
 import signal
 import socket
@@ -51,7 +52,9 @@ class StoppedError(Exception):
 class Application(Protocol):
     """What a service gives to `serve`."""
 
-    service_names: Sequence[str]
+    @property
+    def service_names(self) -> Sequence[str]:
+        """Full names of the services, for health and reflection."""
 
     async def load(self, server: Server) -> None:
         """Get ready and register the servicers on `server.grpc`. May take minutes; cancelled when a signal
@@ -116,6 +119,9 @@ class Server:
         self.grpc = grpc.aio.server(
             interceptors=[interceptor], options=server_options(is_public=self.is_public)
         )
+        # Services are added when their load is done, after the start; the library takes these only before it,
+        # and finds a method among the generic handlers just as well.
+        self.grpc.add_registered_method_handlers = lambda *_: None  # type: ignore[attr-defined]
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)
         names = (*self.service_names, HEALTH_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.grpc)
@@ -134,10 +140,14 @@ class Server:
 
     async def start(self, address: Address) -> None:
         """Bind and answer health checks with NOT_SERVING. Raises BindError."""
+        # Tried by hand first: the library says only that it failed, in several lines on standard error.
+        reason = why_not_bound(address)
+        if reason is not None:
+            raise BindError(f"cannot listen on {address}: {reason}")
         try:
             port = self.grpc.add_insecure_port(str(address))
         except RuntimeError:
-            raise BindError(f"cannot listen on {address}: {why_not_bound(address)}") from None
+            raise BindError(f"cannot listen on {address}") from None
         self.address = address._replace(port=port)
         await self.grpc.start()
         log.info("listening", address=str(self.address))
@@ -175,17 +185,19 @@ class Server:
         await self.grpc.stop(grace_s)
 
 
-def why_not_bound(address: Address) -> str:
-    """The system's reason why an address cannot be bound; the library tells only that it failed."""
+def why_not_bound(address: Address) -> str | None:
+    """The system's reason why an address cannot be listened on, or None when it can."""
     try:
         found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
         for family, kind, protocol, _, target in found:
             with socket.socket(family, kind, protocol) as probe:
+                # As the library does: an address whose connections are still closing may be taken again.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 probe.bind(target)
                 probe.listen(1)
     except OSError as error:
         return error.strerror or str(error)
-    return "address in use"
+    return None
 
 
 @contextlib.contextmanager
@@ -201,6 +213,8 @@ def _signals(server: Server) -> Any:
         log.info("stopping", signal=signal.Signals(number).name)
         server.request_stop()
 
+    # kill -USR1 prints every thread's stack: what a process that hangs is asked first.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
     numbers = (signal.SIGTERM, signal.SIGINT)
     for number in numbers:
         loop.add_signal_handler(number, on_signal, number)

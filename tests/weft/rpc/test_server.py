@@ -143,10 +143,8 @@ def test_a_taken_port_is_one_clear_line(start):
         taken.listen()
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         process = start(0, 0, address=address)
-        assert process.popen.stderr is not None
-        lines = [line for line in process.popen.stderr if line.startswith("{")]
         assert process.end() == 1
-    (reason,) = [event["reason"] for event in map(json.loads, lines) if event["event"] == "cannot start"]
+    (reason,) = [event["reason"] for event in process.events if event["event"] == "cannot start"]
     assert reason == f"cannot listen on {address}: Address already in use"
 
 

@@ -1,0 +1,104 @@
+"""The engine's configuration: every flag of `serve`. Knows no torch and loads nothing."""
+
+# ruff: noqa: RUF009 - `option` makes a dataclass field
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.engine.runner.config import BLOCK_SIZES, DTYPES
+from weft.config import ConfigError, load_config, option, parse_size
+from weft.logs import LEVELS
+from weft.rpc.address import Address, parse_address
+
+PROG = "python -m services.engine serve"
+ENV_PREFIX = "WEFT_ENGINE_"
+MAX_SEQUENCES = 1 << 20
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Flags of `serve`; WEFT_ENGINE_* variables stand in for them."""
+
+    artifacts: Path | None = option(None, "artifact root; needs --model", metavar="DIR")
+    model: str | None = option(None, "name of the model below the artifact root", metavar="NAME")
+    version: str | None = option(None, "version to serve instead of the current one", metavar="V")
+    source: Path | None = option(
+        None, "a Hugging Face or AutoAWQ checkpoint directory to serve as it is", metavar="HF_DIR"
+    )
+    listen: Address = option(
+        parse_address("127.0.0.1:50051"), "address to listen on", parse=parse_address, metavar="HOST:PORT"
+    )
+    metrics: Address | None = option(
+        None, "address to serve Prometheus metrics on", parse=parse_address, metavar="HOST:PORT"
+    )
+    device: str = option("cpu", "where the model runs")
+    dtype: str = option("auto", "type of the activations", choices=DTYPES)
+    deterministic: bool | None = option(
+        None, "bit-equal logits in any batch; unset means on for float32 on a CPU"
+    )
+    block_size: int = option(128, "tokens in a block of the KV cache", metavar="N")
+    num_blocks: int | None = option(None, "blocks of the KV cache", metavar="N")
+    kv_memory: int | None = option(
+        None, "memory of the KV cache, as in 1GiB", parse=parse_size, metavar="SIZE"
+    )
+    max_batch_size: int = option(64, "sequences that run at once", metavar="N")
+    max_batched_tokens: int = option(2048, "tokens that one step computes", metavar="N")
+    prefill_chunk: int = option(512, "prompt tokens of one sequence that one step computes", metavar="N")
+    max_model_len: int | None = option(
+        None, "longest prompt and output together; unset takes the model's", metavar="N"
+    )
+    max_queue_size: int = option(512, "sequences that may wait", metavar="N")
+    prefix_cache: bool = option(True, "reuse the cache of earlier prompts")
+    threads: int | None = option(None, "threads to compute with; unset leaves it to torch", metavar="N")
+    api_key_file: Path | None = option(
+        None, "file of hashed API keys; without it everybody may call", metavar="FILE"
+    )
+    drain_seconds: float = option(30.0, "how long running sequences may go on after a signal", metavar="S")
+    log_level: str = option("info", "what is logged", choices=LEVELS)
+
+    def __post_init__(self) -> None:
+        self._check_source()
+        if self.block_size not in BLOCK_SIZES:
+            sizes = ", ".join(map(str, BLOCK_SIZES))
+            raise ConfigError("--block-size", f"{self.block_size} is none of {sizes}")
+        if self.num_blocks is not None and self.kv_memory is not None:
+            raise ConfigError("--num-blocks", "either it or --kv-memory, not both")
+        for name in (
+            "num_blocks",
+            "kv_memory",
+            "max_batch_size",
+            "max_batched_tokens",
+            "prefill_chunk",
+            "max_model_len",
+            "max_queue_size",
+            "threads",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError("--" + name.replace("_", "-"), "must be at least 1")
+        for name in ("max_batch_size", "max_queue_size"):
+            if getattr(self, name) > MAX_SEQUENCES:
+                raise ConfigError("--" + name.replace("_", "-"), f"must be at most {MAX_SEQUENCES}")
+        if self.max_batched_tokens < self.max_batch_size:
+            # Else a full batch of decodes would not fit into a step.
+            raise ConfigError("--max-batched-tokens", "must not be below --max-batch-size")
+        if self.drain_seconds < 0:
+            raise ConfigError("--drain-seconds", "must not be negative")
+
+    def _check_source(self) -> None:
+        if (self.artifacts is None) == (self.source is None):
+            raise ConfigError("--artifacts", "either it or --source must be given, and not both")
+        if self.artifacts is not None and not self.model:
+            raise ConfigError("--model", "is needed with --artifacts")
+        if self.source is not None and self.version is not None:
+            raise ConfigError("--version", "belongs to --artifacts")
+
+
+def load(argv: Sequence[str]) -> EngineConfig:
+    """The configuration from flags and environment; exits with code 2 when it is bad."""
+    return load_config(
+        EngineConfig, argv, prog=PROG, env_prefix=ENV_PREFIX, description="Serve one model over gRPC."
+    )

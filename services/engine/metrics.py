@@ -1,0 +1,168 @@
+"""What dashboards see: Prometheus metrics under the names that dashboards for vLLM know, and our own beside
+them.
+
+Counters and gauges are read off the loop's newest snapshot when somebody scrapes; only the histograms cost
+a step anything. Knows the loop's reports; knows no call and no tensors.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Histogram, start_http_server
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from services.engine.core.events import StepReport
+from services.engine.core.sequence import FinishReason
+from weft.rpc.address import Address
+
+TTFT_BUCKETS = (
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 2.5, 5.0, 7.5, 10.0, 20.0,
+    40.0, 80.0, 160.0,
+)  # fmt: skip
+ITL_BUCKETS = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 10.0,
+)  # fmt: skip
+E2E_BUCKETS = (
+    0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0,
+    240.0, 480.0,
+)  # fmt: skip
+
+_REASONS = {
+    FinishReason.STOP: "stop",
+    FinishReason.LENGTH: "length",
+    FinishReason.CANCELLED: "abort",
+    FinishReason.DEADLINE: "deadline",
+    FinishReason.ERROR: "error",
+}
+
+
+class EngineMetrics(Collector):
+    """The metrics of one engine. `observe` runs on the engine's thread, `collect` on the scraper's."""
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        load: Callable[[], StepReport],
+        *,
+        model_name: str,
+        block_size: int,
+        num_blocks: int,
+    ) -> None:
+        self._load = load
+        self._model_name = model_name
+        self._block_size, self._num_blocks = block_size, num_blocks
+        self._ends: Counter[FinishReason] = Counter()
+        self._ttft = self._histogram(
+            registry, "vllm:time_to_first_token_seconds", "Submit to first token.", TTFT_BUCKETS
+        )
+        self._itl = self._histogram(
+            registry, "vllm:inter_token_latency_seconds", "Gap between two tokens of a sequence.", ITL_BUCKETS
+        )
+        self._e2e = self._histogram(
+            registry, "vllm:e2e_request_latency_seconds", "Submit to the end of a sequence.", E2E_BUCKETS
+        )
+        registry.register(self)
+
+    def _histogram(
+        self, registry: CollectorRegistry, name: str, text: str, buckets: tuple[float, ...]
+    ) -> Histogram:
+        made = Histogram(name, text, ["model_name"], registry=registry, buckets=buckets)
+        return made.labels(model_name=self._model_name)
+
+    def observe(self, report: StepReport) -> None:
+        """Take in one step."""
+        for token in report.tokens:
+            if token.ttft_s is not None:
+                self._ttft.observe(token.ttft_s)
+            elif token.itl_s is not None:
+                self._itl.observe(token.itl_s)
+        for end in report.finished:
+            self._ends[end.reason] += 1
+            self._e2e.observe(end.total_s)
+
+    def collect(self) -> Iterable[Metric]:
+        """Everything but the histograms, as of now."""
+        report = self._load()
+        yield from self._gauges(report)
+        yield from self._counters(report)
+
+    def _gauges(self, report: StepReport) -> Iterable[Metric]:
+        blocks = report.blocks
+        usage = blocks.active / self._num_blocks if self._num_blocks else 0.0
+        for name, text, value in (
+            ("vllm:num_requests_running", "Sequences in the batch.", report.num_running),
+            ("vllm:num_requests_waiting", "Sequences that wait.", report.num_waiting),
+            ("vllm:kv_cache_usage_perc", "Share of the KV blocks that sequences own, 0 to 1.", usage),
+            ("weft:num_requests_paused", "Sequences paused by their gateway.", report.num_paused),
+            (
+                "weft:peak_batch_size",
+                "Largest number of sequences in one step.",
+                report.counters.peak_batch_size,
+            ),
+        ):
+            yield self._family(GaugeMetricFamily, name, text, {(): value})
+        yield self._family(
+            GaugeMetricFamily,
+            "weft:blocks",
+            "KV blocks by state; they add up to the number of blocks.",
+            {("free",): blocks.free, ("active",): blocks.active, ("cached",): blocks.cached},
+            "state",
+        )
+        yield self._family(
+            GaugeMetricFamily,
+            "vllm:cache_config_info",
+            "How the KV cache is cut; the value is always 1.",
+            {(str(self._block_size), str(self._num_blocks)): 1},
+            "block_size",
+            "num_gpu_blocks",
+        )
+
+    def _counters(self, report: StepReport) -> Iterable[Metric]:
+        counters = report.counters
+        for name, text, value in (
+            ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache.", counters.cache_queries),
+            ("vllm:prefix_cache_hits", "Prompt tokens found in the cache.", counters.cache_hits),
+            ("vllm:num_preemptions", "Sequences that lost their blocks.", counters.preemptions),
+            ("vllm:prompt_tokens", "Prompt tokens of admitted sequences.", counters.prompt_tokens),
+            ("vllm:generation_tokens", "Tokens drawn.", counters.generation_tokens),
+            ("weft:requests_begun", "Sequences admitted.", counters.begun),
+            ("weft:requests_ended", "Sequences ended, whatever the reason.", counters.ended),
+            ("weft:steps", "Steps run.", counters.steps),
+        ):
+            yield self._family(CounterMetricFamily, name, text, {(): value})
+        ends = {(label,): self._ends[reason] for reason, label in _REASONS.items()}
+        yield self._family(
+            CounterMetricFamily,
+            "vllm:request_success",
+            "Sequences ended, by reason.",
+            ends,
+            "finished_reason",
+        )
+
+    def _family(
+        self, kind: Any, name: str, text: str, values: dict[tuple[str, ...], float], *labels: str
+    ) -> Metric:
+        family = kind(name, text, labels=["model_name", *labels])
+        for label_values, value in values.items():
+            family.add_metric([self._model_name, *label_values], value)
+        return family  # type: ignore[no-any-return]
+
+
+class MetricsServer:
+    """Serves a registry over HTTP from a thread of its own. Raises OSError when the address is taken."""
+
+    def __init__(self, registry: CollectorRegistry, address: Address) -> None:
+        self._server, self._thread = start_http_server(address.port, addr=address.host, registry=registry)
+        self.address = address._replace(port=self._server.server_port)
+
+    def stop(self) -> None:
+        """Stop serving."""
+        stopper = threading.Thread(target=self._server.shutdown, daemon=True)
+        stopper.start()
+        stopper.join(2.0)
+        self._server.server_close()
