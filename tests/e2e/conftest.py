@@ -1,0 +1,161 @@
+"""The whole of Weft as processes: an artifact made from the demo model, an engine, a gateway, clients."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import grpc
+import pytest
+
+from tools.demo.processes import Service, command_of
+from weft.v1 import engine_service_pb2 as engine_pb
+from weft.v1.engine_service_pb2_grpc import EngineServiceStub
+from weft.v1.gateway_service_pb2_grpc import GatewayServiceStub
+
+pytest.importorskip("torch")
+pytest.importorskip("tokenizers")
+
+ROOT = Path(__file__).resolve().parents[2]
+READY_S = 120.0
+
+
+def quantize(artifacts, *more):
+    """Quantize the demo model with little calibration: fast, and real AWQ all the same."""
+    arguments = ["--source", str(ROOT / "models/demo"), "--artifacts", str(artifacts), "--name", "demo"]
+    arguments += [
+        "--samples",
+        "8",
+        "--sequence-length",
+        "128",
+        "--evaluation-tokens",
+        "2048",
+        "--threads",
+        "2",
+    ]
+    return subprocess.run(
+        command_of("quantizer", ["run", *arguments, *more]),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="session")
+def artifacts(tmp_path_factory):
+    """An artifact store with one version of the demo model."""
+    root = tmp_path_factory.mktemp("artifacts")
+    done = quantize(root)
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+class Stack:
+    """An engine and a gateway, and channels to both."""
+
+    def __init__(self, artifacts, logs, *, engine_flags=(), gateway_flags=()):
+        self.artifacts, self.logs, self.gateway_flags = artifacts, logs, gateway_flags
+        self.engine_flags = [
+            "--artifacts",
+            str(artifacts),
+            "--model",
+            "demo",
+            "--threads",
+            "1",
+            *engine_flags,
+        ]
+        self.engine = self.start_engine("127.0.0.1:0")
+        self.engine_address = self.engine.wait_for("listening", READY_S)["address"]
+        self.gateway = self.start_gateway()
+        self.engine.wait_for("serving", READY_S)
+        serving = self.gateway.wait_for("serving", READY_S)
+        self.address = serving["address"]
+        self.channel = grpc.insecure_channel(self.address)
+        self.client = GatewayServiceStub(self.channel)
+        self.engine_channel = grpc.insecure_channel(self.engine_address)
+        self.engine_client = EngineServiceStub(self.engine_channel)
+
+    def start_engine(self, listen):
+        flags = [*self.engine_flags, "--listen", listen, "--metrics", "127.0.0.1:0"]
+        return Service("engine", command_of("engine", ["serve", *flags]), self.logs)
+
+    def start_gateway(self):
+        flags = [
+            "--artifacts",
+            str(self.artifacts),
+            "--engine",
+            self.engine_address,
+            "--listen",
+            "127.0.0.1:0",
+        ]
+        flags += ["--http", "127.0.0.1:0", *self.gateway_flags]
+        return Service("gateway", command_of("gateway", ["serve", *flags]), self.logs)
+
+    @property
+    def http(self):
+        """The base address of the HTTP side."""
+        return "http://" + self.gateway.wait_for("serving", READY_S)["http"]
+
+    def load(self):
+        return self.engine_client.GetLoad(engine_pb.GetLoadRequest(), timeout=10)
+
+    def wait_until_quiet(self, timeout_s=15.0):
+        """Wait until nothing is live, then check that nothing was lost."""
+        deadline = time.monotonic() + timeout_s
+        while True:
+            load = self.load()
+            if load.requests_begun == load.requests_ended and not load.active_blocks:
+                break
+            assert time.monotonic() < deadline, f"still live: {load}"
+            time.sleep(0.05)
+        info = self.engine_client.GetInfo(engine_pb.GetInfoRequest(), timeout=10)
+        assert load.free_blocks + load.active_blocks + load.cached_blocks == info.num_blocks
+        return load
+
+    def close(self):
+        self.channel.close()
+        self.engine_channel.close()
+        for service in (self.gateway, self.engine):
+            if service.is_running:
+                service.stop()
+
+
+@pytest.fixture(scope="session")
+def shared_stack(artifacts, tmp_path_factory):
+    stack = Stack(artifacts, tmp_path_factory.mktemp("logs"))
+    yield stack
+    stack.close()
+
+
+@pytest.fixture
+def stack(shared_stack):
+    """The shared stack; after each test its counters must balance and no block may be owned."""
+    shared_stack.wait_until_quiet()
+    yield shared_stack
+    shared_stack.wait_until_quiet()
+
+
+@pytest.fixture
+def own_stack(artifacts, tmp_path):
+    """Starts stacks that a test may break; whatever still runs is stopped afterwards."""
+    stacks = []
+
+    def start(**flags):
+        stacks.append(Stack(artifacts, tmp_path / f"logs{len(stacks)}", **flags))
+        return stacks[-1]
+
+    yield start
+    for stack in stacks:
+        for service in (stack.gateway, stack.engine):
+            if service.is_running:
+                service._process.kill()
+                service._process.wait()
+
+
+@pytest.fixture(scope="session")
+def python():
+    """This interpreter."""
+    return sys.executable
