@@ -7,7 +7,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from services.engine.core.batch import SampledToken
-from services.engine.runner.filters import ids_of, rank_keys
+from services.engine.runner.filters import ids_of, rank_keys, row_sum
 
 MAX_LOGPROBS = 20
 
@@ -17,12 +17,10 @@ class SamplingError(ValueError):
 
 
 def row_logsumexp(logits: Tensor) -> Tensor:
-    """log(sum(exp(row))) in fp64, [n, 1]. A lone row is doubled: torch sums a single row in another order."""
+    """log(sum(exp(row))) in fp64, [n, 1]."""
     wide = logits.double()
-    if wide.shape[0] == 1:
-        return row_logsumexp(wide.expand(2, -1))[:1]
     highest = wide.amax(-1, keepdim=True)
-    return (wide - highest).exp_().sum(-1, keepdim=True).log_() + highest
+    return row_sum(wide.sub_(highest).exp_()).log_() + highest
 
 
 def logprobs_of(logits: Tensor, tokens: Tensor, counts: list[int]) -> list[SampledToken]:

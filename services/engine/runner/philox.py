@@ -23,17 +23,14 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def philox4x32(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
-    """Ten rounds on int64 tensors that hold 32-bit values; all broadcast against each other."""
+    """Ten rounds on int64 tensors that hold 32-bit values; c0 has the shape that all broadcast to."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0, c1, c2, c3 = (
-            ((product1 >> 32) & _MASK) ^ c1 ^ k0,
-            product1 & _MASK,
-            ((product0 >> 32) & _MASK) ^ c3 ^ k1,
-            product0 & _MASK,
-        )
+        c0 = (product1 >> 32).bitwise_and_(_MASK).bitwise_xor_(c1 ^ k0)
+        c2 = (product0 >> 32).bitwise_and_(_MASK).bitwise_xor_(c3 ^ k1)
+        c1, c3 = product1.bitwise_and_(_MASK), product0.bitwise_and_(_MASK)
         k0, k1 = (k0 + _WEYL[0]) & _MASK, (k1 + _WEYL[1]) & _MASK
     return c0, c1, c2, c3
 
@@ -66,7 +63,9 @@ class DrawKeys:
 
     def _generate(self, groups: Tensor) -> Words:
         low, high, indices, offsets = self._words[:, :, None].unbind(1)
-        return philox4x32((groups, offsets, indices, torch.zeros_like(offsets)), (low, high))
+        return philox4x32(
+            (groups, offsets, indices.expand_as(groups), torch.zeros_like(offsets)), (low, high)
+        )
 
 
 def gumbel(words: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from services.engine.core.batch import SampledToken
-from services.engine.core.sequence import Sequence
-from services.engine.runner.filters import draw_filtered
+from services.engine.core.sequence import SamplingParams, Sequence
+from services.engine.runner.filters import draw_top_k, draw_top_p
 from services.engine.runner.logprobs import SamplingError, logprobs_of
 from services.engine.runner.penalties import RowState, apply_edits
 from services.engine.runner.philox import DrawKeys, gumbel
@@ -71,11 +71,11 @@ class Sampler:
         if len(good) < len(sequences):
             logits = logits[torch.tensor(good)]
             states = [states[row] for row in good]
-        for row, token in zip(good, self._draw_all(logits, states), strict=True):
+        for row, token in zip(good, self._choose(logits, states), strict=True):
             results[row] = token
         return results
 
-    def _draw_all(self, logits: Tensor, states: list[RowState]) -> list[SampledToken | Exception]:
+    def _choose(self, logits: Tensor, states: list[RowState]) -> list[SampledToken | Exception]:
         edited = apply_edits(logits, states)
         is_random = [state.params.temperature > 0 for state in states]
         if all(is_random):
@@ -106,17 +106,28 @@ class Sampler:
             [state.sequence.sample_index for state in states],
             [len(state.sequence.output_token_ids) for state in states],
         )
-        scaled = edited.double() / torch.tensor([p.temperature for p in params], dtype=torch.float64)[:, None]
-        has_filter = [p.top_p < 1 or p.min_p > 0 or 0 < p.top_k < self.vocab_size for p in params]
-        if not any(has_filter):
-            return (gumbel(keys.all_words(self.vocab_size)) + scaled).argmax(dim=-1)
+        temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float64)
+        scaled = edited.double().div_(temperatures[:, None])
+        kinds = [self._kind(p) for p in params]
+        if len(set(kinds)) == 1:
+            return _DRAWS[kinds[0]](edited, scaled, params, keys)
         tokens = torch.empty(len(states), dtype=torch.int64)
-        rows = torch.tensor(has_filter)
-        filtered = rows.nonzero().flatten()
-        some = [p for p, is_filtered in zip(params, has_filter, strict=True) if is_filtered]
-        tokens[filtered] = draw_filtered(edited[filtered], scaled[filtered], some, keys.select(filtered))
-        rest = (~rows).nonzero().flatten()
-        if rest.numel():
-            words = keys.select(rest).all_words(self.vocab_size)
-            tokens[rest] = (gumbel(words) + scaled[rest]).argmax(dim=-1)
+        for kind in sorted(set(kinds)):
+            members = [row for row, found in enumerate(kinds) if found == kind]
+            rows = torch.tensor(members)
+            some = [params[row] for row in members]
+            tokens[rows] = _DRAWS[kind](edited[rows], scaled[rows], some, keys.select(rows))
         return tokens
+
+    def _kind(self, params: SamplingParams) -> str:
+        if 0 < params.top_k < self.vocab_size:
+            return "top_k"
+        return "top_p" if params.top_p < 1 or params.min_p > 0 else "all"
+
+
+def _draw_all(edited: Tensor, scaled: Tensor, params: list[SamplingParams], keys: DrawKeys) -> Tensor:
+    """Token ids [n] for rows without a filter."""
+    return gumbel(keys.all_words(edited.shape[1])).add_(scaled).argmax(dim=-1)
+
+
+_DRAWS = {"all": _draw_all, "top_k": draw_top_k, "top_p": draw_top_p}
