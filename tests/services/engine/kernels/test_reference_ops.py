@@ -1,0 +1,124 @@
+"""The plain twins against loops written out, and the bits of a row alone against the same row among
+others.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from services.engine.kernels import ops, reference
+from services.engine.kernels.metadata import AttentionMetadata
+from services.engine.kernels.rope import RopeConfig, inverse_frequencies, rotary_tables
+
+
+def _rows(count: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("width", [1, 63, 100, 256])
+def test_rms_norm_is_the_formula(width: int) -> None:
+    x, weight = _rows(5, width), _rows(1, width, seed=1)[0]
+    y = ops.rms_norm(x, weight, 1e-5)
+    for row in range(5):
+        mean_square = sum(float(value) ** 2 for value in x[row]) / width
+        for i in range(width):
+            expected = float(x[row, i]) / math.sqrt(mean_square + 1e-5) * float(weight[i])
+            assert float(y[row, i]) == pytest.approx(expected, rel=1e-5, abs=1e-6)
+
+
+def test_add_rms_norm_returns_the_sum_and_its_norm() -> None:
+    x, residual, weight = _rows(3, 48), _rows(3, 48, 1), _rows(1, 48, 2)[0]
+    normed, total = ops.add_rms_norm(x, residual, weight, 1e-6)
+    assert torch.equal(total, x + residual)
+    assert torch.equal(normed, reference.rms_norm(x + residual, weight, 1e-6))
+
+
+@pytest.mark.parametrize("width", [63, 100, 257])
+def test_silu_mul_is_the_formula(width: int) -> None:
+    x = _rows(4, 2 * width)
+    gate, up = x[:, :width].double(), x[:, width:].double()
+    expected = gate * torch.sigmoid(gate) * up
+    assert torch.allclose(ops.silu_mul(x).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_silu_mul_keeps_large_negative_gates_finite() -> None:
+    assert torch.equal(ops.silu_mul(torch.tensor([[-200.0, 3.0]])), torch.tensor([[-0.0]]))
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "silu_mul", "rotary", "embedding"])
+@pytest.mark.parametrize("width", [62, 100, 258])
+def test_row_alone_has_the_bits_it_has_among_others(op: str, width: int) -> None:
+    x, weight = _rows(67, width), _rows(1, width, 1)[0]
+    table = _rows(67, width // 2, 2)
+
+    def apply(rows: slice) -> Tensor:
+        if op == "rms_norm":
+            return ops.rms_norm(x[rows], weight, 1e-5)
+        if op == "add_rms_norm":
+            return ops.add_rms_norm(x[rows], x[rows] * 2, weight, 1e-5)[0]
+        if op == "silu_mul":
+            return ops.silu_mul(x[rows])
+        if op == "rotary":
+            return ops.rotary(x[rows].unsqueeze(1), table[rows].cos(), table[rows].sin())
+        return ops.embedding(torch.arange(67)[rows], x)
+
+    together = apply(slice(None))
+    alone = torch.cat([apply(slice(row, row + 1)) for row in range(67)])
+    assert torch.equal(together, alone)
+
+
+def test_a_lone_very_wide_row_is_summed_as_among_others() -> None:
+    x = _rows(3, 40000)
+    assert torch.equal(reference.row_mean_square(x)[:1], reference.row_mean_square(x[:1]))
+
+
+def test_rotary_rotates_pairs_half_a_head_apart() -> None:
+    x = _rows(2, 2 * 6).view(2, 2, 6)
+    cos, sin = rotary_tables(RopeConfig(theta=100.0), 6, 8)
+    y = ops.rotary(x, cos[[3, 5]], sin[[3, 5]])
+    for row, position in enumerate((3, 5)):
+        for head in range(2):
+            for pair in range(3):
+                angle = position * 100.0 ** (-2 * pair / 6)
+                a, b = float(x[row, head, pair]), float(x[row, head, pair + 3])
+                turned = (
+                    a * math.cos(angle) - b * math.sin(angle),
+                    b * math.cos(angle) + a * math.sin(angle),
+                )
+                assert float(y[row, head, pair]) == pytest.approx(turned[0], abs=1e-5)
+                assert float(y[row, head, pair + 3]) == pytest.approx(turned[1], abs=1e-5)
+
+
+def test_linear_scaling_divides_positions() -> None:
+    plain = inverse_frequencies(RopeConfig(theta=1e4), 16)
+    assert torch.equal(inverse_frequencies(RopeConfig(theta=1e4, kind="linear", factor=4.0), 16), plain / 4)
+
+
+def test_unknown_scaling_is_named() -> None:
+    with pytest.raises(ValueError, match="yarn"):
+        inverse_frequencies(RopeConfig(theta=1e4, kind="yarn"), 16)
+
+
+@pytest.mark.parametrize("block_size", [16, 128, 256])
+def test_write_kv_stores_each_head_in_its_slot(block_size: int) -> None:
+    k_cache = torch.full((4, 3, block_size, 5), float("nan"))
+    v_cache = k_cache.clone()
+    slots = torch.tensor([block_size + 2, 7, 3 * block_size - 1])
+    metadata = AttentionMetadata(
+        torch.zeros(3, dtype=torch.int64), slots, torch.zeros(1, 1), [3], [3], block_size
+    )
+    key, value = _rows(3, 15).view(3, 3, 5), _rows(3, 15, 1).view(3, 3, 5)
+    ops.write_kv(key, value, k_cache, v_cache, metadata)
+    for row, slot in enumerate(slots.tolist()):
+        assert torch.equal(k_cache[slot // block_size, :, slot % block_size], key[row])
+        assert torch.equal(v_cache[slot // block_size, :, slot % block_size], value[row])
+    assert int(torch.isfinite(k_cache).sum()) == int(torch.isfinite(v_cache).sum()) == 3 * 15
+
+
+def test_a_device_without_kernels_is_named() -> None:
+    with pytest.raises(NotImplementedError, match="meta"):
+        ops.silu_mul(torch.empty(2, 4, device="meta"))
