@@ -28,15 +28,11 @@ def models(
         for model in response.models:
             typer.echo(MessageToJson(model, indent=None, preserving_proto_field_name=True))
         return
-    table = Table("model", "version", "context", "vocabulary", "numerics", "deterministic", "artifact")
+    table = Table()
+    for heading in ("model", "version", "context", "vocabulary", "deterministic"):
+        table.add_column(heading, overflow="fold")
     for model in response.models:
-        table.add_row(
-            model.name,
-            model.version or "-",
-            str(model.max_model_len),
-            str(model.vocab_size),
-            model.numerics_id,
-            "yes" if model.is_deterministic else "no",
-            model.artifact_digest[:19],
-        )
+        is_deterministic = "yes" if model.is_deterministic else "no"
+        sizes = (str(model.max_model_len), str(model.vocab_size))
+        table.add_row(model.name, model.version or "-", *sizes, is_deterministic)
     Console().print(table)

@@ -44,8 +44,8 @@ The services are up: gRPC on 127.0.0.1:{grpc}, HTTP on 127.0.0.1:{http}. Ctrl-C 
   curl           curl -N http://127.0.0.1:{http}/v1/completions -H 'content-type: application/json' \\
                    -d '{{"model": "demo", "prompt": "Once upon a time", "max_tokens": 60, "stream": true}}'
 
-  grpcurl        grpcurl -plaintext -d '{{"text": "Once upon a time"}}' 127.0.0.1:{grpc}
-  weft.v1.GatewayService/Generate
+  grpcurl        grpcurl -plaintext -d '{{"text": "Once upon a time"}}' \\
+                   127.0.0.1:{grpc} weft.v1.GatewayService/Generate
 """
 
 
@@ -71,6 +71,9 @@ def main() -> int:
     except KeyboardInterrupt:
         problems = [] if arguments.up else ["interrupted"]
     finally:
+        # A second Ctrl-C would leave the services behind; each of them ends within its own limit.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
         stopped = stack.stop()
     for problem in (all_problems := [*problems, *stopped]):
         print(f"demo: {problem}", file=sys.stderr)

@@ -16,26 +16,29 @@ from rich.text import Text
 from tools.demo.streams import Load, Stream, percentile
 
 REFRESH_PER_S = 8
+TITLE_WIDTH = 36
 STYLES = {"waiting": "dim", "running": "cyan", "stop": "green", "length": "green", "failed": "red"}
 
 
 def picture(streams: Sequence[Stream], load: Load, began: float, width: int) -> Group:
     """The live view: one line a stream with the newest of its text, and the engine's state below."""
     table = Table(box=None, padding=(0, 1), expand=True)
-    table.add_column("request", no_wrap=True, ratio=2)
-    table.add_column("newest text", no_wrap=True, ratio=5)
+    table.add_column("request", no_wrap=True, width=TITLE_WIDTH)
+    table.add_column("newest text", no_wrap=True, ratio=1)
     table.add_column("tokens", justify="right", width=6)
     table.add_column("state", width=8)
-    room = max(10, (width - 20) * 5 // 7 - 2)
+    room = max(10, width - TITLE_WIDTH - 22)
     for stream in streams:
-        newest = stream.error or " ".join(stream.text.split())[-room:]
+        newest = stream.error or " ".join(stream.text.split())[-room:].lstrip()
         state = stream.state
         table.add_row(
             Text(stream.title), Text(newest), str(stream.num_tokens), Text(state, STYLES.get(state, ""))
         )
     now = load.now
     tokens = sum(stream.num_tokens for stream in streams)
-    seconds = max(time.monotonic() - began, 1e-9)
+    is_over = all(stream.finish or stream.error for stream in streams)
+    until = max(stream.last_token_at for stream in streams) if is_over else time.monotonic()
+    seconds = max(until - began, 1e-9)
     status = (
         f"{tokens / seconds:6.0f} tokens/s   batch {now.running:2d}, waiting {now.waiting:2d}   "
         f"blocks: {now.free_blocks} free, {now.active_blocks} active, {now.cached_blocks} cached"
