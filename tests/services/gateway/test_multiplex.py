@@ -1,0 +1,122 @@
+"""Many requests on one client stream; each ends on its own."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections import defaultdict
+from typing import Any
+
+import grpc
+import pytest
+
+from weft.v1 import gateway_service_pb2 as pb
+from weft.v1 import generation_pb2 as gen
+
+
+def generate(
+    stream_id: int, budget_ms: int | None = None, text: str = "Once", **sampling: Any
+) -> pb.MultiplexRequest:
+    request = pb.GenerateRequest(text=text, sampling=gen.SamplingParams(**sampling))
+    return pb.MultiplexRequest(stream_id=stream_id, generate=request, budget_ms=budget_ms)
+
+
+class Client:
+    """One Multiplex call: what came, by stream."""
+
+    def __init__(self, stub: Any) -> None:
+        self.call = stub.Multiplex()
+        self.ids: dict[int, list[int]] = defaultdict(list)
+        self.finishes: dict[int, list[Any]] = defaultdict(list)
+        self.ends: dict[int, Any] = {}
+
+    async def send(self, *requests: pb.MultiplexRequest) -> None:
+        for request in requests:
+            await self.call.write(request)
+
+    async def receive(self, num_ends: int) -> None:
+        while len(self.ends) < num_ends:
+            response = await self.call.read()
+            assert response is not grpc.aio.EOF
+            stream_id = response.stream_id
+            assert stream_id not in self.ends, "something came after the end"
+            if response.HasField("end"):
+                self.ends[stream_id] = response.end
+            elif response.response.HasField("delta"):
+                self.ids[stream_id] += response.response.delta.token_ids
+            elif response.response.HasField("finish"):
+                self.finishes[stream_id].append(response.response.finish)
+
+    async def close(self) -> None:
+        await self.call.done_writing()
+        assert await self.call.read() is grpc.aio.EOF
+
+
+async def test_many_streams_each_get_their_own(gateway: Any, engine: Any) -> None:
+    oracle = sys.modules[type(engine).__module__].oracle
+    client = Client(gateway.stub)
+    await client.send(*(generate(i, seed=i, max_tokens=30) for i in range(40)))
+    await client.receive(40)
+    for i in range(40):
+        assert client.ids[i] == [oracle(i, 0, position) for position in range(30)]
+        assert not client.ends[i].HasField("failure")
+    await client.close()
+
+
+async def test_failures_end_one_stream_each(gateway: Any, engine: Any) -> None:
+    engine.step_s = 0.005
+    engine.error_at["bad"] = 3
+    bad = generate(5, seed=1, max_tokens=50)
+    bad.generate.request_id = "bad"
+    client = Client(gateway.stub)
+    await client.send(
+        generate(1, seed=1, max_tokens=50),
+        generate(2, seed=1, max_tokens=0),
+        generate(3, seed=1, max_tokens=50, text=""),
+        generate(4, budget_ms=150, seed=1),
+        bad,
+        generate(6, seed=1, top_p=2.0),
+        pb.MultiplexRequest(stream_id=7),
+        generate(8, seed=1),
+    )
+    await asyncio.sleep(0.1)
+    await client.send(
+        pb.MultiplexRequest(stream_id=8, cancel=pb.CancelStream()),
+        pb.MultiplexRequest(stream_id=99, cancel=pb.CancelStream()),
+    )
+    await client.receive(8)
+    codes = {i: end.failure.code for i, end in client.ends.items()}
+    assert codes == {1: 0, 2: 3, 3: 3, 4: 0, 5: 13, 6: 3, 7: 3, 8: 0}
+    assert len(client.ids[1]) == 50
+    assert client.finishes[4][0].reason == gen.FINISH_REASON_DEADLINE
+    assert client.finishes[8][0].reason == gen.FINISH_REASON_CANCELLED
+    assert client.ends[2].failure.field_violations[0].field == "sampling.max_tokens"
+    await client.send(generate(2, seed=1, max_tokens=3))
+    client.ends.pop(2)
+    await client.receive(8)
+    assert not client.ends[2].HasField("failure")
+    await client.close()
+
+
+async def test_leaving_cancels_everything(gateway: Any, engine: Any, settle: Any) -> None:
+    client = Client(gateway.stub)
+    await client.send(*(generate(i, seed=i) for i in range(8)))
+    await settle(lambda: len(engine.slots) == 8)
+    client.call.cancel()
+    await settle(lambda: not engine.slots)
+
+
+async def test_a_live_stream_id_cannot_be_taken(gateway: Any) -> None:
+    client = Client(gateway.stub)
+    await client.send(generate(1, seed=1), generate(1, seed=2))
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await client.receive(1)
+    assert caught.value.code() == grpc.StatusCode.ALREADY_EXISTS
+
+
+async def test_what_was_asked_before_the_half_close_is_served(gateway: Any) -> None:
+    client = Client(gateway.stub)
+    await client.send(generate(1, seed=1, max_tokens=20))
+    await client.call.done_writing()
+    await client.receive(1)
+    assert len(client.ids[1]) == 20
