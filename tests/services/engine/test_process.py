@@ -1,0 +1,345 @@
+"""The engine as a process: start, serve, drain, fault, and what it says when it cannot start."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+
+from tests.services.engine.core.oracle import next_token
+from weft.artifact.manifest import FileEntry, Manifest
+from weft.rpc import auth
+from weft.rpc.channel import open_channel
+from weft.rpc.healthcheck import check
+from weft.v1 import engine_service_pb2 as pb
+from weft.v1 import generation_pb2
+from weft.v1.engine_service_pb2_grpc import EngineServiceStub
+
+ROOT = Path(__file__).resolve().parents[3]
+ORACLE = str(Path(__file__).with_name("oracle_engine.py"))
+PROMPT = [5, 4, 3, 2, 1]
+HELLO = pb.ConnectRequest(hello=pb.GatewayHello(protocol_version=1, initial_credit_bytes=1 << 20))
+
+
+class EngineProcess:
+    """An engine process and its log lines."""
+
+    def __init__(self, *flags: object, mood: str | None = None) -> None:
+        command = [ORACLE] if mood else ["-m", "services.engine"]
+        source = ["--artifacts", "unused", "--model", mood] if mood else []
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("WEFT_")}
+        self.popen = subprocess.Popen(
+            [sys.executable, *command, "serve", "--listen", "127.0.0.1:0", *source, *map(str, flags)],
+            stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        self.lines: list[str] = []
+        self.events: list[dict[str, Any]] = []
+
+    def _take(self, line: str) -> None:
+        self.lines.append(line)
+        if line.startswith("{"):
+            self.events.append(json.loads(line))
+
+    def wait_for(self, event: str) -> dict[str, Any]:
+        assert self.popen.stderr is not None
+        for line in self.popen.stderr:
+            self._take(line)
+            if self.events and self.events[-1]["event"] == event:
+                return self.events[-1]
+        raise AssertionError(f"no event {event!r}: {self.lines}")
+
+    def serving(self) -> str:
+        return str(self.wait_for("serving")["address"])
+
+    def end(self, within_s: float = 20) -> int:
+        assert self.popen.stderr is not None
+        code = self.popen.wait(within_s)
+        for line in self.popen.stderr:
+            self._take(line)
+        return code
+
+    def event(self, name: str) -> dict[str, Any]:
+        found = [event for event in self.events if event["event"] == name]
+        assert len(found) == 1, self.lines
+        return found[0]
+
+
+@pytest.fixture
+def engine():
+    processes: list[EngineProcess] = []
+
+    def begin(*flags: object, mood: str | None = None) -> EngineProcess:
+        processes.append(EngineProcess(*flags, mood=mood))
+        return processes[-1]
+
+    yield begin
+    for process in processes:
+        process.popen.kill()
+        process.popen.wait()
+        if process.popen.stderr is not None:
+            process.popen.stderr.close()
+
+
+def request(max_tokens: int, prompt: list[int] = PROMPT) -> pb.GenerateTokensRequest:
+    params = generation_pb2.SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True, temperature=0)
+    return pb.GenerateTokensRequest(prompt_token_ids=prompt, sampling=params)
+
+
+def oracle(num_tokens: int) -> list[int]:
+    output: list[int] = []
+    while len(output) < num_tokens:
+        output.append(next_token(PROMPT + output, 1, 0))
+    return output
+
+
+async def read_all(call: Any) -> tuple[list[int], Any]:
+    tokens: list[int] = []
+    last = None
+    async for last in call:
+        tokens += last.token_ids
+    return tokens, last
+
+
+async def test_sigterm_lets_what_runs_finish_and_exits_zero(engine):
+    process = engine(mood="slow")
+    address = process.serving()
+    async with open_channel(address) as channel:
+        call = EngineServiceStub(channel).GenerateTokens(request(60))
+        link = EngineServiceStub(channel).Connect()
+        await link.write(HELLO)
+        assert (await link.read()).WhichOneof("event") == "hello"
+        params = generation_pb2.SamplingParams(max_tokens=60, seed=1, ignore_eos=True)
+        submit = pb.Submit(slot=3, prompt_token_ids=PROMPT, sampling=params)
+        await link.write(pb.ConnectRequest(submit=submit))
+        assert (await link.read()).WhichOneof("event") == "accepted"
+        process.popen.send_signal(signal.SIGTERM)
+        tokens, last = await read_all(call)
+        assert tokens == oracle(60)
+        assert last.finished.reason == generation_pb2.FINISH_REASON_LENGTH
+        from_link: list[int] = []
+        was_announced = is_finished = False
+        try:
+            while (message := await link.read()) is not grpc.aio.EOF:
+                was_announced |= message.HasField("draining")
+                from_link += message.frame.token_ids
+                is_finished |= bool(message.frame.finished)
+            raise AssertionError("the link ended well")
+        except grpc.aio.AioRpcError as error:
+            assert error.code() is grpc.StatusCode.UNAVAILABLE
+        assert was_announced
+        assert is_finished
+        assert from_link == oracle(60)
+    assert process.end() == 0
+    assert process.event("sequences") | {"time": ""} == {
+        "time": "", "level": "info", "logger": "engine", "event": "sequences", "begun": 2, "ended": 2,
+        "live": 0,
+    }  # fmt: skip
+    assert process.event("stopped")["begun"] == process.event("stopped")["ended"] == 2
+
+
+async def test_a_drain_that_takes_too_long_cancels(engine):
+    process = engine("--drain-seconds", 0.3, mood="slow")
+    async with open_channel(process.serving()) as channel:
+        call = EngineServiceStub(channel).GenerateTokens(request(1_900))
+        await asyncio.sleep(0.2)
+        started = time.monotonic()
+        process.popen.send_signal(signal.SIGTERM)
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_all(call)
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert process.end() == 0
+        assert time.monotonic() - started < 5
+
+
+async def test_a_device_fault_ends_streams_as_unavailable_and_the_process_with_70(engine):
+    process = engine(mood="fault")
+    async with open_channel(process.serving()) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await read_all(EngineServiceStub(channel).GenerateTokens(request(1_000)))
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert "0xdeadbeef" not in caught.value.details()
+    assert process.end() == 70
+    assert any("0xdeadbeef" in event.get("stack", "") for event in process.events)
+
+
+async def test_health_follows_a_step_that_hangs_and_comes_back(engine, monkeypatch):
+    process = engine(mood="hang")
+    address = process.serving()
+    async with open_channel(address) as channel:
+        call = EngineServiceStub(channel).GenerateTokens(request(50))
+        reading = asyncio.ensure_future(read_all(call))
+        await asyncio.to_thread(process.wait_for, "step hangs")
+        assert await asyncio.to_thread(check, address, "", 2) == "NOT_SERVING"
+        await asyncio.to_thread(process.wait_for, "step has ended after all")
+        assert await asyncio.to_thread(check, address, "", 2) == "SERVING"
+        tokens, _ = await reading
+        assert tokens == oracle(50)
+
+
+def test_a_signal_while_the_model_loads_exits_zero_at_once(engine):
+    process = engine(mood="stuck")
+    address = process.wait_for("listening")["address"]
+    assert check(address, "", 2) == "NOT_SERVING"
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end(5) == 0
+
+
+async def test_a_key_file_guards_the_engine(engine, tmp_path):
+    keys = tmp_path / "keys"
+    keys.write_text(f"gateway:{auth.hash_key('sesame')}\n")
+    process = engine("--api-key-file", keys, mood="ok")
+    address = process.serving()
+    assert check(address, "", 2) == "SERVING"
+    async with open_channel(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await EngineServiceStub(channel).GetInfo(pb.GetInfoRequest())
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    async with open_channel(address, "sesame") as channel:
+        assert (await EngineServiceStub(channel).GetInfo(pb.GetInfoRequest())).model_name == "oracle"
+    assert "sesame" not in "".join(process.lines)
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="there is no /proc here")
+async def test_an_idle_engine_uses_hardly_any_time(engine):
+    process = engine(mood="ok")
+    async with open_channel(process.serving()) as channel:
+        await read_all(EngineServiceStub(channel).GenerateTokens(request(20)))
+        await asyncio.sleep(0.3)
+
+        def seconds() -> float:
+            fields = Path(f"/proc/{process.popen.pid}/stat").read_text().rsplit(")", 1)[1].split()
+            return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+        before = seconds()
+        await asyncio.sleep(3)
+        # One per cent of a core, and one tick of the clock that measures it.
+        assert seconds() - before <= 0.03 + 0.01
+
+
+def copy_of_demo(directory: Path) -> Path:
+    target = directory / "source"
+    shutil.copytree(ROOT / "models" / "demo", target)
+    return target
+
+
+def broken_artifact(directory: Path) -> Path:
+    """An artifact whose config.json is not what its manifest says."""
+    version = directory / "demo" / "v1"
+    version.parent.mkdir()
+    shutil.copytree(ROOT / "models" / "demo", version)
+    files = {
+        path.name: FileEntry(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
+        for path in version.iterdir()
+        if path.is_file()
+    }
+    digest = "sha256:" + "0" * 64
+    manifest = Manifest("demo", files, digest, {}, 0, digest, digest)
+    (version / "manifest.json").write_bytes(manifest.to_bytes())
+    (version.parent / "CURRENT").write_text("v1\n")
+    config = version / "config.json"
+    config.write_text(config.read_text().replace("LlamaForCausalLM", "LlamaForCausalLX"))
+    return directory
+
+
+def cannot_start(process: EngineProcess) -> dict[str, Any]:
+    assert process.end(60) == 1
+    assert not any("Traceback" in line or "stack" in line for line in process.lines)
+    assert "serving" not in [event["event"] for event in process.events]
+    return process.event("cannot start")
+
+
+def test_a_digest_that_differs_is_named(engine, tmp_path):
+    event = cannot_start(engine("--artifacts", broken_artifact(tmp_path), "--model", "demo"))
+    assert event["status"] == "DATA_LOSS"
+    assert event["file"] == "config.json"
+    assert event["expected"] != event["found"]
+
+
+@pytest.mark.parametrize("how", ["missing", "truncated", "empty", "pickle", "unknown", "no-version"])
+def test_a_model_that_cannot_be_served_is_one_clear_line(engine, tmp_path, how):
+    flags: tuple[object, ...]
+    if how == "no-version":
+        flags = ("--artifacts", tmp_path, "--model", "demo")
+    elif how == "missing":
+        flags = ("--source", tmp_path / "nowhere")
+    else:
+        source = copy_of_demo(tmp_path)
+        (weights,) = source.glob("*.safetensors")
+        if how == "truncated":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        elif how == "empty":
+            weights.write_bytes(b"")
+        elif how == "pickle":
+            weights.rename(source / "pytorch_model.bin")
+        else:
+            config = source / "config.json"
+            config.write_text(config.read_text().replace("LlamaForCausalLM", "Mystery"))
+        flags = ("--source", source)
+    assert len(cannot_start(engine(*flags))["reason"]) > 10
+
+
+def test_taken_ports_and_bad_key_files(engine, tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert address in cannot_start(engine("--listen", address, mood="ok"))["reason"]
+        assert "in use" in cannot_start(engine("--metrics", address, mood="ok"))["reason"]
+    assert "nope" in cannot_start(engine("--api-key-file", tmp_path / "nope", mood="ok"))["reason"]
+    assert "config.json" in cannot_start(engine(mood="unloadable"))["reason"]
+
+
+async def test_the_demo_model_end_to_end(engine):
+    process = engine(
+        "--source",
+        ROOT / "models" / "demo",
+        "--metrics",
+        "127.0.0.1:0",
+        "--threads",
+        1,
+        "--kv-memory",
+        "64MiB",
+    )
+    metrics = process.wait_for("metrics")["address"]
+    async with open_channel(process.serving()) as channel:
+        stub = EngineServiceStub(channel)
+        info = await stub.GetInfo(pb.GetInfoRequest())
+        assert info.model_name == "demo"
+        assert info.num_blocks * info.block_size * info.kv_bytes_per_token <= 64 << 20
+        prompt = list(range(100, 140))
+        alone, last = await read_all(stub.GenerateTokens(request(24, prompt)))
+        assert len(alone) == 24
+        assert last.finished.usage.completion_tokens == 24
+        again = await asyncio.gather(*(read_all(stub.GenerateTokens(request(24, prompt))) for _ in range(4)))
+        assert [tokens for tokens, _ in again] == [alone] * 4
+        link = stub.Connect()
+        await link.write(HELLO)
+        params = request(24).sampling
+        submit = pb.Submit(slot=1, prompt_token_ids=prompt, sampling=params, emitted_token_ids=alone[:7])
+        await link.write(pb.ConnectRequest(submit=submit))
+        resumed: list[int] = []
+        while True:
+            message = await link.read()
+            resumed += message.frame.token_ids
+            if message.frame.finished:
+                break
+        link.cancel()
+        assert resumed == alone[7:]
+    page = (await asyncio.to_thread(urllib.request.urlopen, f"http://{metrics}/metrics")).read().decode()
+    assert 'vllm:generation_tokens_total{model_name="demo"} 137.0' in page
+    assert 'vllm:request_success_total{finished_reason="length",model_name="demo"} 6.0' in page
+    process.popen.send_signal(signal.SIGTERM)
+    assert process.end() == 0
