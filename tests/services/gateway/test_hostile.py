@@ -1,0 +1,218 @@
+"""What bad input gets over gRPC: the right status naming the field, quickly, and nothing else is disturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import unknown_fields
+
+from weft.rpc.auth import Authenticator, hash_key
+from weft.rpc.errors import error_from_call
+from weft.v1 import gateway_service_pb2 as pb
+from weft.v1 import generation_pb2 as gen
+
+S = gen.SamplingParams
+INVALID = grpc.StatusCode.INVALID_ARGUMENT
+
+
+def text(prompt: str = "hi", **fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(text=prompt, **fields)
+
+
+def ids(*token_ids: int, **fields: Any) -> pb.GenerateRequest:
+    return pb.GenerateRequest(token_ids=pb.TokenIds(ids=token_ids), **fields)
+
+
+def chat(*messages: tuple[str, str]) -> pb.GenerateRequest:
+    found = [pb.ChatMessage(role=role, content=content) for role, content in messages]
+    return pb.GenerateRequest(chat=pb.ChatPrompt(messages=found))
+
+
+CASES: dict[str, tuple[pb.GenerateRequest, str]] = {
+    "nothing at all": (pb.GenerateRequest(), "prompt"),
+    "empty text": (text(""), "text"),
+    "no token": (ids(), "token_ids.ids"),
+    "prompt of the context": (ids(*[300] * 1024), "token_ids"),
+    "prompt too long": (text("word " * 5000), "text"),
+    "text of 3 MiB": (text("x" * (3 << 20)), "text"),
+    "prompt and output too long": (ids(*[300] * 1000, sampling=S(max_tokens=25)), "sampling.max_tokens"),
+    "token id = vocabulary size": (ids(4096), "token_ids.ids[0]"),
+    "token id 2^32-1": (ids(300, 2**32 - 1), "token_ids.ids[1]"),
+    "max_tokens 0": (text(sampling=S(max_tokens=0)), "sampling.max_tokens"),
+    "max_tokens 2^31": (text(sampling=S(max_tokens=2**31)), "sampling.max_tokens"),
+    "max_tokens 2^32-1": (text(sampling=S(max_tokens=2**32 - 1)), "sampling.max_tokens"),
+    "n 0": (text(sampling=S(n=0)), "sampling.n"),
+    "n 9": (text(sampling=S(n=9)), "sampling.n"),
+    "n 10^6": (text(sampling=S(n=10**6)), "sampling.n"),
+    "temperature -1": (text(sampling=S(temperature=-1)), "sampling.temperature"),
+    "temperature NaN": (text(sampling=S(temperature=math.nan)), "sampling.temperature"),
+    "temperature inf": (text(sampling=S(temperature=math.inf)), "sampling.temperature"),
+    "temperature 1e-38": (text(sampling=S(temperature=1e-38)), "sampling.temperature"),
+    "top_p 0": (text(sampling=S(top_p=0)), "sampling.top_p"),
+    "top_p 2": (text(sampling=S(top_p=2)), "sampling.top_p"),
+    "top_p NaN": (text(sampling=S(top_p=math.nan)), "sampling.top_p"),
+    "top_k above the vocabulary": (text(sampling=S(top_k=2**32 - 1)), "sampling.top_k"),
+    "min_p 1.5": (text(sampling=S(min_p=1.5)), "sampling.min_p"),
+    "repetition_penalty 0": (text(sampling=S(repetition_penalty=0)), "sampling.repetition_penalty"),
+    "presence_penalty 3": (text(sampling=S(presence_penalty=3)), "sampling.presence_penalty"),
+    "logprobs 10^9": (text(sampling=S(logprobs=10**9)), "sampling.logprobs"),
+    "min above max": (text(sampling=S(min_tokens=9, max_tokens=3)), "sampling.min_tokens"),
+    "min above the room": (ids(*[300] * 1020, sampling=S(min_tokens=9)), "sampling.min_tokens"),
+    "bias of no token": (
+        text(sampling=S(logit_bias=[S.LogitBias(token_id=4096, bias=1)])),
+        "sampling.logit_bias[0].token_id",
+    ),
+    "bias NaN": (
+        text(sampling=S(logit_bias=[S.LogitBias(token_id=1, bias=math.nan)])),
+        "sampling.logit_bias[0].bias",
+    ),
+    "301 biases": (
+        text(sampling=S(logit_bias=[S.LogitBias(token_id=i) for i in range(301)])),
+        "sampling.logit_bias",
+    ),
+    "stop id of no token": (text(sampling=S(stop_token_ids=[4096])), "sampling.stop_token_ids[0]"),
+    "10,000 stop strings": (text(stop=["x"] * 10_000), "stop"),
+    "empty stop string": (text(stop=["a", ""]), "stop[1]"),
+    "stop string of 1 MiB": (text(stop=["x" * (1 << 20)]), "stop[0]"),
+    "request id with a line end": (text(request_id="a\nb"), "request_id"),
+    "request id of 1 MiB": (text(request_id="a" * (1 << 20)), "request_id"),
+    "priority 1000": (text(priority=1000), "priority"),
+    "cache salt of 1 KiB": (text(cache_salt="x" * 1024), "cache_salt"),
+    "no messages": (pb.GenerateRequest(chat=pb.ChatPrompt()), "chat.messages"),
+    "2,000 messages": (chat(*[("user", "x")] * 2000), "chat.messages"),
+    "unknown role": (chat(("wizard", "x")), "chat.messages[0].role"),
+    "chat of 3 MiB": (chat(("user", "x" * (3 << 20))), "chat"),
+}
+
+
+async def drain(call: Any) -> list[Any]:
+    return [response async for response in call]
+
+
+async def refused(gateway: Any, request: pb.GenerateRequest) -> Any:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await drain(gateway.stub.Generate(request))
+    return caught.value
+
+
+async def test_bad_fields_are_named(gateway: Any, engine: Any) -> None:
+    bystander = asyncio.create_task(drain(gateway.stub.Generate(text(sampling=S(seed=1, max_tokens=900)))))
+    for name, (request, field) in CASES.items():
+        begin = time.monotonic()
+        error = await refused(gateway, request)
+        assert time.monotonic() - begin < 1.0, name
+        assert error.code() == INVALID, name
+        assert error_from_call(error).field_violations[0][0] == field, name
+        assert field in error.details(), name
+    assert len(engine.submits) == 1
+    assert (await bystander)[-1].finish.usage.completion_tokens == 900
+
+
+async def test_a_thousand_bad_fields_stay_small(gateway: Any) -> None:
+    biases = [S.LogitBias(token_id=2**32 - 1, bias=math.nan) for _ in range(300)]
+    error = await refused(gateway, text(stop=[""] * 16, sampling=S(logit_bias=biases, top_p=2)))
+    assert error.code() == INVALID
+    assert len(error_from_call(error).field_violations) <= 20
+    assert sum(len(key) + len(value) for key, value in error.trailing_metadata()) < 4096 + 512
+
+
+async def test_unknown_fields_are_named_by_number(gateway: Any) -> None:
+    request = text()
+    request.MergeFromString(bytes([0x98, 0x06, 0x01]))  # field 99, varint 1
+    assert len(unknown_fields.UnknownFieldSet(request)) == 1
+    error = await refused(gateway, request)
+    assert error.code() == INVALID
+    assert "99" in error.details()
+    nested = text(sampling=S(top_p=0.5))
+    nested.sampling.MergeFromString(bytes([0x98, 0x06, 0x01]))
+    assert "sampling.99" in (await refused(gateway, nested)).details()
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await gateway.stub.ListModels(pb.ListModelsRequest.FromString(bytes([0x98, 0x06, 0x01])))
+    assert caught.value.code() == INVALID
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [text(session_id="s"), text(resumable=True, request_id="r"), text(resume_offset=0, request_id="r")],
+)
+async def test_what_is_not_offered_says_so(gateway: Any, request_: pb.GenerateRequest) -> None:
+    error = await refused(gateway, request_)
+    assert error.code() == grpc.StatusCode.UNIMPLEMENTED
+    assert "not offered yet" in error.details()
+
+
+async def test_invalid_utf8_and_garbage(gateway: Any) -> None:
+    call = gateway.channel.unary_stream(
+        "/weft.v1.GatewayService/Generate",
+        request_serializer=bytes,
+        response_deserializer=pb.GenerateResponse.FromString,
+    )
+    for data in (b"\x12\x02\xff\xfe", b"\xff" * 40, b"\x12\xff\xff\xff\xff\x0f"):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await drain(call(data))
+        assert caught.value.code() == INVALID
+
+
+async def test_a_message_of_100_mb_is_refused(gateway: Any) -> None:
+    error = await refused(gateway, text("x" * (100 << 20)))
+    assert error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert error_from_call(error).retry_after_s is None
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a" * 200_000,
+        "😀👨‍👩‍👧" * 20_000,
+        "<|end|>" * 50_000,
+        "\u0301" * 100_000,
+        "\x00\u2028\u202e\ufeff" * 1000,
+    ],
+)
+async def test_awkward_text_is_only_text(gateway: Any, engine: Any, prompt: str) -> None:
+    begin = time.monotonic()
+    answer = await gateway.stub.Tokenize(pb.TokenizeRequest(text=prompt))
+    assert time.monotonic() - begin < 10
+    assert not {0, 1, 2, 3, 4, 5}.intersection(answer.token_ids[1:])
+    back = await gateway.stub.Detokenize(pb.DetokenizeRequest(token_ids=answer.token_ids))
+    assert back.text == prompt
+
+
+async def test_a_prompt_of_the_context_less_one_is_taken(gateway: Any) -> None:
+    responses = await drain(gateway.stub.Generate(ids(*[300] * 1023)))
+    assert responses[-1].finish.usage.completion_tokens == 1
+
+
+@pytest.mark.parametrize("timeout", [0.0, 1e-6, 0.001, -1.0])
+async def test_a_deadline_that_has_passed(gateway: Any, engine: Any, timeout: float) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await drain(gateway.stub.Generate(text(), timeout=timeout))
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+async def test_keys_guard_every_method(start_engine: Any, start_gateway: Any) -> None:
+    gateway = await start_gateway(
+        await start_engine(), authenticator=Authenticator({"a": hash_key("key-a"), "b": hash_key("key-b")})
+    )
+    a = (("authorization", "Bearer key-a"),)
+    b = (("authorization", "Bearer key-b"),)
+    for metadata in (None, (("authorization", "Bearer no"),), (*a, *a)):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await gateway.stub.ListModels(pb.ListModelsRequest(), metadata=metadata)
+        assert caught.value.code() == grpc.StatusCode.UNAUTHENTICATED
+    calls = [
+        gateway.stub.Generate(text(request_id="same"), metadata=key) for key in (a, b)
+    ]  # ids belong to their key
+    for call in calls:
+        async for response in call:
+            if response.HasField("delta"):
+                break
+    await gateway.stub.Cancel(pb.CancelRequest(request_id="same"), metadata=a)
+    assert (await drain(calls[0]))[-1].finish.reason == gen.FINISH_REASON_CANCELLED
+    assert not calls[1].done()
+    calls[1].cancel()
