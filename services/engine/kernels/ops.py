@@ -7,13 +7,17 @@ module-like object with these operations; the CPU's is assembled below from the 
 
 from __future__ import annotations
 
+import logging
+
 from torch import Tensor
 
-from services.engine.kernels import reference, tiled_attention
+from services.engine.kernels import int4pack, reference, tiled_attention
 from services.engine.kernels.linear import DenseLinear, Int4Linear, Linear
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
 from services.engine.kernels.scratch import Scratch
+
+_log = logging.getLogger(__name__)
 
 
 class CpuBackend:
@@ -116,4 +120,10 @@ def make_int4_linear(
     here.
     """
     _backend(values)
+    in_features, out_features = values.shape
+    if int4pack.is_supported(in_features, out_features, in_features // zeros.shape[0], numerics):
+        try:
+            return int4pack.Int4PackLinear(values, zeros, scales, bias, numerics, scratch)
+        except ValueError as error:
+            _log.warning("4-bit linears are dequantised for every call: %s", error)
     return Int4Linear(values, zeros, scales, bias, numerics, scratch)

@@ -13,6 +13,7 @@ from torch import Tensor
 from services.engine.kernels import ops
 from services.engine.kernels.linear import Linear
 from services.engine.kernels.metadata import AttentionMetadata
+from services.engine.kernels.numerics import Numerics
 from services.engine.kernels.rope import rotary_tables
 from services.engine.models.config import MAX_POSITIONS, Fields, ModelConfig, parse_config
 from services.engine.models.layers import Attention, DecoderLayer, GatedMlp, StepContext
@@ -45,6 +46,11 @@ class Llama:
             has_mlp_bias=fields.boolean("mlp_bias", False),
             sliding_window=window,
         )
+
+    def use(self, numerics: Numerics) -> None:
+        """Change attention's tile sizes (the linears keep theirs)."""
+        for layer in self.layers:
+            layer.attention.numerics = numerics
 
     @property
     def linears(self) -> dict[str, Linear]:

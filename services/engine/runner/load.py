@@ -9,30 +9,59 @@ import platform
 
 import torch
 
-from services.engine.kernels import ops
+from services.engine.kernels import int4pack, ops
 from services.engine.kernels.numerics import KEY_TILE, Numerics
+from services.engine.models.config import ModelConfig
 from services.engine.models.llama import Llama
 from services.engine.runner.config import RunnerConfig, RunnerConfigError, RunnerInfo
 from services.engine.runner.kv_cache import KVCache, kv_bytes_per_token
 from services.engine.runner.source import Source
 
+AUTO_FLOAT32_WEIGHTS = 64_000_000
+"""Up to so many layer weights, dtype auto is float32: dequantising them takes about 20 ms of a step on two
+cores.
+"""
+
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def choose_numerics(config: RunnerConfig) -> Numerics:
+def choose_numerics(config: RunnerConfig, model: ModelConfig) -> Numerics:
     """dtype and determinism. Raises RunnerConfigError for a device or a combination that there is not."""
     if config.device not in ops.supported_devices():
         supported = ", ".join(ops.supported_devices())
         raise RunnerConfigError(f"device {config.device!r} is not supported (there are: {supported})")
-    dtype = torch.float32 if config.dtype == "auto" else _DTYPES[config.dtype]
+    if config.dtype == "auto":
+        dtype = torch.float32 if config.is_deterministic else _auto_dtype(model)
+    else:
+        dtype = _DTYPES[config.dtype]
     is_deterministic = config.is_deterministic
     if is_deterministic is None:
         is_deterministic = dtype == torch.float32
     if is_deterministic and dtype != torch.float32:
         raise RunnerConfigError(
-            "deterministic mode on a CPU needs dtype float32: bfloat16 matmuls round by batch size"
+            "deterministic mode on a CPU needs dtype float32: bfloat16 products round by batch size"
         )
     return Numerics(dtype, is_deterministic)
+
+
+def _auto_dtype(model: ModelConfig) -> torch.dtype:
+    """float32, with its guarantee, while that costs little; bfloat16 for larger models where the CPU is fast
+    at it.
+    """
+    if num_layer_weights(model) <= AUTO_FLOAT32_WEIGHTS:
+        return torch.float32
+    if model.quantization is not None:
+        shape = (model.hidden_size, 64, abs(model.quantization.group_size))
+        is_fast = int4pack.is_supported(*shape, Numerics(torch.bfloat16, is_deterministic=False))
+    else:
+        is_fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return torch.bfloat16 if is_fast else torch.float32
+
+
+def num_layer_weights(model: ModelConfig) -> int:
+    """Weights of all decoder linears."""
+    heads = (2 * model.num_heads + 2 * model.num_kv_heads) * model.head_dim * model.hidden_size
+    return model.num_layers * (heads + 3 * model.hidden_size * model.intermediate_size)
 
 
 def numerics_id(numerics: Numerics, paths: dict[str, str], fingerprint: str) -> str:
@@ -57,6 +86,7 @@ def make_info(
     numerics: Numerics,
     max_model_len: int,
     fingerprint: str,
+    crossover_rows: int | None,
 ) -> RunnerInfo:
     """The runner's record of itself."""
     paths = linear_paths(model)
@@ -81,6 +111,7 @@ def make_info(
         num_threads=torch.get_num_threads(),
         bos_token_id=model.config.bos_token_id,
         eos_token_ids=model.config.eos_token_ids,
+        crossover_rows=crossover_rows,
         kernel_paths={"attention": f"tiled-{KEY_TILE}", **paths},
     )
 

@@ -7,7 +7,6 @@ thread calls it.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -18,12 +17,13 @@ from services.engine.kernels.numerics import Numerics
 from services.engine.models.llama import Llama
 from services.engine.models.loader import load_model, read_model_config, resolve_max_model_len
 from services.engine.runner.canary import replay_canary
-from services.engine.runner.config import RunnerConfig, RunnerConfigError, RunnerInfo
+from services.engine.runner.config import RunnerConfig, RunnerInfo
+from services.engine.runner.crossover import set_crossover
 from services.engine.runner.inputs import check_chunk, make_inputs
 from services.engine.runner.kv_cache import KVCache, kv_bytes_per_token, resolve_num_blocks
 from services.engine.runner.load import choose_numerics, make_info
 from services.engine.runner.sampler import Sampler
-from services.engine.runner.self_test import run_self_test
+from services.engine.runner.self_test import settle_numerics
 from services.engine.runner.source import open_source
 
 
@@ -83,24 +83,23 @@ def load_runner(config: RunnerConfig) -> ModelRunner:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
-    numerics = choose_numerics(config)
     source = open_source(config)
     model_config = read_model_config(source.checkpoint)
+    numerics = choose_numerics(config, model_config)
     max_model_len = resolve_max_model_len(model_config, config.max_model_len)
     model = load_model(
         source.checkpoint, model_config, numerics, max_model_len, is_artifact=source.is_artifact
     )
+    crossover_rows = set_crossover(model.linears.values(), source.digest, config.cache_dir)
     num_blocks = resolve_num_blocks(config, kv_bytes_per_token(model_config, numerics.dtype), max_model_len)
     cache = KVCache(
         model_config, num_blocks, config.block_size, numerics.dtype, is_poisoned=config.is_poisoned
     )
-    result = run_self_test(model, cache, numerics, max_model_len)
-    if numerics.is_deterministic and result.failure is not None:
-        if config.is_deterministic:
-            raise RunnerConfigError(f"deterministic mode does not hold on this machine: {result.failure}")
-        numerics = replace(numerics, is_deterministic=False)
+    numerics, fingerprint = settle_numerics(model, cache, numerics, max_model_len, config)
     if source.canary is not None:
         replay_canary(source.canary, model, cache, numerics.dtype, max_model_len)
-    info = make_info(config, source, model, cache, numerics, max_model_len, result.fingerprint)
+    info = make_info(
+        config, source, model, cache, numerics, max_model_len, result.fingerprint, crossover_rows
+    )
     cache.reset(is_poisoned=config.is_poisoned)
     return ModelRunner(model, cache, numerics, info)

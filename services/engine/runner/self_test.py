@@ -12,7 +12,8 @@ Knows the model and the cache memory, which must not be in use yet.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,12 +23,14 @@ from services.engine.core.sequence import SamplingParams, Sequence
 from services.engine.kernels.linear import Linear
 from services.engine.kernels.numerics import Numerics
 from services.engine.models.llama import Llama
+from services.engine.runner.config import RunnerConfig, RunnerConfigError
 from services.engine.runner.inputs import make_inputs
 from services.engine.runner.kv_cache import KVCache
 
 _ROW_COUNTS = (1, 2, 3, 5, 7, 16, 17, 33, 64, 100)
 _BASE_ROWS = 128
 _LENGTH = 150
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,30 @@ def run_self_test(model: Llama, cache: KVCache, numerics: Numerics, max_model_le
         if failure is None and not torch.equal(logits, reference):
             failure = f"logits of a sequence computed {name} differ from those computed whole"
     return SelfTestResult(failure, fingerprint)
+
+
+def settle_numerics(
+    model: Llama, cache: KVCache, numerics: Numerics, max_model_len: int, config: RunnerConfig
+) -> tuple[Numerics, str]:
+    """(numerics that hold here, fingerprint): the small attention tile if it passes, else the large one.
+
+    When neither passes, an engine told to be deterministic refuses to start (RunnerConfigError); one that was
+    merely about to be serves without the promise.
+    """
+    if not numerics.is_deterministic:
+        return numerics, run_self_test(model, cache, numerics, max_model_len).fingerprint
+    for tile in (numerics.query_tile, numerics.row_tile):
+        tried = replace(numerics, query_tile=tile)
+        model.use(tried)
+        result = run_self_test(model, cache, tried, max_model_len)
+        if result.failure is None:
+            return tried, result.fingerprint
+        _log.warning("with query tiles of %d rows: %s", tile, result.failure)
+    if config.is_deterministic:
+        raise RunnerConfigError(f"deterministic mode does not hold on this machine: {result.failure}")
+    tried = replace(tried, is_deterministic=False)
+    model.use(tried)
+    return tried, result.fingerprint
 
 
 def _check_linears(linears: dict[str, Linear], numerics: Numerics) -> str | None:
