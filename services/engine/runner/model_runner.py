@@ -98,8 +98,6 @@ def load_runner(config: RunnerConfig) -> ModelRunner:
     numerics, fingerprint = settle_numerics(model, cache, numerics, max_model_len, config)
     if source.canary is not None:
         replay_canary(source.canary, model, cache, numerics.dtype, max_model_len)
-    info = make_info(
-        config, source, model, cache, numerics, max_model_len, result.fingerprint, crossover_rows
-    )
+    info = make_info(config, source, model, cache, numerics, max_model_len, fingerprint, crossover_rows)
     cache.reset(is_poisoned=config.is_poisoned)
     return ModelRunner(model, cache, numerics, info)
