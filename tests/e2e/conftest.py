@@ -97,7 +97,7 @@ class Stack:
     @property
     def http(self):
         """The base address of the HTTP side."""
-        return "http://" + self.gateway.wait_for("serving", READY_S)["http"]
+        return "http://" + self.gateway.wait_for("http", READY_S)["address"]
 
     def load(self):
         return self.engine_client.GetLoad(engine_pb.GetLoadRequest(), timeout=10)

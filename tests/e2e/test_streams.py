@@ -206,7 +206,7 @@ def test_the_command_line_streams(stack, python):
 
 def test_metrics_have_the_names_dashboards_know(stack):
     read(stack.client.Generate(request_of("Count me"), timeout=30))
-    address = stack.engine.wait_for("serving", 5).get("metrics")
+    address = stack.engine.wait_for("metrics", 5)["address"]
     text = urllib.request.urlopen(f"http://{address}/metrics", timeout=10).read().decode()
     for name in (
         "vllm:num_requests_running{",

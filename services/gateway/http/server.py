@@ -94,7 +94,7 @@ class HttpServer:
         )
         self._server = _Uvicorn(config)
         self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
-        log.info("listening", address=str(self.address))
+        log.info("http", address=str(self.address))
 
     async def stop(self) -> None:
         """Take no more connections, let open answers end within `STOP_GRACE_S`, stop. May come twice."""
