@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import queue
 import sys
 import threading
@@ -60,14 +61,25 @@ class Logger:
     ) -> None:
         if self._logger.isEnabledFor(level):
             exc_info = (type(exception), exception, exception.__traceback__) if exception else None
-            self._logger.log(
-                level, "%s", event, extra={"weft_event": event, "weft_fields": fields}, exc_info=exc_info
-            )
+            extra = {"weft_event": event, "weft_fields": list(fields.items())}
+            self._logger.log(level, "%s", event, extra=extra, exc_info=exc_info)
 
 
 def get_logger(name: str) -> Logger:
     """The logger of one part, as in "engine" or "rpc"."""
     return Logger(logging.getLogger(f"weft.{name}"))
+
+
+_STANDARD_ATTRIBUTES = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def _extras(record: logging.LogRecord) -> list[tuple[str, Any]]:
+    """What a caller of the standard library's logging passed as `extra`."""
+    return [
+        (key, value)
+        for key, value in vars(record).items()
+        if key not in _STANDARD_ATTRIBUTES and not key.startswith("weft_")
+    ]
 
 
 def event_of(record: logging.LogRecord) -> dict[str, Any]:
@@ -82,7 +94,8 @@ def event_of(record: logging.LogRecord) -> dict[str, Any]:
     current = getattr(record, "weft_request_id", None)
     if current:
         event["request_id"] = current
-    event.update(getattr(record, "weft_fields", {}))
+    for key, value in getattr(record, "weft_fields", None) or _extras(record):
+        event.setdefault(key, value)
     if record.exc_info and record.exc_info[1] is not None:
         event["stack"] = "".join(traceback.format_exception(record.exc_info[1]))
     return event
@@ -91,6 +104,8 @@ def event_of(record: logging.LogRecord) -> dict[str, Any]:
 def _clip(value: Any) -> Any:
     if isinstance(value, str) and len(value) > MAX_VALUE_CHARS:
         return value[:MAX_VALUE_CHARS] + "..."
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has no such number
     return value
 
 
@@ -178,7 +193,7 @@ class LogWriter:
                     {"levelno": logging.WARNING, "levelname": "WARNING", "name": "weft.logs"}
                 )
                 note.weft_event = "records dropped"
-                note.weft_fields = {"dropped": dropped - self._num_reported}
+                note.weft_fields = [("dropped", dropped - self._num_reported)]
                 self._num_reported = dropped
                 self._write(self._format(note))
 

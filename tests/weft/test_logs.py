@@ -78,9 +78,21 @@ def test_a_stack_is_a_field_or_indented_lines():
 
 def test_values_that_are_no_json_become_text():
     stream = written(False)
-    logs.get_logger("x").info("event", value={1, 2}.__class__, number=float("nan"))
+    logs.get_logger("x").info("event", value={1, 2}.__class__, number=float("nan"), level="mine", many=[1, 2])
     logs.stop()
-    assert "class 'set'" in stream.getvalue()
+    event = json.loads(stream.getvalue(), parse_constant=lambda name: pytest.fail(name))
+    assert event["value"] == "<class 'set'>"
+    assert event["number"] == "nan"
+    assert event["level"] == "info"
+    assert event["many"] == [1, 2]
+
+
+def test_extra_fields_of_plain_logging_are_fields():
+    stream = written(False)
+    logging.getLogger("weft.engine.core").error("failed: %s", "why", extra={"key": "(1, 2)"})
+    logs.stop()
+    event = json.loads(stream.getvalue())
+    assert (event["event"], event["key"]) == ("failed: why", "(1, 2)")
 
 
 def test_long_values_are_clipped():

@@ -1,4 +1,4 @@
-"""A service to start as a process: `python fake_service.py ADDRESS LOAD_SECONDS DRAIN_SECONDS [fault|fail]`."""
+"""A service to start as a process: `fake_service.py ADDRESS LOAD_SECONDS DRAIN_SECONDS [fault|fail]`."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ async def test_an_unknown_exception_leaves_as_internal_with_an_id_and_nothing_el
     assert "secret" not in error.message
     stacks = [record for record in caplog.records if record.exc_info]
     assert len(stacks) == 1
-    assert stacks[0].weft_fields["error_id"] == error.error_id
+    assert dict(stacks[0].weft_fields)["error_id"] == error.error_id
 
 
 @pytest.mark.parametrize("kind", KINDS)
