@@ -12,8 +12,6 @@ does not know of scales between layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -47,13 +45,18 @@ def _search_group(
     """
     bottom, top = full_range(weight)
     best = _Best(weight, own, pull, low, high)
-    ones = torch.ones_like(bottom)
-    best.try_all((bottom * a, top * b) for a in COARSE for b in COARSE)
-    # Where an end is zero its factor means nothing: keep 1.
-    lows = torch.where(bottom < 0, best.low / bottom, ones)
-    highs = torch.where(top > 0, best.high / top, ones)
-    best.try_all((bottom * (lows + a), top * (highs + b)) for a in FINE for b in FINE if a or b)
+    for shrink in COARSE:
+        best.try_all(bottom * shrink, top * _column(COARSE, weight))
+    # Where an end is zero its factor means nothing: any will do.
+    lows = torch.where(bottom < 0, best.low / bottom, torch.ones_like(bottom))
+    highs = torch.where(top > 0, best.high / top, torch.ones_like(top))
+    for step in FINE:
+        best.try_all(bottom * (lows + step), top * (highs + _column(FINE, weight)))
     return best.low, best.high
+
+
+def _column(factors: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.tensor(factors, dtype=like.dtype, device=like.device).unsqueeze(1)
 
 
 class _Best:
@@ -62,16 +65,18 @@ class _Best:
     def __init__(self, weight: Tensor, own: Tensor, pull: Tensor, low: Tensor, high: Tensor) -> None:
         self._weight, self._own, self._pull = weight, own, pull
         self.low, self.high = low.clone(), high.clone()
-        self.loss = self._judge(low, high)
+        self._loss = self._judge(low.unsqueeze(0), high.unsqueeze(0))[0]
 
-    def try_all(self, ranges: Iterable[tuple[Tensor, Tensor]]) -> None:
-        for low, high in ranges:
-            loss = self._judge(low, high)
-            is_better = loss < self.loss
-            self.loss = torch.where(is_better, loss, self.loss)
-            self.low = torch.where(is_better, low, self.low)
-            self.high = torch.where(is_better, high, self.high)
+    def try_all(self, low: Tensor, high: Tensor) -> None:
+        """Take over every row's best of several ranges: `low` [rows], `high` [candidates, rows]."""
+        low = low.expand_as(high)
+        loss, index = self._judge(low, high).min(0, keepdim=True)
+        is_better = loss[0] < self._loss
+        self._loss = torch.where(is_better, loss[0], self._loss)
+        self.low = torch.where(is_better, low.gather(0, index)[0], self.low)
+        self.high = torch.where(is_better, high.gather(0, index)[0], self.high)
 
     def _judge(self, low: Tensor, high: Tensor) -> Tensor:
-        error = snap(self._weight, *grid(low, high)) - self._weight
-        return ((error @ self._own + self._pull) * error).sum(-1)
+        """[candidates, rows]. Candidates go together because one large operation beats many small ones."""
+        error = snap(self._weight, *grid(low, high)).sub_(self._weight)
+        return (error @ self._own).add_(self._pull).mul_(error).sum(-1)

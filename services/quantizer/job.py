@@ -166,7 +166,9 @@ def _quantize_blocks(
         for index in range(source.num_blocks):
             layer, weights = source.block(index), source.block_weights(index)
             block = BlockQuantizer(source, index, weights, hidden, config.group_size, skipped).run()
-            hidden = source.run_block(layer, block.weights if config.propagate_error else weights, hidden)
+            if index + 1 < source.num_blocks:
+                seen = block.weights if config.propagate_error else weights
+                hidden = source.run_block(layer, seen, hidden)
             canary.advance(layer, block.weights)
             if evaluation is not None:
                 evaluation.advance(layer, "source", weights)

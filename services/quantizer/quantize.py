@@ -13,28 +13,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.func import functional_call
 
 from services.quantizer.clipping import search_ranges
 from services.quantizer.errors import QuantizerError
+from services.quantizer.folding import Folding, fold
 from services.quantizer.grid import QuantizedWeight, quantize, round_to_nearest
 from services.quantizer.model_map import ScaleGroup
 from services.quantizer.scales import Candidate, ScaleSpace, rank_candidates, weight_means
 from services.quantizer.source import STORED_DTYPES, Source, Weights
+from services.quantizer.statistics import capture_calls, collect_statistics, output_energy
 from weft.artifact.manifest import LinearError
 
 _NUM_FINALISTS = 3
-_NUM_INSPECTED_WINDOWS = 16
+_NUM_INSPECTED_WINDOWS = 8
 _FINAL_SWEEPS = 2
-
-
-@dataclass(frozen=True, slots=True)
-class InputStatistics:
-    """Of the input of one scale group: `gram` fp32 [in, in] = X^T X, `mean_abs` fp32 [in]."""
-
-    gram: Tensor
-    mean_abs: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,16 +81,17 @@ class BlockQuantizer:
         self._linears = [name for group in self._groups for name in group.linears]
         self._statistics = collect_statistics(source, self._layer, weights, hidden, self._groups)
         stride = max(1, hidden.shape[0] // _NUM_INSPECTED_WINDOWS)
-        self._calls = _capture_calls(source, self._layer, weights, hidden[::stride], self._groups)
+        self._calls = capture_calls(source, self._layer, weights, hidden[::stride], self._groups)
+        self._references: dict[str, list[Tensor]] = {}
         self._energy: dict[str, float] = {}
         self._rounding: dict[str, float] = {}
         for group in self._groups:
             gram = self._statistics[group.linears[0]].gram
             for name in group.linears:
                 weight = weights[f"{name}.weight"]
-                self._energy[name] = max(_output_energy(weight, gram), torch.finfo(torch.float32).tiny)
+                self._energy[name] = max(output_energy(weight, gram), torch.finfo(torch.float32).tiny)
                 rounded = round_to_nearest(weight, group_size).dequantize()
-                self._rounding[name] = _output_energy(rounded - weight, gram) / self._energy[name]
+                self._rounding[name] = output_energy(rounded - weight, gram) / self._energy[name]
 
     def run(self) -> QuantizedBlock:
         """Search, then fold and quantize, falling back wherever a linear would come out worse than by
@@ -119,7 +114,7 @@ class BlockQuantizer:
         """The candidate of least output loss among those that leave no linear worse off than rounding."""
         weights = {name: self._weights[f"{name}.weight"] for name in group.linears}
         gram = self._statistics[group.linears[0]].gram
-        space = self._space(group)
+        space = self.space(group)
         identity = space.make("identity", 0.0)
         if not self._is_scalable(group):
             return identity
@@ -128,7 +123,7 @@ class BlockQuantizer:
             total = 0.0
             for name, weight in weights.items():
                 rounded = round_to_nearest(weight * scales, self._group_size).dequantize() / scales
-                total += _output_energy(rounded - weight, gram) / self._energy[name]
+                total += output_energy(rounded - weight, gram) / self._energy[name]
             return total
 
         finalists = rank_candidates(space, rounding_loss)[:_NUM_FINALISTS]
@@ -137,7 +132,7 @@ class BlockQuantizer:
         best, least = identity, float("inf")
         for candidate in finalists:
             trial = {n: self._clipped(w, gram, candidate.scales, 1)[1] for n, w in weights.items()}
-            errors = {n: _output_energy(w - weights[n], gram) / self._energy[n] for n, w in trial.items()}
+            errors = {n: output_energy(w - weights[n], gram) / self._energy[n] for n, w in trial.items()}
             if candidate.method != "identity" and any(errors[n] > self._rounding[n] for n in errors):
                 continue
             loss = self._output_loss(group, trial) if self._calls.get(group.inspect) else sum(errors.values())
@@ -162,11 +157,14 @@ class BlockQuantizer:
         prefix = group.inspect + "."
         exact = {n.removeprefix(prefix): w for n, w in self._weights.items() if n.startswith(prefix)}
         changed = {**exact, **{f"{n.removeprefix(prefix)}.weight": w for n, w in trial.items()}}
+        calls = self._calls[group.inspect]
+        if group.inspect not in self._references:
+            self._references[group.inspect] = [
+                _first(functional_call(module, exact, *call)) for call in calls
+            ]
         total, count = 0.0, 0
-        for arguments, options in self._calls[group.inspect]:
-            difference = _first(functional_call(module, changed, arguments, options)) - _first(
-                functional_call(module, exact, arguments, options)
-            )
+        for call, reference in zip(calls, self._references[group.inspect], strict=True):
+            difference = _first(functional_call(module, changed, *call)) - reference
             total += float(difference.square().sum())
             count += difference.numel()
         return total / count
@@ -174,46 +172,32 @@ class BlockQuantizer:
     def _fold(
         self, chosen: dict[str, Candidate]
     ) -> tuple[Weights, dict[str, QuantizedWeight], dict[str, float]]:
-        """The block with scales folded and linears quantized, and each linear's error seen from outside of
-        the folding.
-        """
-        columns, rows, folded = self._apply(chosen)
+        """The block folded and quantized, and each linear's error as seen from outside of the folding."""
+        folding = self.folding(chosen)
+        folded = dict(folding.parameters)
         linears: dict[str, QuantizedWeight] = {}
         errors: dict[str, float] = {}
         for group in self._groups:
             gram = self._statistics[group.linears[0]].gram
             for name in group.linears:
-                weight, row = self._weights[f"{name}.weight"], rows.get(name)
-                inner = weight if row is None else weight / row.unsqueeze(1)
-                quantized, effective = self._clipped(inner, gram, columns[name], _FINAL_SWEEPS)
+                scales = folding.columns[name]
+                quantized, effective = self._clipped(folding.inner(name), gram, scales, _FINAL_SWEEPS)
                 if not torch.isfinite(quantized.scales).all():
                     full_name = self._source.full_name(self._index, name)
                     raise QuantizerError(f"tensor {full_name}.weight: too large for fp16 scales")
-                effective = effective if row is None else effective * row.unsqueeze(1)
-                errors[name] = _output_energy(effective - weight, gram) / self._energy[name]
+                difference = folding.outer(name, effective) - self._weights[f"{name}.weight"]
+                errors[name] = output_energy(difference, gram) / self._energy[name]
                 linears[name] = quantized
                 folded[f"{name}.weight"] = quantized.dequantize()
         return folded, linears, errors
 
-    def _apply(self, chosen: dict[str, Candidate]) -> tuple[Weights, Weights, Weights]:
-        """(column scales per linear, row divisors per linear, parameters with norms and biases divided)."""
-        columns: Weights = {}
-        rows: Weights = {}
-        folded = dict(self._weights)
+    def folding(self, chosen: dict[str, Candidate]) -> Folding:
+        """Fold one candidate per group, by the group's first linear; identity divides nothing."""
+        scaled = []
         for group in self._groups:
-            candidate = chosen[group.linears[0]]
-            columns.update(dict.fromkeys(group.linears, candidate.scales))
-            if candidate.method == "identity":
-                continue
-            divisor = self._space(group).producer_scales(candidate.scales)
-            if group.previous in self._linears:
-                rows[group.previous] = divisor
-                divided = f"{group.previous}.bias"
-            else:
-                divided = f"{group.previous}.weight"
-            if divided in folded:
-                folded[divided] = self._stored(folded[divided] / divisor, divided)
-        return columns, rows, folded
+            scales = chosen[group.linears[0]].scales
+            scaled.append((group, scales, self.space(group).producer_scales(scales)))
+        return fold(self._weights, self._source.architecture.linears, scaled, self._store)
 
     def _reset(self, chosen: dict[str, Candidate], name: str) -> bool:
         """Give up the scales that touch linear `name`: its columns' first, then its rows'. False when none
@@ -222,7 +206,7 @@ class BlockQuantizer:
         for group in self._groups:
             is_touching = name in group.linears or group.previous == name
             if is_touching and chosen[group.linears[0]].method != "identity":
-                chosen[group.linears[0]] = self._space(group).make("identity", 0.0)
+                chosen[group.linears[0]] = self.space(group).make("identity", 0.0)
                 return True
         return False
 
@@ -233,7 +217,8 @@ class BlockQuantizer:
         is_linear = group.previous in self._source.architecture.linears
         return not is_linear or group.previous in self._linears
 
-    def _space(self, group: ScaleGroup) -> ScaleSpace:
+    def space(self, group: ScaleGroup) -> ScaleSpace:
+        """What candidates of a group are made from."""
         is_norm = group.previous not in self._source.architecture.linears
         producer_name = f"{group.previous}.weight" if is_norm else f"{group.previous}.bias"
         repeats = self._source.num_repeats if group.is_value else 1
@@ -251,61 +236,11 @@ class BlockQuantizer:
     def _dtype(self, name: str) -> torch.dtype:
         return STORED_DTYPES[self._source.checkpoint.dtype(self._source.full_name(self._index, name))]
 
-    def _stored(self, tensor: Tensor, name: str) -> Tensor:
+    def _store(self, name: str, tensor: Tensor) -> Tensor:
         """As it will be read back: through the dtype on disk."""
         return tensor.to(self._dtype(name)).float()
-
-
-def collect_statistics(
-    source: Source, layer: nn.Module, weights: Weights, hidden: Tensor, groups: Sequence[ScaleGroup]
-) -> dict[str, InputStatistics]:
-    """Gram matrix and mean |x| of every group's input, under its first linear's name."""
-    grams: dict[str, Tensor] = {}
-    sums: dict[str, Tensor] = {}
-    hooks = []
-    for group in groups:
-        name = group.linears[0]
-        num_in = weights[f"{name}.weight"].shape[1]
-        grams[name] = torch.zeros(num_in, num_in, device=source.device)
-        sums[name] = torch.zeros(num_in, device=source.device)
-
-        def accumulate(_module: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
-            inputs = arguments[0].flatten(0, 1)
-            grams[name].addmm_(inputs.T, inputs)
-            sums[name] += inputs.abs().sum(0)
-
-        hooks.append(layer.get_submodule(name).register_forward_pre_hook(accumulate))
-    source.run_block(layer, weights, hidden)
-    for hook in hooks:
-        hook.remove()
-    num_tokens = hidden.shape[0] * hidden.shape[1]
-    return {name: InputStatistics(gram, sums[name] / num_tokens) for name, gram in grams.items()}
-
-
-def _capture_calls(
-    source: Source, layer: nn.Module, weights: Weights, hidden: Tensor, groups: Sequence[ScaleGroup]
-) -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Arguments of the inspected modules, batch by batch. Linears need none: their Gram matrix says all."""
-    calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-    hooks = []
-    for name in {group.inspect for group in groups if group.inspect not in group.linears}:
-        calls[name] = []
-
-        def capture(_module: nn.Module, arguments: Any, options: Any, name: str = name) -> None:
-            calls[name].append((arguments, options))
-
-        hooks.append(layer.get_submodule(name).register_forward_pre_hook(capture, with_kwargs=True))
-    source.run_block(layer, weights, hidden)
-    for hook in hooks:
-        hook.remove()
-    return calls
 
 
 def _first(output: Any) -> Tensor:
     result: Tensor = output[0] if isinstance(output, tuple) else output
     return result
-
-
-def _output_energy(weight: Tensor, gram: Tensor) -> float:
-    """||X W^T||^2 = tr(W H W^T) for `weight` [out, in]."""
-    return max(float(((weight @ gram) * weight).sum(dtype=torch.float64)), 0.0)

@@ -55,8 +55,8 @@ class Source:
         self.hidden_size: int = self._config.hidden_size
         self.max_length: int = self._config.max_position_embeddings
         self.is_tied: bool = bool(self._config.tie_word_embeddings)
+        self._rotary = self._try_classes(directory / "config.json")
         self._check_tensors()
-        self._rotary = getattr(self._module, self.architecture.rotary_class)(self._config)
 
     @property
     def num_repeats(self) -> int:
@@ -127,6 +127,15 @@ class Source:
         """Tensors outside of the blocks, as the artifact keeps them."""
         names = [self.architecture.embedding, self.architecture.final_norm]
         return names if self.is_tied else [*names, self.architecture.head]
+
+    def _try_classes(self, where: Path) -> nn.Module:
+        """Make a block and the rotary embedding once: what a configuration cannot mean shows here."""
+        try:
+            self.block(0)
+            rotary: nn.Module = getattr(self._module, self.architecture.rotary_class)(self._config)
+        except Exception as error:  # KeyError for an unknown activation, ValueError, whatever a class raises
+            raise _unusable(where, error) from error
+        return rotary
 
     def _check_tensors(self) -> None:
         expected: dict[str, tuple[int, ...]] = {
@@ -222,9 +231,13 @@ def _model_config(architecture: Architecture, config: dict[str, Any], directory:
     try:
         built = getattr(package, architecture.config_class).from_dict(config)
     except Exception as error:  # whatever the class makes of hostile values, the reader gets one line
-        raise QuantizerError(f"{where}: {' '.join(repr(error).split())[:200]}") from error
+        raise _unusable(where, error) from error
     built._attn_implementation = "sdpa"
     return built
+
+
+def _unusable(where: Path, error: Exception) -> QuantizerError:
+    return QuantizerError(f"{where}: not usable: {' '.join(repr(error).split())[:200]}")
 
 
 def _parameter_shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,186 @@
+"""The command: one clear line and the right exit status for whatever is wrong, never a traceback."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from services.quantizer.__main__ import main
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture
+def complain(make_checkpoint, tmp_path, capfd):
+    """complain(change, *flags) -> (status, the one line) of a run on a checkpoint after `change`."""
+
+    def attempt(change=None, *flags):
+        source = make_checkpoint()
+        if change is not None:
+            change(source)
+        base = ["run", "--source", str(source), "--artifacts", str(tmp_path / "a"), "--name", "tiny"]
+        quick = [
+            "--samples",
+            "2",
+            "--sequence-length",
+            "64",
+            "--evaluation-tokens",
+            "0",
+            "--group-size",
+            "32",
+        ]
+        status = main([*base, *quick, *flags])
+        lines = [line for line in capfd.readouterr().err.splitlines() if line]
+        assert "Traceback" not in "".join(lines)
+        assert not (tmp_path / "a" / "tiny" / "CURRENT").exists()
+        return status, lines[-1]
+
+    return attempt
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--group-size", "7"),
+        ("--group-size", "0"),
+        ("--name", "../x"),
+        ("--name", "Upper"),
+        ("--samples", "0"),
+        ("--samples", "-1"),
+        ("--sequence-length", "1"),
+        ("--threads", "0"),
+        ("--seed", "-1"),
+        ("--device", "tpu"),
+        ("--evaluation-tokens", "-1"),
+    ],
+)
+def test_wrong_flags_end_with_status_2(complain, flags):
+    status, line = complain(None, *flags)
+    assert status == 2
+    assert line.startswith(f"error: {flags[0]}")
+
+
+def edit_config(**changes):
+    def change(directory):
+        path = directory / "config.json"
+        document = {**json.loads(path.read_text()), **changes}
+        path.write_text(json.dumps({k: v for k, v in document.items() if v is not None}))
+
+    return change
+
+
+def truncate(directory):
+    path = directory / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def pickle_weights(directory):
+    (directory / "model.safetensors").write_bytes(b"\x80\x04\x95" + b"\0" * 100)
+
+
+BAD_SOURCES = {
+    "weights missing": (lambda d: (d / "model.safetensors").unlink(), "model.safetensors"),
+    "weights truncated": (truncate, "truncated"),
+    "a pickle": (pickle_weights, "pickle"),
+    "config missing": (lambda d: (d / "config.json").unlink(), "config.json: missing"),
+    "tokenizer missing": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json: missing"),
+    "tokenizer broken": (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json"),
+    "architecture unknown": (
+        edit_config(architectures=["GPT5ForCausalLM"]),
+        "GPT5ForCausalLM is not supported",
+    ),
+    "architecture missing": (edit_config(architectures=None), "is not supported"),
+    "architecture a number": (edit_config(architectures=[5]), "is not supported"),
+    "quantized already": (edit_config(quantization_config={"bits": 4}), "quantized already"),
+    "remote code": (edit_config(auto_map={"AutoModel": "x.Y"}), "auto_map"),
+    "wrong shapes": (edit_config(intermediate_size=256), "mlp.gate_proj.weight: shape [128, 64]"),
+    "wrong vocabulary": (edit_config(vocab_size=5000), "embed_tokens.weight: shape"),
+    "too many layers": (edit_config(num_hidden_layers=3), "no tensor model.layers.2."),
+    "too few layers": (edit_config(num_hidden_layers=1), "not a part of"),
+    "no layers": (edit_config(num_hidden_layers=0), "num_hidden_layers is 0"),
+    "a billion layers": (edit_config(num_hidden_layers=10**9), "num_hidden_layers"),
+    "layers a string": (edit_config(num_hidden_layers="2"), "num_hidden_layers"),
+    "heads that do not share": (edit_config(num_key_value_heads=3), "cannot share"),
+    "rope of zero": (edit_config(rope_theta=0), "rope_theta"),
+    "scaling unknown": (edit_config(rope_scaling={"rope_type": "magic", "factor": 2.0}), "config.json"),
+    "activation unknown": (edit_config(hidden_act="magic"), "config.json"),
+    "context shorter than the windows": (edit_config(max_position_embeddings=32), "--sequence-length 64"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SOURCES)
+def test_bad_sources_end_with_one_line(complain, case):
+    change, expected = BAD_SOURCES[case]
+    status, line = complain(change)
+    assert status == 1
+    assert line.startswith("error: ")
+    assert expected in line
+
+
+BAD_TEXTS = {
+    "empty": (b"", "empty"),
+    "blank": (b" \n\n ", "empty"),
+    "not UTF-8": (b"abc\xff\xfe", "not UTF-8 at byte 3"),
+    "too short": (b"one two three", "fewer tokens"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_bad_calibration_text_ends_with_one_line(complain, tmp_path, case):
+    content, expected = BAD_TEXTS[case]
+    path = tmp_path / "text.txt"
+    path.write_bytes(content)
+    status, line = complain(None, "--calibration", str(path))
+    assert status == 1
+    assert expected in line
+
+
+def test_missing_text_and_source_and_unwritable_volume(complain, tmp_path):
+    assert complain(None, "--calibration", str(tmp_path / "none.txt")) == (
+        1,
+        f"error: {tmp_path}/none.txt: no such file",
+    )
+    status, line = complain(None, "--source", str(tmp_path / "nowhere"))
+    assert status == 1
+    assert "no such directory" in line
+    (tmp_path / "file").write_text("")
+    status, line = complain(None, "--artifacts", str(tmp_path / "file"))
+    assert status == 1
+    assert "file" in line
+
+
+def test_weights_that_are_not_finite_are_named(complain):
+    def poison(directory):
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(directory / "model.safetensors")
+        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+        save_file(tensors, directory / "model.safetensors")
+
+    status, line = complain(poison)
+    assert status == 1
+    assert "model.layers.1.mlp.up_proj.weight" in line
+
+
+def test_the_module_runs_and_help_names_every_flag():
+    done = subprocess.run(
+        [sys.executable, "-m", "services.quantizer", "run", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for flag in ("source", "artifacts", "name", "calibration", "samples", "sequence-length", "evaluation"):
+        assert f"--{flag}" in done.stdout
+    for flag in ("evaluation-tokens", "group-size", "device", "threads", "seed", "force", "skip-indivisible"):
+        assert f"--{flag}" in done.stdout
+    wrong = subprocess.run(
+        [sys.executable, "-m", "services.quantizer", "run", "--bits", "3"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert wrong.returncode == 2
+    assert "Traceback" not in wrong.stderr
