@@ -1,0 +1,142 @@
+"""Tiny random checkpoints on disk, plain and in AutoAWQ's layout, for the tests of models and runner."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from weft.artifact.packing import pack_int4
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "intermediate_size": 96,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "torch_dtype": "float32",
+}
+QWEN2: dict[str, Any] = {
+    **{key: value for key, value in LLAMA.items() if key != "head_dim"},
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+}
+
+
+def tensors_of(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
+    """Random tensors under the Hugging Face names."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, width, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head_dim = config.get("head_dim") or hidden // heads
+    kv_size = config["num_key_value_heads"] * head_dim
+
+    def normal(*shape: int, std: float = 0.08) -> Tensor:
+        return torch.randn(*shape, generator=generator) * std
+
+    tensors = {"model.embed_tokens.weight": normal(config["vocab_size"], hidden, std=0.5)}
+    tensors["model.norm.weight"] = 1 + normal(hidden)
+    if not config["tie_word_embeddings"]:
+        tensors["lm_head.weight"] = normal(config["vocab_size"], hidden, std=0.3)
+    has_qkv_bias = config["model_type"] == "qwen2" or config.get("attention_bias", False)
+    for index in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{index}."
+        sizes = {
+            "self_attn.q_proj": (heads * head_dim, hidden, has_qkv_bias),
+            "self_attn.k_proj": (kv_size, hidden, has_qkv_bias),
+            "self_attn.v_proj": (kv_size, hidden, has_qkv_bias),
+            "self_attn.o_proj": (hidden, heads * head_dim, config.get("attention_bias", False)),
+            "mlp.gate_proj": (width, hidden, config.get("mlp_bias", False)),
+            "mlp.up_proj": (width, hidden, config.get("mlp_bias", False)),
+            "mlp.down_proj": (hidden, width, config.get("mlp_bias", False)),
+        }
+        for name, (rows, columns, has_bias) in sizes.items():
+            tensors[f"{prefix}{name}.weight"] = normal(rows, columns, std=0.15)
+            if has_bias:
+                tensors[f"{prefix}{name}.bias"] = normal(rows, std=0.3)
+        tensors[f"{prefix}input_layernorm.weight"] = 1 + normal(hidden)
+        tensors[f"{prefix}post_attention_layernorm.weight"] = 1 + normal(hidden)
+    return tensors
+
+
+def write_checkpoint(
+    directory: Path, config: dict[str, Any], tensors: dict[str, Tensor] | None = None
+) -> Path:
+    """config.json and model.safetensors."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file(tensors_of(config) if tensors is None else tensors, directory / "model.safetensors")
+    return directory
+
+
+def round_to_int4(weight: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain rounding of weight [out, in]: (values [in, out], zeros, scales fp16 [in / group, out])."""
+    grouped = weight.t().float().unflatten(0, (-1, group))
+    low, high = grouped.amin(1).clamp(max=0), grouped.amax(1).clamp(min=0)
+    scales = ((high - low) / 15).clamp(min=2.0**-14).half()
+    zeros = (-low / scales.float()).round().clamp(0, 15)
+    values = (grouped / scales.float()[:, None] + zeros[:, None]).round().clamp(0, 15)
+    return values.flatten(0, 1).to(torch.uint8), zeros.to(torch.uint8), scales
+
+
+def quantize_checkpoint(source: Path, directory: Path, group: int, skip: tuple[str, ...] = ()) -> Path:
+    """An AutoAWQ gemm checkpoint of `source`: decoder linears rounded, those whose name holds one of `skip`
+    left.
+    """
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": group,
+        "zero_point": True,
+        "modules_to_not_convert": list(skip) or None,
+    }
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if not name.endswith("_proj.weight") or any(part in name for part in skip):
+            tensors[name] = tensor
+            continue
+        values, zeros, scales = round_to_int4(tensor, group)
+        stem = name.removesuffix(".weight")
+        tensors[f"{stem}.qweight"], tensors[f"{stem}.qzeros"] = pack_int4(values), pack_int4(zeros)
+        tensors[f"{stem}.scales"] = scales
+    return write_checkpoint(directory, config, tensors)
+
+
+def dequantize_checkpoint(source: Path, directory: Path) -> Path:
+    """The plain fp32 checkpoint that an AutoAWQ one means, by unpacking nibbles one by one."""
+    config = json.loads((source / "config.json").read_text())
+    group = config.pop("quantization_config")["group_size"]
+    stored = load_file(source / "model.safetensors")
+    tensors = {
+        name: tensor for name, tensor in stored.items() if not name.endswith(("qweight", "qzeros", "scales"))
+    }
+    for name in [name for name in stored if name.endswith(".qweight")]:
+        stem = name.removesuffix(".qweight")
+        values, zeros = _nibbles(stored[name]), _nibbles(stored[f"{stem}.qzeros"])
+        scales = stored[f"{stem}.scales"].float()
+        weight = (values - zeros.repeat_interleave(group, 0)) * scales.repeat_interleave(group, 0)
+        tensors[f"{stem}.weight"] = weight.t().contiguous()
+    return write_checkpoint(directory, config, tensors)
+
+
+def _nibbles(words: Tensor) -> Tensor:
+    out = torch.empty(words.shape[0], words.shape[1] * 8)
+    for nibble, channel in enumerate((0, 2, 4, 6, 1, 3, 5, 7)):
+        out[:, channel::8] = ((words >> (4 * nibble)) & 15).float()
+    return out
