@@ -1,6 +1,6 @@
-"""Client channels between services, with the options that make a dead or frozen peer show within seconds.
+"""Client channels between services. Knows no service.
 
-Retries are explicit code in the caller, so the library's own are off. Knows no service.
+The options make a dead or frozen peer show within seconds; retries are explicit code in the caller.
 """
 
 from __future__ import annotations
@@ -11,31 +11,9 @@ from typing import Any, cast
 import grpc
 
 from weft.rpc.auth import auth_metadata
-from weft.rpc.server import MAX_INTERNAL_MESSAGE_BYTES
+from weft.rpc.options import MAX_INTERNAL_MESSAGE_BYTES, channel_options
 
-
-def channel_options(*, max_message_bytes: int = MAX_INTERNAL_MESSAGE_BYTES) -> list[tuple[str, int]]:
-    """Channel arguments of a client between services."""
-    return [
-        ("grpc.keepalive_time_ms", 10_000),
-        ("grpc.keepalive_timeout_ms", 3_000),
-        # Without it a frozen peer is noticed after a minute, whatever the keepalive says.
-        ("grpc.http2.ping_timeout_ms", 3_000),
-        ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.initial_reconnect_backoff_ms", 100),
-        ("grpc.min_reconnect_backoff_ms", 1_000),
-        ("grpc.max_reconnect_backoff_ms", 2_000),
-        # Two channels to one address are two connections.
-        ("grpc.use_local_subchannel_pool", 1),
-        ("grpc.enable_retries", 0),
-        ("grpc.enable_http_proxy", 0),
-        ("grpc.max_receive_message_length", max_message_bytes),
-        ("grpc.max_send_message_length", max_message_bytes),
-        # A fixed window: probing would let a peer send megabytes ahead of a reader that has stopped.
-        ("grpc.http2.bdp_probe", 0),
-        ("grpc.http2.lookahead_bytes", 1 << 20),
-    ]
+__all__ = ["channel_options", "open_channel"]
 
 
 class _KeyedChannel:

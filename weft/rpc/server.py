@@ -29,11 +29,8 @@ from weft.rpc.auth import Authenticator
 from weft.rpc.errors import StatusError
 from weft.rpc.health import HEALTH_SERVICE, HealthServicer
 from weft.rpc.interceptor import Interceptor, RpcCounters
+from weft.rpc.options import server_options
 
-MAX_INTERNAL_MESSAGE_BYTES = 64 << 20
-MAX_PUBLIC_MESSAGE_BYTES = 8 << 20
-# Soft and hard limit are the same: between two limits the library refuses at random.
-MAX_METADATA_BYTES = 16 << 10
 STOP_GRACE_S = 2.0
 LOADING_RETRY_S = 1.0
 
@@ -66,40 +63,6 @@ class Application(Protocol):
 
     async def close(self) -> None:
         """Let everything go. Runs on every way out, `load` having failed included."""
-
-
-def server_options(*, is_public: bool) -> list[tuple[str, int]]:
-    """Channel arguments of a server; `is_public` for one that clients talk to, else between services.
-
-    `ping_timeout_ms` is what ends a connection whose peer is frozen: `keepalive_timeout_ms` alone lets it
-    stay for a minute.
-    """
-    max_message = MAX_PUBLIC_MESSAGE_BYTES if is_public else MAX_INTERNAL_MESSAGE_BYTES
-    keepalive_ms, timeout_ms = (30_000, 10_000) if is_public else (10_000, 3_000)
-    options = [
-        # Off, or two servers share a port in silence.
-        ("grpc.so_reuseport", 0),
-        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-        ("grpc.max_receive_message_length", max_message),
-        ("grpc.max_send_message_length", max_message),
-        ("grpc.keepalive_time_ms", keepalive_ms),
-        ("grpc.keepalive_timeout_ms", timeout_ms),
-        ("grpc.http2.ping_timeout_ms", timeout_ms),
-        ("grpc.keepalive_permit_without_calls", 1),
-        ("grpc.http2.max_pings_without_data", 0),
-        # Our own channels ping every 10 s; the library's default would answer that with GOAWAY.
-        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
-        ("grpc.http2.max_ping_strikes", 2),
-    ]
-    if is_public:
-        options += [
-            ("grpc.max_concurrent_streams", 1_000),
-            ("grpc.max_connection_age_ms", 1_800_000),
-            ("grpc.max_connection_age_grace_ms", 1_800_000),
-            ("grpc.max_connection_idle_ms", 600_000),
-        ]
-    return options
 
 
 @dataclass
@@ -301,23 +264,6 @@ def in_daemon_thread(work: Callable[[], T], name: str) -> Awaitable[T]:
 
     threading.Thread(target=run, name=name, daemon=True).start()
     return done
-
-
-def run_service(
-    application: Application,
-    address: Address,
-    *,
-    is_public: bool = False,
-    authenticator: Authenticator | None = None,
-) -> int:
-    """`serve` on an event loop of its own, for a `__main__`. A taken address is one line on standard error,
-    code 1.
-    """
-    try:
-        return asyncio.run(serve(application, address, is_public=is_public, authenticator=authenticator))
-    except BindError as error:
-        log.error("cannot start", reason=str(error))
-        return 1
 
 
 def exit_process(code: int) -> None:

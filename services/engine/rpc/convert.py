@@ -207,6 +207,8 @@ def info_response(
         weft_version=weft_version,
         capabilities=CAPABILITIES,
     )
+    if info.crossover_rows is not None:
+        message.kernel_paths["linear_crossover"] = f"{info.crossover_rows} rows"
     if info.bos_token_id is not None:
         message.bos_token_id = info.bos_token_id
     return message

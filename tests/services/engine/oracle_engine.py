@@ -26,6 +26,9 @@ class MoodyRunner(OracleRunner):
         super().__init__(NUM_BLOCKS, BLOCK_SIZE)
         self._mood = mood
 
+    def forget(self, sequence: Any) -> None:
+        """Keep no list of the forgotten: this process is watched for growth."""
+
     def forward(self, chunks: Any) -> Any:
         if self._mood == "slow":
             time.sleep(0.02)

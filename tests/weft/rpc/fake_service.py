@@ -8,7 +8,7 @@ import time
 
 from weft import logs
 from weft.rpc.address import parse_address
-from weft.rpc.server import Server, exit_process, in_daemon_thread, run_service
+from weft.rpc.server import BindError, Server, exit_process, in_daemon_thread, serve
 
 
 class FakeService:
@@ -39,8 +39,9 @@ class FakeService:
 if __name__ == "__main__":
     logs.start()
     service = FakeService(float(sys.argv[2]), float(sys.argv[3]), sys.argv[4] if len(sys.argv) > 4 else "")
+    code = 1
     try:
-        code = run_service(service, parse_address(sys.argv[1]))
-    except FileNotFoundError:
-        code = 1
+        code = asyncio.run(serve(service, parse_address(sys.argv[1])))
+    except (FileNotFoundError, BindError) as error:
+        logs.get_logger("fake").error("cannot start", reason=str(error))
     exit_process(code)

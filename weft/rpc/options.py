@@ -1,0 +1,69 @@
+"""Channel arguments of every server and client: message caps, keepalive, and what the library should not do.
+
+Knows no service. Each name is worth a check when the library moves: what some do has changed before.
+"""
+
+from __future__ import annotations
+
+MAX_INTERNAL_MESSAGE_BYTES = 64 << 20
+MAX_PUBLIC_MESSAGE_BYTES = 8 << 20
+# Soft and hard limit are the same: between two limits the library refuses at random.
+MAX_METADATA_BYTES = 16 << 10
+
+
+def server_options(*, is_public: bool) -> list[tuple[str, int]]:
+    """Channel arguments of a server; `is_public` for one that clients talk to, else between services.
+
+    `ping_timeout_ms` is what ends a connection whose peer is frozen: `keepalive_timeout_ms` alone lets it
+    stay for a minute.
+    """
+    max_message = MAX_PUBLIC_MESSAGE_BYTES if is_public else MAX_INTERNAL_MESSAGE_BYTES
+    keepalive_ms, timeout_ms = (30_000, 10_000) if is_public else (10_000, 3_000)
+    options = [
+        # Off, or two servers share a port in silence.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
+        ("grpc.max_receive_message_length", max_message),
+        ("grpc.max_send_message_length", max_message),
+        ("grpc.keepalive_time_ms", keepalive_ms),
+        ("grpc.keepalive_timeout_ms", timeout_ms),
+        ("grpc.http2.ping_timeout_ms", timeout_ms),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+        # Our own channels ping every 10 s; the library's default would answer that with GOAWAY.
+        ("grpc.http2.min_recv_ping_interval_without_data_ms", 5_000),
+        ("grpc.http2.max_ping_strikes", 2),
+    ]
+    if is_public:
+        options += [
+            ("grpc.max_concurrent_streams", 1_000),
+            ("grpc.max_connection_age_ms", 1_800_000),
+            ("grpc.max_connection_age_grace_ms", 1_800_000),
+            ("grpc.max_connection_idle_ms", 600_000),
+        ]
+    return options
+
+
+def channel_options(*, max_message_bytes: int = MAX_INTERNAL_MESSAGE_BYTES) -> list[tuple[str, int]]:
+    """Channel arguments of a client between services."""
+    return [
+        ("grpc.keepalive_time_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", 3_000),
+        # Without it a frozen peer is noticed after a minute, whatever the keepalive says.
+        ("grpc.http2.ping_timeout_ms", 3_000),
+        ("grpc.http2.max_pings_without_data", 0),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.min_reconnect_backoff_ms", 1_000),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        # Two channels to one address are two connections.
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_retries", 0),
+        ("grpc.enable_http_proxy", 0),
+        ("grpc.max_receive_message_length", max_message_bytes),
+        ("grpc.max_send_message_length", max_message_bytes),
+        # A fixed window: probing would let a peer send megabytes ahead of a reader that has stopped.
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 1 << 20),
+    ]
