@@ -136,8 +136,7 @@ class ChatTemplate:
     async def start(self) -> None:
         """Start the children. Raises TemplateError when the template does not even compile."""
         try:
-            for _ in range(self._num_workers):
-                await self._add_worker()
+            await asyncio.gather(*(self._add_worker() for _ in range(self._num_workers)))
         except (EOFError, TimeoutError, OSError) as error:
             await self.close()
             raise TemplateError("the template's process does not start") from error

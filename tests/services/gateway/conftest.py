@@ -1,7 +1,7 @@
 """An engine that follows the wire and computes nothing, and a gateway in this process in front of it.
 
-Tokens are a known function of (seed, sample index, position), or a given text, so anything lost, doubled or mixed up
-shows. Every test ends with the same check: as many requests ended as begun, and no slot left.
+Tokens are a known function of (seed, sample index, position), or a given text, so anything lost, doubled or
+mixed up shows. Every test ends with the same check: as many requests ended as begun, and no slot left.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Slot:
 
 
 class FakeEngine(EngineServiceServicer):
-    """One engine. Its attributes are knobs; what it saw is in `submits`, `cancels`, `pauses`, `violations`."""
+    """One engine. Its attributes are knobs; what it saw is in `submits`, `cancels`, `violations`."""
 
     def __init__(self) -> None:
         self.library = Tokenizer.from_file(str(DEMO / "tokenizer.json"))
@@ -122,7 +122,7 @@ class FakeEngine(EngineServiceServicer):
         await self._server.stop(0)
         self.slots.clear()
 
-    async def Connect(self, requests: AsyncIterator[engine_pb.ConnectRequest], context: Any) -> None:  # noqa: N802
+    async def Connect(self, requests: AsyncIterator[engine_pb.ConnectRequest], context: Any) -> None:
         task = asyncio.current_task()
         assert task is not None
         self.calls.add(task)
@@ -363,7 +363,7 @@ def settle() -> Callable[..., Awaitable[None]]:
 
     async def wait(holds: Callable[[], bool], timeout_s: float = 5.0) -> None:
         async with asyncio.timeout(timeout_s):
-            while not holds():
+            while not holds():  # noqa: ASYNC110 - any condition can be waited for
                 await asyncio.sleep(0.01)
 
     return wait

@@ -1,4 +1,6 @@
-"""Chat templates in their children: what published templates need works, what would eat the machine is stopped."""
+"""Chat templates in their children: what published templates need works, what would eat the machine is
+stopped.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ async def started(
 async def test_a_usual_template_renders() -> None:
     source = (
         "{{ bos_token }}{% for m in messages %}{% if m.role == 'x' %}{% continue %}{% endif %}"
-        "<{{ m.role }}>{{ m.content | trim }}{% endfor %}\n{% if add_generation_prompt %}<assistant>{% endif %}"
+        "<{{ m.role }}>{{ m.content | trim }}{% endfor %}\n"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     messages = [{"role": "user", "content": " hi \u2028é😀\n"}, {"role": "x", "content": "no"}]
     async with started(source, bos_token="<s>") as template:
@@ -97,7 +100,7 @@ async def test_bombs_end_and_the_pool_comes_back(source: str) -> None:
         assert time.monotonic() - begin < 4.0
         assert await template.render([]) == "fine"
         async with asyncio.timeout(10):
-            while template._idle.qsize() < 2:
+            while template._idle.qsize() < 2:  # noqa: ASYNC110 - no event says so
                 await asyncio.sleep(0.02)
         assert await template.render([]) == "fine"
         assert template.num_killed == 1
@@ -137,7 +140,8 @@ import asyncio
 from services.gateway.chat_template import ChatTemplate
 
 async def main():
-    template = ChatTemplate("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {})
+    loop = "{% for a in range(99999) %}"
+    template = ChatTemplate(loop + loop + "{% endfor %}{% endfor %}", {})
     await template.start()
     print(*template.pids, flush=True)
     await template.render([])
@@ -154,5 +158,5 @@ def test_children_die_with_their_parent() -> None:
         children = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
         assert len(children) == 2
         parent.kill()
-    gone, alive = psutil.wait_procs(children, timeout=5)
+    _, alive = psutil.wait_procs(children, timeout=5)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]

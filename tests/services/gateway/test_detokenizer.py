@@ -1,4 +1,4 @@
-"""Incremental text equals the text of the whole list, for byte-level BPE and byte fallback; cost is linear."""
+"""Incremental text equals that of the whole list, for byte-level BPE and byte fallback; cost is linear."""
 
 from __future__ import annotations
 
@@ -116,7 +116,9 @@ def test_no_character_is_split(text: str) -> None:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from([*"héx €😀 ", "Hello", " world"]), max_size=20))
 def test_byte_fallback_gives_the_text_of_the_library(words: list[str]) -> None:
-    """Valid byte runs only: an invalid run is one U+FFFD a byte in the library, which no stream can know early."""
+    """Valid byte runs only: an invalid run is one U+FFFD a byte in the library, which no stream can know
+    early.
+    """
     vocabulary, oracle = byte_fallback()
     ids = oracle.encode("".join(words), add_special_tokens=False).ids
     assert 0 not in ids

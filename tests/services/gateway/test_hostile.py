@@ -1,4 +1,4 @@
-"""What bad input gets over gRPC: the right status naming the field, quickly, and nothing else is disturbed."""
+"""What bad input gets over gRPC: the right status naming the field, quickly; nothing else is disturbed."""
 
 from __future__ import annotations
 
@@ -188,10 +188,10 @@ async def test_a_prompt_of_the_context_less_one_is_taken(gateway: Any) -> None:
     assert responses[-1].finish.usage.completion_tokens == 1
 
 
-@pytest.mark.parametrize("timeout", [0.0, 1e-6, 0.001, -1.0])
-async def test_a_deadline_that_has_passed(gateway: Any, engine: Any, timeout: float) -> None:
+@pytest.mark.parametrize("timeout_s", [0.0, 1e-6, 0.001, -1.0])
+async def test_a_deadline_that_has_passed(gateway: Any, engine: Any, timeout_s: float) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await drain(gateway.stub.Generate(text(), timeout=timeout))
+        await drain(gateway.stub.Generate(text(), timeout=timeout_s))
     assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
 
 

@@ -1,4 +1,4 @@
-"""The link to the engine: who is let in, what is dropped, what is noticed, and what becomes of lost requests."""
+"""The link to the engine: who is let in, what is dropped and noticed, what becomes of lost requests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Stop strings against a naive reading of the whole text, cut into pieces in every way hypothesis can think of."""
+"""Stop strings against a naive reading of the whole text, cut into pieces in every way hypothesis can think
+of.
+"""
 
 from __future__ import annotations
 

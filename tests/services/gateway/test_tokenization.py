@@ -1,4 +1,4 @@
-"""Text to ids: equal to the library's where it should be, and never a special token out of a client's text."""
+"""Text to ids: equal to the library's where they should be; never a special token out of a client's text."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_a_bad_file_is_a_clear_error() -> None:
 async def test_a_panic_of_the_library_is_an_error(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class PanicException(BaseException):  # noqa: N818
+    class PanicException(BaseException):
         pass
 
     class Panics:

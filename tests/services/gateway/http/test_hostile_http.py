@@ -83,20 +83,20 @@ async def test_bad_fields_are_named(http: httpx.AsyncClient, engine: Any, path: 
         assert param.split("[")[0] in error["message"]
 
 
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"user": "me", "metadata": {"a": "b"}, "store": False, "n": 1, "best_of": 1},
-        {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}},
-        {"temperature": None, "stop": None, "stream": None, "logit_bias": None},
-        {"logit_bias": {"300": -100, "301": 5}, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1},
-        {"ignore_eos": True, "min_tokens": 2, "stop_token_ids": [7], "skip_special_tokens": False},
-        {"echo": False, "suffix": None, "priority": -3, "cache_salt": "x"},
-    ],
-)
-async def test_what_is_taken(http: httpx.AsyncClient, engine: Any, fields: dict[str, Any]) -> None:
-    answer = await http.post("/v1/chat/completions", json={**CHAT, **fields})
-    assert answer.status_code == 200, answer.text
+TAKEN: list[dict[str, Any]] = [
+    {"user": "me", "metadata": {"a": "b"}, "store": False, "n": 1, "best_of": 1},
+    {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}},
+    {"temperature": None, "stop": None, "stream": None, "logit_bias": None},
+    {"logit_bias": {"300": -100, "301": 5}, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1},
+    {"ignore_eos": True, "min_tokens": 2, "stop_token_ids": [7], "skip_special_tokens": False},
+    {"echo": False, "suffix": None, "priority": -3, "cache_salt": "x"},
+]
+
+
+async def test_what_is_taken(http: httpx.AsyncClient, engine: Any) -> None:
+    for fields in TAKEN:
+        answer = await http.post("/v1/chat/completions", json={**CHAT, **fields})
+        assert answer.status_code == 200, (fields, answer.text)
 
 
 async def test_fields_reach_the_engine(http: httpx.AsyncClient, engine: Any) -> None:
@@ -126,12 +126,12 @@ BAD_BODIES = {
 }
 
 
-@pytest.mark.parametrize("name", BAD_BODIES)
-async def test_bodies_that_are_no_request(http: httpx.AsyncClient, name: str) -> None:
+async def test_bodies_that_are_no_request(http: httpx.AsyncClient) -> None:
     headers = {"content-type": "application/json"}
-    answer = await http.post("/v1/completions", content=BAD_BODIES[name], headers=headers)
-    assert answer.status_code == 400, answer.text
-    assert answer.json()["error"]["code"] == "invalid_json"
+    for name, body in BAD_BODIES.items():
+        answer = await http.post("/v1/completions", content=body, headers=headers)
+        assert answer.status_code == 400, (name, answer.text)
+        assert answer.json()["error"]["code"] == "invalid_json", name
 
 
 async def test_a_request_of_100_mb(http: httpx.AsyncClient, gateway: Any) -> None:
@@ -169,9 +169,8 @@ async def test_compressed_and_foreign_bodies(http: httpx.AsyncClient) -> None:
         assert answer.status_code == 415, headers
 
 
-@pytest.mark.parametrize(
-    ("method", "path", "status"),
-    [
+async def test_paths_and_methods(http: httpx.AsyncClient) -> None:
+    for method, path, status in (
         ("GET", "/v1/completions", 405),
         ("PUT", "/v1/chat/completions", 405),
         ("DELETE", "/v1/models", 405),
@@ -181,12 +180,10 @@ async def test_compressed_and_foreign_bodies(http: httpx.AsyncClient) -> None:
         ("GET", "/v1/models/%2e%2e%2f%2e%2e", 404),
         ("GET", "/", 404),
         ("GET", "/docs", 404),
-    ],
-)
-async def test_paths_and_methods(http: httpx.AsyncClient, method: str, path: str, status: int) -> None:
-    answer = await http.request(method, path)
-    assert answer.status_code == status
-    assert answer.json()["error"]["message"]
+    ):
+        answer = await http.request(method, path)
+        assert answer.status_code == status, (method, path)
+        assert answer.json()["error"]["message"]
 
 
 async def test_the_host_header_is_nothing(http: httpx.AsyncClient) -> None:
@@ -212,24 +209,26 @@ MESSAGES = [
 ]
 
 
-@pytest.mark.parametrize("messages", MESSAGES, ids=range(len(MESSAGES)))
-async def test_messages_that_are_none(http: httpx.AsyncClient, messages: Any) -> None:
-    answer = await http.post("/v1/chat/completions", json={"messages": messages})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"].startswith("messages")
+async def test_messages_that_are_none(http: httpx.AsyncClient) -> None:
+    for messages in MESSAGES:
+        answer = await http.post("/v1/chat/completions", json={"messages": messages})
+        assert answer.status_code == 400, messages
+        assert answer.json()["error"]["param"].startswith("messages"), messages
 
 
-@pytest.mark.parametrize("prompt", ["", [], [[]], ["a", "b"], [4096], [-1], [2**40], [1.5], [True], {}, 5])
-async def test_prompts_that_are_none(http: httpx.AsyncClient, prompt: Any) -> None:
-    answer = await http.post("/v1/completions", json={"prompt": prompt})
-    assert answer.status_code == 400
-    assert answer.json()["error"]["param"] == "prompt"
+async def test_prompts_that_are_none(http: httpx.AsyncClient) -> None:
+    for prompt in ("", [], [[]], ["a", "b"], [4096], [-1], [2**40], [1.5], [True], {}, 5, None):
+        answer = await http.post("/v1/completions", json={"prompt": prompt})
+        assert answer.status_code == 400, prompt
+        assert answer.json()["error"]["param"] == "prompt", prompt
 
 
 async def test_text_parts_are_joined(http: httpx.AsyncClient, engine: Any) -> None:
     parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "weft?"}]
     for content in (parts, "What is weft?"):
-        await http.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": content}]})
+        await http.post(
+            "/v1/chat/completions", json={**CHAT, "messages": [{"role": "user", "content": content}]}
+        )
     assert engine.submits[0].prompt_token_ids == engine.submits[1].prompt_token_ids
 
 
