@@ -99,7 +99,7 @@ def test_a_killed_engine_that_comes_back_changes_no_token(own_stack):
 
 
 def test_a_killed_engine_that_stays_away_ends_streams_unavailable(own_stack):
-    stack = own_stack(gateway_flags=["--engine-wait", "1"])
+    stack = own_stack(gateway_flags=["--engine-wait-seconds", "1"])
     stream = Background(stack, long_request())
     stream.wait_for_tokens()
     stack.engine._process.kill()
@@ -157,8 +157,12 @@ def engine_refuses(flags, tmp_path):
     service = Service(
         "engine", command_of("engine", ["serve", "--listen", "127.0.0.1:0", *flags]), tmp_path / "logs"
     )
-    with pytest.raises(ServiceError):
-        service.wait_for("serving", 60)
+    try:
+        with pytest.raises(ServiceError):
+            service.wait_for("serving", 60)
+    finally:
+        if service.is_running:
+            service._process.kill()
     log = service.log_path.read_text()
     assert "Traceback" not in log, log
     return service._process.wait(10), log
@@ -193,7 +197,7 @@ def test_bad_models_are_refused_in_one_line(artifacts, tmp_path):
     assert "NobodyForCausalLM" in log
     code, log = with_config(hidden_size=128)
     assert code == 1
-    with_config()
+    (source / "config.json").write_text(json.dumps(config))
     (source / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes()[:100_000])
     code, log = engine_refuses(["--source", str(source)], tmp_path)
     assert code == 1
