@@ -17,6 +17,8 @@ import grpc
 from services.engine.core.sequence import Sequence
 from services.engine.loop import EngineLoop, LinkEvents
 from services.engine.rpc import convert
+from services.engine.rpc.door import Door
+from services.engine.rpc.errors import status_error
 from services.engine.rpc.outbox import Outbox
 from weft import logs
 from weft.rpc.errors import StatusError, internal_error, invalid_argument, new_error_id
@@ -64,14 +66,18 @@ def handed_over(on_events: Callable[[LinkEvents], None]) -> Callable[[LinkEvents
 class Link:
     """The state of one Connect stream, from its hello to its end. Lives on the event loop."""
 
-    def __init__(self, loop: EngineLoop, info: pb.GetInfoResponse, hello: pb.GatewayHello) -> None:
+    def __init__(
+        self, loop: EngineLoop, door: Door, info: pb.GetInfoResponse, hello: pb.GatewayHello
+    ) -> None:
         self.epoch = new_epoch()
         self._loop = loop
+        self._door = door
         self._info = info
         self._gateway_id = hello.gateway_id
         self._outbox = Outbox(self.epoch, hello.initial_credit_bytes)
         self._wake = asyncio.Event()
         self._live: dict[int, str] = {}
+        self._unanswered: set[int] = set()
         self._is_open = True
         self._is_writing = False
         self._failure: StatusError | None = None
@@ -106,6 +112,7 @@ class Link:
         finally:
             self._is_open = False
             self._loop.close_link(self._link_id)
+            self._door.num_unanswered -= len(self._unanswered)
             for task in tasks:
                 task.cancel()
             if tasks:
@@ -131,6 +138,9 @@ class Link:
     def _on_events(self, events: LinkEvents) -> None:
         if not self._is_open:
             return
+        for slot in (*events.accepted, *(slot for slot, _ in events.rejected)):
+            self._unanswered.discard(slot)
+            self._door.num_unanswered -= 1
         for slot, refusal in events.rejected:
             self._log_end("rejected", self._live.pop(slot, ""), slot, refusal)
         for slot, end in events.finished:
@@ -208,6 +218,12 @@ class Link:
         if sequence is None:
             self._reject(slot, invalid_argument(violations))
             return
+        refusal = self._door.refusal()
+        if refusal is not None:
+            self._reject(slot, status_error(refusal))
+            return
+        self._unanswered.add(slot)
+        self._door.num_unanswered += 1
         self._live[slot] = submit.request_id
         self._loop.submit(self._link_id, slot, sequence)
 

@@ -14,9 +14,10 @@ from typing import Any
 import grpc
 
 from services.engine.core.events import FinishedEvent, TokenEvent
-from services.engine.core.sequence import FinishReason
+from services.engine.core.sequence import FinishReason, Sequence
 from services.engine.loop import EngineLoop, LinkEvents
 from services.engine.rpc import convert
+from services.engine.rpc.door import Door
 from services.engine.rpc.errors import shutting_down, status_error
 from services.engine.rpc.link import Link, handed_over, read_hello
 from weft.rpc.errors import StatusError, invalid_argument
@@ -42,6 +43,7 @@ class EngineServicer(EngineServiceServicer):
         self._links: set[Link] = set()
         self._calls: set[_Call] = set()
         self._drain_deadline: float | None = None
+        self._door = Door(loop, max_queue_size=info.max_queue_size, max_batch_size=info.max_batch_size)
 
     @property
     def num_live(self) -> int:
@@ -53,7 +55,7 @@ class EngineServicer(EngineServiceServicer):
     ) -> None:
         """The multiplexed link. A draining engine still opens links: their gateways learn it at once."""
         hello = await read_hello(request_iterator)
-        link = Link(self._loop, self._info, hello)
+        link = Link(self._loop, self._door, self._info, hello)
         self._links.add(link)
         try:
             if self._drain_deadline is not None:
@@ -69,11 +71,14 @@ class EngineServicer(EngineServiceServicer):
         violations = convert.check(request, self._info)
         if violations:
             raise invalid_argument(violations)
+        refusal = self._door.refusal()
+        if refusal is not None:
+            raise status_error(refusal)
         remaining = context.time_remaining()
         deadline = None if remaining is None else self._loop.now() + remaining
         has_seed = request.sampling.HasField("seed")
         seed = request.sampling.seed if has_seed else secrets.randbits(64)
-        call = _Call(self._loop)
+        call = _Call(self._loop, self._door)
         self._calls.add(call)
         try:
             call.submit(convert.sequence(request, self._info, seed=seed, deadline=deadline))
@@ -129,8 +134,10 @@ class EngineServicer(EngineServiceServicer):
 class _Call:
     """One GenerateTokens call: a link of its own with one slot."""
 
-    def __init__(self, loop: EngineLoop) -> None:
+    def __init__(self, loop: EngineLoop, door: Door) -> None:
         self._loop = loop
+        self._door = door
+        self._is_unanswered = False
         self._tokens: list[TokenEvent] = []
         self._end: FinishedEvent | None = None
         self._failure: StatusError | None = None
@@ -142,17 +149,25 @@ class _Call:
         """Whether the sequence has not ended yet."""
         return self._end is None and self._failure is None
 
-    def submit(self, sequence: Any) -> None:
+    def submit(self, sequence: Sequence) -> None:
+        self._is_unanswered = True
+        self._door.num_unanswered += 1
         self._loop.submit(self._link_id, _SLOT, sequence)
 
     def close(self) -> None:
+        self._answered()
         self._loop.close_link(self._link_id)
+
+    def _answered(self) -> None:
+        self._door.num_unanswered -= self._is_unanswered
+        self._is_unanswered = False
 
     def fail(self, error: StatusError) -> None:
         self._failure = self._failure or error
         self._wake.set()
 
     def _on_events(self, events: LinkEvents) -> None:
+        self._answered()
         for _, error in events.rejected:
             self.fail(status_error(error))
         self._tokens += [token for _, token in events.tokens]

@@ -60,9 +60,15 @@ class Engine:
         self.events = asyncio.get_running_loop()
         self.loop = EngineLoop(self.core, on_fault=self._on_fault)
         self.info = pb.GetInfoResponse(
-            model_name="oracle", vocab_size=VOCABULARY, max_model_len=MAX_MODEL_LEN, block_size=16,
-            num_blocks=num_blocks, numerics_id="oracle",
-        )  # fmt: skip
+            model_name="oracle",
+            vocab_size=VOCABULARY,
+            max_model_len=MAX_MODEL_LEN,
+            block_size=16,
+            num_blocks=num_blocks,
+            numerics_id="oracle",
+            max_queue_size=max_queue_size,
+            max_batch_size=max_batch_size,
+        )
         self.servicer = EngineServicer(self.loop, self.info)
         self.faults: list[BaseException] = []
         self.server = Server((SERVICE_NAME,))
@@ -80,6 +86,7 @@ class Engine:
         assert counts.active == 0
         assert self.core.num_live == 0
         assert self.servicer.num_live == 0
+        assert self.servicer._door.num_unanswered == 0
         counters = self.core.report().counters
         assert counters.begun == counters.ended
 

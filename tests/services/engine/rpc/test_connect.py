@@ -225,6 +225,21 @@ async def test_what_never_fits_and_what_comes_too_many():
                 assert failure.retry_after_ms > 0
 
 
+async def test_a_full_queue_is_told_without_waiting_for_the_step():
+    async with running_engine(max_queue_size=4, max_batch_size=1) as engine, linked(engine) as gateway:
+        engine.runner.step_s = 0.4
+        await gateway.call.write(submit(0, PROMPT, 3))
+        await eventually(lambda: engine.core.step_started_at is not None)
+        started = asyncio.get_running_loop().time()
+        for slot in range(1, 9):
+            await gateway.call.write(submit(slot, PROMPT, 1))
+        await gateway.read_until(lambda: len(gateway.rejected) == 4)
+        assert asyncio.get_running_loop().time() - started < 0.2
+        for failure in gateway.rejected.values():
+            assert CODES[failure.code] is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await gateway.read_until(lambda: len(gateway.finished) == 5, within_s=20)
+
+
 async def test_a_deadline_ends_a_slot_with_its_reason():
     async with running_engine() as engine, linked(engine) as gateway:
         engine.runner.step_s = 0.01
