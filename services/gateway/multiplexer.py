@@ -10,11 +10,15 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
+import grpc
+
 from services.gateway.live import LiveSample
 from weft import logs
 from weft.rpc.errors import internal_error, new_error_id
 from weft.v1 import engine_service_pb2 as engine_pb
+from weft.v1 import generation_pb2 as pb
 
+_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
 log = logs.get_logger("gateway.link")
 
 
@@ -122,7 +126,13 @@ class Multiplexer:
             self._counters.dropped_slot += 1
             return
         sample = self._release(rejected.slot)
-        if sample is not None:
+        if sample is None:
+            return
+        if rejected.failure.code == _UNAVAILABLE:
+            # It began to drain while the Submit was under way: not the request's fault.
+            sample.link = None
+            self._on_lost(sample)
+        else:
             sample.on_rejected(rejected.failure)
 
     def on_frame(self, frame: engine_pb.StepFrame) -> None:
@@ -164,8 +174,11 @@ class Multiplexer:
         sample = self._release(finished.slot)
         if sample is None:
             return
-        if finished.usage.completion_tokens > len(sample.token_ids) and not sample.is_cancelled:
-            self._counters.holes += 1
+        has_hole = finished.usage.completion_tokens > len(sample.token_ids)
+        self._counters.holes += has_hole and not sample.is_cancelled
+        # Cancelled without our asking: the end of the engine's drain.
+        is_cut = has_hole or finished.reason == pb.FINISH_REASON_CANCELLED
+        if is_cut and not sample.is_cancelled:
             sample.link = None
             self._on_lost(sample)
         else:

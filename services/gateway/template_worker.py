@@ -7,6 +7,7 @@ process stop it from eating the machine. It needs nothing but the standard libra
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import datetime
 import json
@@ -34,7 +35,8 @@ def main() -> None:
     _die_with_parent()
     setup = json.loads(sys.stdin.buffer.readline())
     limit = int(setup["memory_bytes"])
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    with contextlib.suppress(ValueError, OSError):  # not every system limits address space
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
     _limit_cpu(float(setup["cpu_s"]))  # constant expressions are computed while the template compiles

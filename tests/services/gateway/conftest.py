@@ -81,6 +81,7 @@ class FakeEngine(EngineServiceServicer):
         self.is_hanging = False
         self.is_hung = False
         self.wrong_epoch = False
+        self.announces_drain = False
         self.repeat_tokens = False
         self.skip_position: int | None = None
         self.answers_hello = True
@@ -187,6 +188,10 @@ class FakeEngine(EngineServiceServicer):
             await asyncio.sleep(self.step_s)
             if self.is_hanging:
                 continue
+            if self.announces_drain:
+                self.announces_drain = False
+                draining = engine_pb.Draining(epoch=epoch, deadline_ms=1000)
+                await context.write(engine_pb.ConnectResponse(draining=draining))
             while not replies.empty():
                 await context.write(replies.get_nowait())
             if self.slots and loop.time() - beat_at > 0.1:

@@ -323,3 +323,21 @@ async def test_metrics_balance(gateway: Any, engine: Any) -> None:
     assert values["weft_gateway_time_to_first_token_seconds_count"] == "1.0"
     engine_label = json.dumps(str(engine.address))
     assert values[f"weft_gateway_link_tokens_total{{engine={engine_label}}}"] == "100.0"
+
+
+async def test_what_a_drain_cuts_short_goes_on_elsewhere(
+    start_engine: Any, start_gateway: Any, settle: Any
+) -> None:
+    first, second = await start_engine(), await start_engine()
+    gateway = await start_gateway(first, second)
+    await settle(lambda: all(link.is_up for link in gateway.application.router.links))
+    tasks = [asyncio.create_task(ids_of(gateway.stub.Generate(wanted(seed, 300)))) for seed in range(8)]
+    await settle(lambda: len(first.slots) == len(second.slots) == 4)
+    first.announces_drain = True
+    await settle(lambda: gateway.link.is_draining)
+    for slot in first.slots.values():
+        slot.is_cancelled = True
+    first.reject = gen.Failure(code=14, message="draining")
+    for seed, (ids, finish) in enumerate(await asyncio.gather(*tasks)):
+        assert ids == expected(first, seed, 300)
+        assert finish.reason == gen.FINISH_REASON_LENGTH
