@@ -34,16 +34,18 @@ class _DecodeGroup:
     """Sequences with one row each, longest first, as (key tile, sequence) pairs in tile order.
 
     rows: batch row of each sequence. ranks: which sequence (in this order) each pair belongs to. units: rows
-    of the cache viewed as [-1, tile part, head_dim]. is_outside: [pairs, 1, 1, 128], keys past the context.
-    counts: how many sequences reach tile 0, 1, ...
+    of the cache viewed as [-1, tile part, head_dim]. keep int32 and bias fp32 [pairs, 1, 1, 128]: all bits
+    and 0 for keys of the context, no bits and -inf for others. partial: the pairs that have others,
+    keep_values [partial, 1, 128, 1] their bits. counts: how many sequences reach tile 0, 1, ...
     """
 
     rows: Tensor
     ranks: Tensor
     units: Tensor
-    is_outside: Tensor
+    keep: Tensor
+    bias: Tensor
     partial: Tensor
-    is_tail: Tensor
+    keep_values: Tensor
     counts: list[int]
 
 
@@ -154,13 +156,15 @@ def _decode_group(metadata: AttentionMetadata, members: list[int], kv_heads: int
     tiles, ranks = pairs[:, 0], pairs[:, 1]
     tables = metadata.block_tables[torch.tensor(members)][ranks]
     limits = contexts[ranks] - tiles * KEY_TILE
-    is_outside = torch.arange(KEY_TILE)[None, :] >= limits[:, None]
+    is_inside = torch.arange(KEY_TILE)[None, :] < limits[:, None]
+    keep = torch.where(is_inside, -1, 0).to(torch.int32)
+    bias = torch.where(is_inside, 0.0, float("-inf"))[:, None, None, :]
     counts = torch.bincount(tiles, minlength=longest).tolist()
     rows = torch.tensor([starts[index] for index in members])
     units = _units(tables, tiles, metadata.block_size, kv_heads)
     partial = (limits < KEY_TILE).nonzero().flatten()
-    is_tail = is_outside[partial][:, None, :, None]
-    return _DecodeGroup(rows, ranks, units, is_outside[:, None, None, :], partial, is_tail, counts)
+    keep_values = keep[partial][:, None, :, None]
+    return _DecodeGroup(rows, ranks, units, keep[:, None, None, :], bias, partial, keep_values, counts)
 
 
 def _units(tables: Tensor, tiles: Tensor, block_size: int, kv_heads: int) -> Tensor:
@@ -195,7 +199,8 @@ def _decode(
     left = padded.index_select(0, group.ranks).view(-1, tile_rows, head_dim)
     key_tiles = _gather(keys, group.units, "keys", scratch).view(-1, KEY_TILE, head_dim)
     scores = torch.bmm(left, key_tiles.transpose(1, 2)).view(num_pairs, kv_heads, tile_rows, KEY_TILE)
-    scores.masked_fill_(group.is_outside, float("-inf"))
+    _bits(scores).bitwise_and_(group.keep)
+    scores.add_(group.bias)
     tile_max = scores.amax(-1)
     row_max = tile_max[:num_seqs].clone()
     for first, count in _later_tiles(group.counts):
@@ -205,7 +210,8 @@ def _decode(
         num_pairs, kv_heads, KEY_TILE, head_dim
     )
     if group.partial.numel():
-        tails = value_tiles.index_select(0, group.partial).masked_fill_(group.is_tail, 0.0)
+        tails = value_tiles.index_select(0, group.partial)
+        _bits(tails).bitwise_and_(group.keep_values)
         value_tiles.index_copy_(0, group.partial, tails)
     partial = torch.bmm(weights.view(-1, tile_rows, KEY_TILE), value_tiles.view(-1, KEY_TILE, head_dim))
     partial = partial.view(num_pairs, kv_heads, tile_rows, head_dim)
@@ -215,6 +221,13 @@ def _decode(
         numerator[:count] += partial[first : first + count]
         denominator[:count] += tile_sum[first : first + count]
     return (numerator / denominator.unsqueeze(-1))[:, :, :num_heads]
+
+
+def _bits(x: Tensor) -> Tensor:
+    """An fp32 tensor's bits: an AND with no bits makes 0.0 of anything, NaN included, at the speed of a
+    product.
+    """
+    return x.view(torch.int32)
 
 
 def _gather(cache: Tensor, units: Tensor, name: str, scratch: Scratch) -> Tensor:

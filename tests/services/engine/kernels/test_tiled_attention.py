@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.engine.kernels import reference, tiled_attention
+from services.engine.kernels import attention_plan, reference, tiled_attention
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
 from services.engine.kernels.scratch import Scratch
@@ -136,7 +136,7 @@ def test_small_gather_budget_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch
     world = _World(4, 2, 64, 32, [40, 300, 200, 129, 520])
     spans = [(index, length - 1, length) for index, length in enumerate(world.lengths)]
     together = world.run(spans)
-    monkeypatch.setattr(tiled_attention, "_GATHER_BUDGET", 1)
+    monkeypatch.setattr(attention_plan, "GATHER_BUDGET", 1)
     assert all(torch.equal(a, b) for a, b in zip(together, world.run(spans), strict=True))
 
 
