@@ -19,6 +19,7 @@ import grpc
 from services.gateway.assets import AssetError, ModelAssets
 from services.gateway.live import LiveSample
 from services.gateway.multiplexer import LinkCounters, Multiplexer, ProtocolViolation
+from services.gateway.watchdog import Watchdog
 from weft import logs
 from weft.rpc.channel import open_channel
 from weft.v1 import engine_service_pb2 as engine_pb
@@ -82,8 +83,7 @@ class EngineLink:
         self._multiplexer: Multiplexer | None = None
         self._outbox: deque[engine_pb.ConnectRequest] = deque()
         self._has_mail = asyncio.Event()
-        self._heard_at = 0.0
-        self._heartbeat: engine_pb.Heartbeat | None = None
+        self._watchdog = Watchdog(dead_s=self._times.dead_s, hung_s=self._times.hung_s)
 
     @property
     def is_up(self) -> bool:
@@ -101,9 +101,7 @@ class EngineLink:
         if multiplexer is None:
             raise LinkLost(self.last_problem)
         if not multiplexer.num_live:
-            # An idle engine does not beat: the clock starts with the first slot.
-            self._heard_at = self._now()
-            self._heartbeat = None
+            self._watchdog.start(self._now())
         sample.link = self
         sample.num_placements += 1
         multiplexer.submit(sample)
@@ -202,7 +200,6 @@ class EngineLink:
         self.is_draining = False
         self.counters.sessions += 1
         self._outbox.clear()
-        self._heartbeat = None
         self._multiplexer = Multiplexer(
             hello.epoch,
             send=self._send,
@@ -244,7 +241,7 @@ class EngineLink:
             response = await call.read()
             if response is _EOF:
                 raise LinkLost("the engine ended the stream")
-            self._heard_at = self._now()
+            self._watchdog.hear(self._now())
             self._dispatch(response)
 
     def _dispatch(self, response: engine_pb.ConnectResponse) -> None:
@@ -260,7 +257,7 @@ class EngineLink:
             multiplexer.on_rejected(response.rejected)
         elif kind == "heartbeat":
             if response.heartbeat.epoch == multiplexer.epoch:
-                self._heartbeat = response.heartbeat
+                self._watchdog.beat(response.heartbeat)
             else:
                 self.counters.dropped_epoch += 1
         elif kind == "draining":
@@ -270,29 +267,16 @@ class EngineLink:
             raise ProtocolViolation("a second Hello")
 
     async def _watch(self, _call: Any) -> None:
-        """Tell a dead engine, and a hung one, from a busy one."""
+        """Look at the link every tick; raise LinkLost when it is dead or hung."""
         times = self._times
         while True:
             before = self._now()
             await asyncio.sleep(times.tick_s)
             now = self._now()
             if now - before > times.tick_s + times.dead_s / 2:
-                self._heard_at = now  # it was this process that stood still
-                continue
-            problem = self._problem(now)
-            if problem is not None:
+                self._watchdog.hear(now)  # it was this process that stood still
+            elif self.num_live and (problem := self._watchdog.problem(now)) is not None:
                 raise LinkLost(problem)
-
-    def _problem(self, now: float) -> str | None:
-        if self._multiplexer is None or not self._multiplexer.num_live:
-            return None
-        if now - self._heard_at > self._times.dead_s:
-            return f"dead: nothing heard for {now - self._heard_at:.1f} s"
-        beat = self._heartbeat
-        if beat is not None and beat.step_elapsed_ms > beat.step_bound_ms + self._times.hung_s * 1000:
-            elapsed, bound = beat.step_elapsed_ms, beat.step_bound_ms
-            return f"hung: step {beat.step} runs for {elapsed} ms, its bound is {bound}"
-        return None
 
     def _note(self, problem: str) -> None:
         if problem != self.last_problem:

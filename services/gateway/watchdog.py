@@ -1,0 +1,42 @@
+"""Tells a dead engine, and a hung one, from a busy one. Pure: it is told the time and what was heard."""
+
+from __future__ import annotations
+
+from weft.v1 import engine_service_pb2 as engine_pb
+
+
+class Watchdog:
+    """Watches one link. Times are in seconds of one monotonic clock.
+
+    Dead: slots are live and nothing came for `dead_s`. Hung: the heart beats, but its step runs longer than
+    the engine's own bound for it and `hung_s` more.
+    """
+
+    def __init__(self, *, dead_s: float, hung_s: float) -> None:
+        self._dead_s = dead_s
+        self._hung_s = hung_s
+        self._heard_at = 0.0
+        self._beat: engine_pb.Heartbeat | None = None
+
+    def start(self, now: float) -> None:
+        """The first slot is live: an idle engine does not beat, so the clock starts here."""
+        self._heard_at = now
+        self._beat = None
+
+    def hear(self, now: float) -> None:
+        """Something came, or this process itself stood still and can blame nobody."""
+        self._heard_at = now
+
+    def beat(self, beat: engine_pb.Heartbeat) -> None:
+        """A heartbeat came."""
+        self._beat = beat
+
+    def problem(self, now: float) -> str | None:
+        """What is wrong with an engine that has live slots, or None."""
+        if now - self._heard_at > self._dead_s:
+            return f"dead: nothing heard for {now - self._heard_at:.1f} s"
+        beat = self._beat
+        if beat is not None and beat.step_elapsed_ms > beat.step_bound_ms + self._hung_s * 1000:
+            elapsed, bound = beat.step_elapsed_ms, beat.step_bound_ms
+            return f"hung: step {beat.step} runs for {elapsed} ms, its bound is {bound}"
+        return None

@@ -1,0 +1,32 @@
+"""Dead, hung and busy, with a clock that the test turns."""
+
+from __future__ import annotations
+
+from services.gateway.watchdog import Watchdog
+from weft.v1 import engine_service_pb2 as engine_pb
+
+
+def beat(elapsed_ms: int, bound_ms: int) -> engine_pb.Heartbeat:
+    return engine_pb.Heartbeat(epoch=1, step=7, step_elapsed_ms=elapsed_ms, step_bound_ms=bound_ms)
+
+
+def test_silence_is_death_after_its_time() -> None:
+    watchdog = Watchdog(dead_s=1.0, hung_s=1.0)
+    watchdog.start(100.0)
+    assert watchdog.problem(101.0) is None
+    assert "dead" in str(watchdog.problem(101.01))
+    watchdog.hear(101.5)
+    assert watchdog.problem(102.4) is None
+
+
+def test_a_step_within_its_bound_is_busy_and_past_it_hung() -> None:
+    watchdog = Watchdog(dead_s=1.0, hung_s=1.0)
+    watchdog.start(0.0)
+    watchdog.beat(beat(60_000, 60_000))
+    assert watchdog.problem(0.5) is None
+    watchdog.beat(beat(2100, 1200))
+    assert watchdog.problem(0.5) is None
+    watchdog.beat(beat(2201, 1200))
+    assert "step 7" in str(watchdog.problem(0.5))
+    watchdog.start(1.0)
+    assert watchdog.problem(1.5) is None
