@@ -115,7 +115,9 @@ class EngineApplication:
         events = asyncio.get_running_loop()
 
         def on_fault(error: BaseException) -> None:
-            threading.Timer(FAULT_TIMEOUT_S, os._exit, (FAULT_EXIT_CODE,)).start()
+            last_resort = threading.Timer(FAULT_TIMEOUT_S, os._exit, (FAULT_EXIT_CODE,))
+            last_resort.daemon = True
+            last_resort.start()
             log.failure("device or loop fault", error)
             events.call_soon_threadsafe(self._on_fault, server)
 
@@ -129,6 +131,7 @@ class EngineApplication:
                 model_name=info.model_name,
                 block_size=info.block_size,
                 num_blocks=info.num_blocks,
+                rpcs=server.counters,
             )
         )
         response = convert.info_response(

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from services.engine.core.events import StepReport
 from services.engine.core.sequence import FinishReason
 from weft.rpc.address import Address
+from weft.rpc.interceptor import RpcCounters
 
 TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.0, 2.5, 5.0, 7.5, 10.0, 20.0,
@@ -52,8 +53,10 @@ class EngineMetrics(Collector):
         model_name: str,
         block_size: int,
         num_blocks: int,
+        rpcs: RpcCounters | None = None,
     ) -> None:
         self._load = load
+        self._rpcs = rpcs or RpcCounters()
         self._model_name = model_name
         self._block_size, self._num_blocks = block_size, num_blocks
         self._ends: Counter[FinishReason] = Counter()
@@ -133,6 +136,8 @@ class EngineMetrics(Collector):
             ("weft:requests_begun", "Sequences admitted.", counters.begun),
             ("weft:requests_ended", "Sequences ended, whatever the reason.", counters.ended),
             ("weft:steps", "Steps run.", counters.steps),
+            ("weft:rpcs_begun", "Calls begun, links included.", self._rpcs.begun),
+            ("weft:rpcs_ended", "Calls ended, whatever the status.", self._rpcs.ended),
         ):
             yield self._family(CounterMetricFamily, name, text, {(): value})
         ends = {(label,): self._ends[reason] for reason, label in _REASONS.items()}

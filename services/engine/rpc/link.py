@@ -136,8 +136,20 @@ class Link:
             raise self._failure
 
     def _on_events(self, events: LinkEvents) -> None:
+        """Take in what the loop delivers. Silence is no answer: what fails here ends the link."""
         if not self._is_open:
             return
+        try:
+            self._take(events)
+        except StatusError as error:
+            self.fail(error)
+        except Exception as error:
+            error_id = new_error_id()
+            log.failure("delivery failed", error, error_id=error_id, epoch=self.epoch)
+            self.fail(internal_error(error_id))
+        self._wake.set()
+
+    def _take(self, events: LinkEvents) -> None:
         for slot in (*events.accepted, *(slot for slot, _ in events.rejected)):
             self._unanswered.discard(slot)
             self._door.num_unanswered -= 1
@@ -147,11 +159,7 @@ class Link:
             request_id = self._live.pop(slot, "")
             if end.error is not None:
                 self._log_end("failed", request_id, slot, end.error)
-        try:
-            self._outbox.add(events)
-        except StatusError as error:
-            self.fail(error)
-        self._wake.set()
+        self._outbox.add(events)
 
     def _log_end(self, event: str, request_id: str, slot: int, error: Exception) -> None:
         # The key is how the core's own log lines name the sequence.
@@ -185,17 +193,11 @@ class Link:
             command = request.WhichOneof("command")
             if command == "submit":
                 self._submit(request.submit)
-            elif command == "cancel":
-                self._loop.cancel(self._link_id, request.cancel.slot)
             elif command == "credit":
                 self._outbox.add_credit(request.credit.bytes)
                 self._wake.set()
-            elif command == "pause":
-                self._loop.pause(self._link_id, request.pause.slot)
-            elif command == "resume":
-                self._loop.resume(self._link_id, request.resume.slot)
-            elif command == "update":
-                self._update(request.update)
+            elif command in ("cancel", "pause", "resume", "update"):
+                self._steer(command, getattr(request, command))
             else:
                 what = "a hello comes once" if command == "hello" else "must be set, to a command known here"
                 raise invalid_argument([("command", what)])
@@ -235,19 +237,26 @@ class Link:
         self._outbox.reject(slot, error)
         self._wake.set()
 
-    def _update(self, update: pb.Update) -> None:
-        if update.HasField("priority"):
-            violations = list(validate_labels(priority=update.priority))
-            if violations:
-                raise invalid_argument(
-                    [(f"update.{violation.field}", violation.description) for violation in violations]
-                )
-        self._loop.update(
-            self._link_id,
-            update.slot,
-            priority=update.priority if update.HasField("priority") else None,
-            deadline=self._deadline(update.budget_ms) if update.HasField("budget_ms") else None,
-        )
+    def _steer(self, command: str, message: pb.Cancel | pb.Pause | pb.Resume | pb.Update) -> None:
+        """Pass a command for a slot on. A slot that is not live is ignored: its end has crossed the
+        command.
+        """
+        if isinstance(message, pb.Update):
+            violations = validate_labels(priority=message.priority)
+            if found := [(f"update.{name}", text) for name, text in violations]:
+                raise invalid_argument(found)
+        if message.slot not in self._live:
+            return
+        if isinstance(message, pb.Update):
+            self._loop.update(
+                self._link_id,
+                message.slot,
+                priority=message.priority if message.HasField("priority") else None,
+                deadline=self._deadline(message.budget_ms) if message.HasField("budget_ms") else None,
+            )
+            return
+        tell = {"cancel": self._loop.cancel, "pause": self._loop.pause, "resume": self._loop.resume}
+        tell[command](self._link_id, message.slot)
 
     def _deadline(self, budget_ms: int) -> float:
         return self._loop.now() + budget_ms / 1000

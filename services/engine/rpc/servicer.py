@@ -43,6 +43,7 @@ class EngineServicer(EngineServiceServicer):
         self._links: set[Link] = set()
         self._calls: set[_Call] = set()
         self._drain_deadline: float | None = None
+        self._gone: StatusError | None = None
         self._door = Door(loop, max_queue_size=info.max_queue_size, max_batch_size=info.max_batch_size)
 
     @property
@@ -54,7 +55,9 @@ class EngineServicer(EngineServiceServicer):
         self, request_iterator: AsyncIterator[pb.ConnectRequest], context: Any
     ) -> None:
         """The multiplexed link. A draining engine still opens links: their gateways learn it at once."""
+        self._check_here()
         hello = await read_hello(request_iterator)
+        self._check_here()
         link = Link(self._loop, self._door, self._info, hello)
         self._links.add(link)
         try:
@@ -68,6 +71,7 @@ class EngineServicer(EngineServiceServicer):
         self, request: pb.GenerateTokensRequest, context: Any
     ) -> AsyncIterator[pb.GenerateTokensResponse]:
         """One request. Leaving the call, in whatever way, cancels it."""
+        self._check_here()
         violations = convert.check(request, self._info)
         if violations:
             raise invalid_argument(violations)
@@ -124,11 +128,16 @@ class EngineServicer(EngineServiceServicer):
         yield 0
 
     def fail_all(self, error: StatusError) -> None:
-        """End every link and call with a status: the engine is going away."""
+        """End every link and call with a status, and refuse new ones with it: the engine is going away."""
+        self._gone = error
         for link in self._links:
             link.fail(error)
         for call in self._calls:
             call.fail(error)
+
+    def _check_here(self) -> None:
+        if self._gone is not None:
+            raise self._gone
 
 
 class _Call:

@@ -87,6 +87,8 @@ def page() -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
         ("weft:num_requests_paused", {}, 1),
         ("weft:steps_total", {}, 9),
         ("weft:peak_batch_size", {}, 5),
+        ("weft:rpcs_begun_total", {}, 0),
+        ("weft:rpcs_ended_total", {}, 0),
     ],
 )
 def test_the_page(page, name, labels, value):

@@ -283,6 +283,33 @@ async def test_a_failing_sequence_ends_alone_as_internal():
             assert gateway.tokens[slot] == expected([slot, *PROMPT], 30)
 
 
+async def test_a_bug_in_the_delivery_ends_the_link_and_not_in_silence(monkeypatch):
+    def broken(slot, event):
+        raise RuntimeError("secret")
+
+    async with running_engine() as engine, linked(engine) as gateway:
+        monkeypatch.setattr("services.engine.rpc.convert.finished", broken)
+        await gateway.call.write(submit(0, PROMPT, 3))
+        error = await ends_with(gateway.call)
+        assert error.code() is grpc.StatusCode.INTERNAL
+        assert "secret" not in error.details()
+
+
+async def test_a_bug_in_the_conversion_rejects_one_submit(monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("secret")
+
+    async with running_engine() as engine, linked(engine) as gateway:
+        with monkeypatch.context() as patch:
+            patch.setattr("services.engine.rpc.convert.sequence", broken)
+            await gateway.call.write(submit(0, PROMPT, 3))
+            await gateway.read_until(lambda: gateway.rejected)
+        assert CODES[gateway.rejected[0].code] is grpc.StatusCode.INTERNAL
+        assert gateway.rejected[0].error_id
+        await gateway.call.write(submit(0, PROMPT, 3))
+        await gateway.read_until(lambda: gateway.finished)
+
+
 async def test_pause_stops_a_slot_and_resume_goes_on():
     async with running_engine() as engine, linked(engine) as gateway:
         await gateway.call.write(submit(0, PROMPT, 600))
@@ -468,3 +495,5 @@ async def test_a_device_fault_ends_every_stream_as_unavailable():
             assert error.code() is grpc.StatusCode.UNAVAILABLE
             assert "CUDA" not in error.details()
         assert len(engine.faults) == 1
+        for late in (engine.stub.Connect(), engine.stub.GenerateTokens(request)):
+            assert (await ends_with(late)).code() is grpc.StatusCode.UNAVAILABLE
