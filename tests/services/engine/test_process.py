@@ -1,16 +1,10 @@
-"""The engine as a process: start, serve, drain, fault, and what it says when it cannot start."""
+"""The engine as a process: start, serve, drain, fault."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import os
-import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -20,7 +14,7 @@ import grpc
 import pytest
 
 from tests.services.engine.core.oracle import next_token
-from weft.artifact.manifest import FileEntry, Manifest
+from tests.services.engine.process import ROOT
 from weft.rpc import auth
 from weft.rpc.channel import open_channel
 from weft.rpc.healthcheck import check
@@ -28,69 +22,8 @@ from weft.v1 import engine_service_pb2 as pb
 from weft.v1 import generation_pb2
 from weft.v1.engine_service_pb2_grpc import EngineServiceStub
 
-ROOT = Path(__file__).resolve().parents[3]
-ORACLE = str(Path(__file__).with_name("oracle_engine.py"))
 PROMPT = [5, 4, 3, 2, 1]
 HELLO = pb.ConnectRequest(hello=pb.GatewayHello(protocol_version=1, initial_credit_bytes=1 << 20))
-
-
-class EngineProcess:
-    """An engine process and its log lines."""
-
-    def __init__(self, *flags: object, mood: str | None = None) -> None:
-        command = [ORACLE] if mood else ["-m", "services.engine"]
-        source = ["--artifacts", "unused", "--model", mood] if mood else []
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("WEFT_")}
-        self.popen = subprocess.Popen(
-            [sys.executable, *command, "serve", "--listen", "127.0.0.1:0", *source, *map(str, flags)],
-            stderr=subprocess.PIPE, text=True, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
-        self.lines: list[str] = []
-        self.events: list[dict[str, Any]] = []
-
-    def _take(self, line: str) -> None:
-        self.lines.append(line)
-        if line.startswith("{"):
-            self.events.append(json.loads(line))
-
-    def wait_for(self, event: str) -> dict[str, Any]:
-        assert self.popen.stderr is not None
-        for line in self.popen.stderr:
-            self._take(line)
-            if self.events and self.events[-1]["event"] == event:
-                return self.events[-1]
-        raise AssertionError(f"no event {event!r}: {self.lines}")
-
-    def serving(self) -> str:
-        return str(self.wait_for("serving")["address"])
-
-    def end(self, within_s: float = 20) -> int:
-        assert self.popen.stderr is not None
-        code = self.popen.wait(within_s)
-        for line in self.popen.stderr:
-            self._take(line)
-        return code
-
-    def event(self, name: str) -> dict[str, Any]:
-        found = [event for event in self.events if event["event"] == name]
-        assert len(found) == 1, self.lines
-        return found[0]
-
-
-@pytest.fixture
-def engine():
-    processes: list[EngineProcess] = []
-
-    def begin(*flags: object, mood: str | None = None) -> EngineProcess:
-        processes.append(EngineProcess(*flags, mood=mood))
-        return processes[-1]
-
-    yield begin
-    for process in processes:
-        process.popen.kill()
-        process.popen.wait()
-        if process.popen.stderr is not None:
-            process.popen.stderr.close()
 
 
 def request(max_tokens: int, prompt: list[int] = PROMPT) -> pb.GenerateTokensRequest:
@@ -229,79 +162,6 @@ async def test_an_idle_engine_uses_hardly_any_time(engine):
         await asyncio.sleep(3)
         # One per cent of a core, and one tick of the clock that measures it.
         assert seconds() - before <= 0.03 + 0.01
-
-
-def copy_of_demo(directory: Path) -> Path:
-    target = directory / "source"
-    shutil.copytree(ROOT / "models" / "demo", target)
-    return target
-
-
-def broken_artifact(directory: Path) -> Path:
-    """An artifact whose config.json is not what its manifest says."""
-    version = directory / "demo" / "v1"
-    version.parent.mkdir()
-    shutil.copytree(ROOT / "models" / "demo", version)
-    files = {
-        path.name: FileEntry(hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_size)
-        for path in version.iterdir()
-        if path.is_file()
-    }
-    digest = "sha256:" + "0" * 64
-    manifest = Manifest("demo", files, digest, {}, 0, digest, digest)
-    (version / "manifest.json").write_bytes(manifest.to_bytes())
-    (version.parent / "CURRENT").write_text("v1\n")
-    config = version / "config.json"
-    config.write_text(config.read_text().replace("LlamaForCausalLM", "LlamaForCausalLX"))
-    return directory
-
-
-def cannot_start(process: EngineProcess) -> dict[str, Any]:
-    assert process.end(60) == 1
-    assert not any("Traceback" in line or "stack" in line for line in process.lines)
-    assert "serving" not in [event["event"] for event in process.events]
-    return process.event("cannot start")
-
-
-def test_a_digest_that_differs_is_named(engine, tmp_path):
-    event = cannot_start(engine("--artifacts", broken_artifact(tmp_path), "--model", "demo"))
-    assert event["status"] == "DATA_LOSS"
-    assert event["file"] == "config.json"
-    assert event["expected"] != event["found"]
-
-
-@pytest.mark.parametrize("how", ["missing", "truncated", "empty", "pickle", "unknown", "no-version"])
-def test_a_model_that_cannot_be_served_is_one_clear_line(engine, tmp_path, how):
-    flags: tuple[object, ...]
-    if how == "no-version":
-        flags = ("--artifacts", tmp_path, "--model", "demo")
-    elif how == "missing":
-        flags = ("--source", tmp_path / "nowhere")
-    else:
-        source = copy_of_demo(tmp_path)
-        (weights,) = source.glob("*.safetensors")
-        if how == "truncated":
-            weights.write_bytes(weights.read_bytes()[:-100])
-        elif how == "empty":
-            weights.write_bytes(b"")
-        elif how == "pickle":
-            weights.rename(source / "pytorch_model.bin")
-        else:
-            config = source / "config.json"
-            config.write_text(config.read_text().replace("LlamaForCausalLM", "Mystery"))
-        flags = ("--source", source)
-    assert len(cannot_start(engine(*flags))["reason"]) > 10
-
-
-def test_taken_ports_and_bad_key_files(engine, tmp_path):
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        address = f"127.0.0.1:{taken.getsockname()[1]}"
-        assert address in cannot_start(engine("--listen", address, mood="ok"))["reason"]
-        assert "in use" in cannot_start(engine("--metrics", address, mood="ok"))["reason"]
-    assert "nope" in cannot_start(engine("--api-key-file", tmp_path / "nope", mood="ok"))["reason"]
-    assert "config.json" in cannot_start(engine(mood="unloadable"))["reason"]
 
 
 async def test_the_demo_model_end_to_end(engine):

@@ -25,6 +25,7 @@ from weft.v1.engine_service_pb2_grpc import EngineServiceStub, add_EngineService
 
 MAX_MODEL_LEN = 2_000
 PLENTY = 1 << 40
+CODES = {code.value[0]: code for code in grpc.StatusCode}
 
 
 class SlowRunner(OracleRunner):
@@ -111,6 +112,15 @@ async def running_engine(**settings: Any) -> AsyncIterator[Engine]:
         finally:
             await engine.server.stop(0)
             engine.loop.stop()
+
+
+async def ends_with(call) -> grpc.aio.AioRpcError:
+    try:
+        while await call.read() is not grpc.aio.EOF:
+            pass
+    except grpc.aio.AioRpcError as error:
+        return error
+    raise AssertionError("the stream ended well")
 
 
 async def eventually(is_true: Any, within_s: float = 5.0) -> None:
