@@ -14,14 +14,15 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from services.engine.kernels import ops
-from services.engine.kernels.linear import Scratch
+from services.engine.kernels.int4pack import Int4PackLinear
+from services.engine.kernels.linear import Linear
 from services.engine.kernels.numerics import Numerics
+from services.engine.kernels.scratch import Scratch
 
 IN_FEATURES, OUT_FEATURES, GROUP, LAYERS = 2048, 5632, 128, 6
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -30,32 +31,26 @@ RESULTS = Path(__file__).with_name("results.csv")
 COLUMNS = ("benchmark", "case", "unit", "median", "p20", "p80", "machine", "git_sha")
 
 
-def variants(dtype: torch.dtype) -> dict[str, list[Callable[[torch.Tensor], torch.Tensor]]]:
-    """LAYERS linears of each kind. int4pack is torch's own 4-bit product; it exists for bf16 on x86 alone."""
+def variants(dtype: torch.dtype) -> dict[str, list[Linear]]:
+    """LAYERS linears of each kind: full precision, the packed 4-bit product, unpack and then multiply."""
     numerics, scratch = Numerics(dtype, is_deterministic=False), Scratch()
-    found: dict[str, list[Callable[[torch.Tensor], torch.Tensor]]] = {"dense": [], "int4": [], "int4pack": []}
+    found: dict[str, list[Linear]] = {"dense": [], "packed": [], "unpacked": []}
     for _ in range(LAYERS):
         values = torch.randint(0, 16, (IN_FEATURES, OUT_FEATURES), dtype=torch.uint8)
         zeros = torch.randint(0, 16, (IN_FEATURES // GROUP, OUT_FEATURES), dtype=torch.uint8)
         scales = torch.rand(IN_FEATURES // GROUP, OUT_FEATURES).half() * 0.01
-        found["int4"].append(ops.make_int4_linear(values, zeros, scales, None, numerics, scratch))
         found["dense"].append(ops.make_dense_linear(torch.randn(OUT_FEATURES, IN_FEATURES), None, numerics))
-        if dtype == torch.bfloat16 and platform.machine() == "x86_64":
-            found["int4pack"].append(int4pack(values, zeros, scales))
+        for name, crossover_rows in (("packed", None), ("unpacked", 1)):
+            linear = ops.make_int4_linear(values, zeros, scales, None, numerics, scratch)
+            if isinstance(linear, Int4PackLinear):
+                linear.crossover_rows = crossover_rows
+                found[name].append(linear)
+            elif name == "unpacked":
+                found[name].append(linear)
     return {name: linears for name, linears in found.items() if linears}
 
 
-def int4pack(
-    values: torch.Tensor, zeros: torch.Tensor, scales: torch.Tensor
-) -> Callable[[torch.Tensor], torch.Tensor]:
-    """torch's packed 4-bit product. Its own zero is 8, so ours enters as the constant (8 - zero) x scale."""
-    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(values.T.int().contiguous(), 1)
-    shift = (8 - zeros.float()) * scales.float()
-    both = torch.stack([scales.float(), shift], dim=-1).bfloat16().contiguous()
-    return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, GROUP, both)
-
-
-def measure(linears: list[Callable[[torch.Tensor], torch.Tensor]], x: torch.Tensor) -> list[float]:
+def measure(linears: list[Linear], x: torch.Tensor) -> list[float]:
     """Rows per second of each pass over the layers."""
     rates: list[float] = []
     for linear in linears:
