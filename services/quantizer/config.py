@@ -1,6 +1,4 @@
-"""What one run of the quantizer was asked to do. Made from flags in __main__; nothing here reads files or
-the environment.
-"""
+"""What one run of the quantizer was asked to do: flags, WEFT_* variables, defaults. Reads no files."""
 
 from __future__ import annotations
 
@@ -8,60 +6,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from services.quantizer.errors import QuantizerError
 from weft.artifact.manifest import is_model_name
+from weft.config import REQUIRED, ConfigError, option
 
-GROUP_SIZES = (32, 64, 128)
+GROUP_SIZES = ("32", "64", "128")
 RECIPE_VERSION = 1
+PATH_SEPARATOR = ":"
+
+
+def _paths(text: str) -> tuple[Path, ...]:
+    return tuple(Path(part) for part in text.split(PATH_SEPARATOR) if part)
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizerConfig:
-    """One run.
+    """One run. Empty `calibration` and `evaluation` mean the bundled texts."""
 
-    Attributes:
-        source: directory of the checkpoint.
-        artifacts: root of the artifact volume.
-        name: model name to publish under.
-        calibration: UTF-8 text files; empty means the bundled ones.
-        samples: calibration windows, at most.
-        sequence_length: tokens per calibration window, the beginning-of-text token included.
-        evaluation: held-out UTF-8 text files; empty means the bundled ones.
-        evaluation_tokens: tokens to evaluate on, at most; 0 skips the evaluation.
-        group_size: input channels that share a scale.
-        skip_indivisible: leave sets that the group size does not divide in full precision, instead of
-        refusing. propagate_error: each block is calibrated on what the quantized blocks before it put out.
-        device: "cpu" or "cuda".
-        threads: CPU threads; None leaves torch's choice.
-        seed: chooses the calibration windows.
-        force: quantize even when CURRENT already holds this.
-    """
-
-    source: Path
-    artifacts: Path
-    name: str
-    calibration: tuple[Path, ...] = ()
-    samples: int = 128
-    sequence_length: int = 512
-    evaluation: tuple[Path, ...] = ()
-    evaluation_tokens: int = 32768
-    group_size: int = 128
-    skip_indivisible: bool = False
-    propagate_error: bool = True
-    device: str = "cpu"
-    threads: int | None = None
-    seed: int = 0
-    force: bool = False
+    source: Path = option(REQUIRED, "Hugging Face checkpoint directory (safetensors)", metavar="DIR")  # noqa: RUF009
+    artifacts: Path = option(REQUIRED, "root of the artifact volume", metavar="DIR")  # noqa: RUF009
+    name: str = option(REQUIRED, "model name to publish under")
+    calibration: tuple[Path, ...] = option((), "UTF-8 text files", parse=_paths, metavar="FILE ...")
+    samples: int = option(128, "calibration windows, at most", metavar="N")
+    sequence_length: int = option(512, "tokens of a calibration window", metavar="N")
+    evaluation: tuple[Path, ...] = option((), "held-out UTF-8 text files", parse=_paths, metavar="FILE ...")
+    evaluation_tokens: int = option(32768, "tokens to evaluate on, at most; 0 skips it", metavar="N")
+    group_size: int = option(128, "input channels that share a scale", choices=GROUP_SIZES)
+    skip_indivisible: bool = option(False, "leave sets that do not divide in full precision")
+    propagate_error: bool = option(True, "calibrate each block on the quantized ones before it")
+    device: str = option("cpu", "cpu or cuda")
+    threads: int | None = option(None, "CPU threads; by default torch decides", metavar="N")
+    seed: int = option(0, "chooses the calibration windows", metavar="N")
+    force: bool = option(False, "quantize even when CURRENT already holds this")
 
     def __post_init__(self) -> None:
         if not is_model_name(self.name):
-            raise QuantizerError(f"--name {self.name[:80]!r}: must match [a-z0-9][a-z0-9._-]{{0,63}}")
-        if self.group_size not in GROUP_SIZES:
-            raise QuantizerError(f"--group-size {self.group_size}: must be one of 32, 64, 128")
+            raise ConfigError("--name", f"{self.name[:80]!r} does not match [a-z0-9][a-z0-9._-]{{0,63}}")
+        if str(self.group_size) not in GROUP_SIZES:
+            raise ConfigError("--group-size", f"{self.group_size} is none of {', '.join(GROUP_SIZES)}")
         if not 0 <= self.seed < 1 << 64:
-            raise QuantizerError(f"--seed {self.seed}: must be between 0 and 2^64 - 1")
+            raise ConfigError("--seed", f"{self.seed} is not between 0 and 2^64 - 1")
         if self.device != "cpu" and not self.device.startswith("cuda"):
-            raise QuantizerError(f"--device {self.device}: must be cpu or cuda")
+            raise ConfigError("--device", f"{self.device[:80]!r} is neither cpu nor cuda")
         for flag, value, least, most in (
             ("--samples", self.samples, 1, 1 << 16),
             ("--sequence-length", self.sequence_length, 8, 1 << 17),
@@ -69,7 +54,7 @@ class QuantizerConfig:
             ("--threads", 1 if self.threads is None else self.threads, 1, 1 << 10),
         ):
             if not least <= value <= most:
-                raise QuantizerError(f"{flag} {value}: must be between {least} and {most}")
+                raise ConfigError(flag, f"{value} is not between {least} and {most}")
 
     def recipe(self, evaluation_digest: str) -> dict[str, Any]:
         """Everything but source, seed and calibration text that decides what the artifact holds."""

@@ -6,9 +6,8 @@ on. Knows the parts by their interfaces; the numbers are theirs.
 
 from __future__ import annotations
 
-import hashlib
+import dataclasses
 import json
-import logging
 import platform
 import resource
 import time
@@ -19,32 +18,27 @@ import torch
 import transformers
 from torch import Tensor
 
-from services.quantizer.calibration import (
-    BUNDLED_CALIBRATION,
-    BUNDLED_EVALUATION,
-    calibration_windows,
-    evaluation_windows,
-    load_tokenizer,
-    read_texts,
-)
+from services.quantizer.calibration import calibration_windows, evaluation_windows, load_tokenizer
 from services.quantizer.canary import CanaryRecorder
 from services.quantizer.companions import companion_files, quantized_config, write_companions
 from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
 from services.quantizer.evaluation import Evaluation
 from services.quantizer.grid import QuantizedWeight
+from services.quantizer.identity import draft_manifest, find_current
 from services.quantizer.progress import ProgressReporter
 from services.quantizer.quantize import BlockQuantizer, QuantizedBlock, indivisible_linears, rounded_weights
 from services.quantizer.report import build_report, report_html, report_json
 from services.quantizer.shards import ShardWriter
 from services.quantizer.source import STORED_DTYPES, Source
-from weft.artifact.manifest import ArtifactError, Canary, LinearError, Manifest
+from services.quantizer.texts import BUNDLED_CALIBRATION, BUNDLED_EVALUATION, read_texts
+from weft import logs
+from weft.artifact.manifest import Canary, LinearError, Manifest
 from weft.artifact.packing import pack_int4
 from weft.artifact.publish import Staging
-from weft.artifact.regular_file import chunks, open_regular
 from weft.artifact.store import Artifact, ArtifactStore
 
-_LOGGER = logging.getLogger("weft.quantizer")
+_LOGGER = logs.get_logger("quantizer")
 _MAX_EVALUATION_LENGTH = 1024
 
 
@@ -64,38 +58,25 @@ class _Inputs:
 
     calibration: Tensor
     evaluation: Tensor | None
-    companions: dict[str, bytes]
 
 
-def run(config: QuantizerConfig) -> Artifact:
-    """Quantize and publish, or return what CURRENT already holds. Raises QuantizerError and what
-    weft.artifact raises.
+def run(config: QuantizerConfig, draft: Manifest | None = None) -> Artifact:
+    """Quantize and publish, or return what CURRENT already holds.
+
+    `draft` is what `draft_manifest` gave, if the caller has it. Raises QuantizerError, and what weft.artifact
+    raises.
     """
     started = time.time()
-    store = ArtifactStore(config.artifacts)
-    calibration_texts, calibration_digest = read_texts(config.calibration or BUNDLED_CALIBRATION)
-    evaluation_texts, evaluation_digest = read_texts(config.evaluation or BUNDLED_EVALUATION)
-    device = _prepare_torch(config)
-    source = Source(config.source, device)
-    companions = companion_files(config.source)
-    draft = Manifest(
-        model=config.name,
-        files={},
-        source_digest=_source_digest(source, companions),
-        recipe=config.recipe(evaluation_digest),
-        seed=config.seed,
-        calibration_digest=calibration_digest,
-        tokenizer_digest="sha256:" + hashlib.sha256(companions["tokenizer.json"]).hexdigest(),
-    )
-    current = None if config.force else _up_to_date(store, draft)
+    draft = draft_manifest(config) if draft is None else draft
+    current = None if config.force else find_current(config, draft)
     if current is not None:
-        _LOGGER.info("%s %s already holds this source, recipe and calibration", config.name, current.version)
         return current
+    source = Source(config.source, _prepare_torch(config))
     skipped = _check_divisible(source, config)
-    inputs = _read_inputs(config, source, companions, calibration_texts, evaluation_texts)
-    with store.stage(config.name) as staged, torch.inference_mode():
+    inputs = _read_inputs(config, source)
+    with ArtifactStore(config.artifacts).stage(config.name) as staged, torch.inference_mode():
         outcome = _quantize_blocks(config, source, inputs, skipped, staged)
-        return _publish(staged, source, config, draft, companions, skipped, outcome, started)
+        return _publish(staged, source, config, draft, skipped, outcome, started)
 
 
 def _prepare_torch(config: QuantizerConfig) -> torch.device:
@@ -110,30 +91,26 @@ def _prepare_torch(config: QuantizerConfig) -> torch.device:
     return torch.device(config.device)
 
 
-def _read_inputs(
-    config: QuantizerConfig,
-    source: Source,
-    companions: dict[str, bytes],
-    calibration_texts: list[str],
-    evaluation_texts: list[str],
-) -> _Inputs:
+def _read_inputs(config: QuantizerConfig, source: Source) -> _Inputs:
     if config.sequence_length > source.max_length:
         raise QuantizerError(
             f"--sequence-length {config.sequence_length}: the model's context is {source.max_length}"
         )
     tokenizer = load_tokenizer(config.source)
+    calibration_texts, _ = read_texts(config.calibration or BUNDLED_CALIBRATION)
+    evaluation_texts, _ = read_texts(config.evaluation or BUNDLED_EVALUATION)
     calibration = calibration_windows(
         tokenizer, calibration_texts, config.samples, config.sequence_length, config.seed, source.vocab_size
     )
     if len(calibration) < config.samples:
-        _LOGGER.warning("the calibration text gives %d windows, not %d", len(calibration), config.samples)
+        _LOGGER.warning("short calibration text", windows=len(calibration), asked=config.samples)
     evaluation = None
     if config.evaluation_tokens:
         length = min(_MAX_EVALUATION_LENGTH, source.max_length, config.evaluation_tokens)
         evaluation = evaluation_windows(
             tokenizer, evaluation_texts, config.evaluation_tokens, length, source.vocab_size
         )
-    return _Inputs(calibration, evaluation, companions)
+    return _Inputs(calibration, evaluation)
 
 
 def _check_divisible(source: Source, config: QuantizerConfig) -> set[str]:
@@ -217,7 +194,6 @@ def _publish(
     source: Source,
     config: QuantizerConfig,
     draft: Manifest,
-    companions: dict[str, bytes],
     skipped: set[str],
     outcome: _Outcome,
     started: float,
@@ -228,50 +204,20 @@ def _publish(
         for name in source.architecture.linears
         if name in skipped
     ]
-    write_companions(staged, companions)
+    write_companions(staged, companion_files(config.source))
     staged.write("config.json", quantized_config(source.checkpoint.config, config.group_size, full_precision))
     report = build_report(config.name, draft.recipe, outcome.quality, outcome.errors, outcome.choices)
     staged.write("report.json", report_json(report))
     staged.write("report.html", report_html(report))
-    manifest = Manifest(
-        model=draft.model,
+    manifest = dataclasses.replace(
+        draft,
         files=dict(staged.files),
-        source_digest=draft.source_digest,
-        recipe=draft.recipe,
-        seed=draft.seed,
-        calibration_digest=draft.calibration_digest,
-        tokenizer_digest=draft.tokenizer_digest,
         linears=outcome.errors,
         quality=outcome.quality,
         canary=outcome.canary,
     )
     version = "awq-" + manifest.digest.removeprefix("sha256:")[:12]
     return staged.publish(manifest, version, _run_document(config, started))
-
-
-def _up_to_date(store: ArtifactStore, draft: Manifest) -> Artifact | None:
-    try:
-        artifact = store.open(draft.model)
-    except ArtifactError:
-        return None
-    found = artifact.manifest
-    keys = ("source_digest", "recipe", "seed", "calibration_digest", "tokenizer_digest")
-    return artifact if all(getattr(found, key) == getattr(draft, key) for key in keys) else None
-
-
-def _source_digest(source: Source, companions: dict[str, bytes]) -> str:
-    """One digest over everything that is read from the source directory."""
-    hasher = hashlib.sha256()
-    for name in sorted(companions):
-        hasher.update(f"{name} {hashlib.sha256(companions[name]).hexdigest()}\n".encode())
-    hasher.update(json.dumps(source.checkpoint.config, sort_keys=True).encode() + b"\n")
-    for path in source.checkpoint.files:
-        file_hasher = hashlib.sha256()
-        with open_regular(path) as (descriptor, _):
-            for chunk in chunks(descriptor):
-                file_hasher.update(chunk)
-        hasher.update(f"{path.name} {file_hasher.hexdigest()}\n".encode())
-    return "sha256:" + hasher.hexdigest()
 
 
 def _run_document(config: QuantizerConfig, started: float) -> bytes:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-_LOGGER = logging.getLogger("weft.quantizer")
+from weft import logs
+
+_LOGGER = logs.get_logger("quantizer")
 
 
 class ProgressReporter:
@@ -45,4 +46,4 @@ class ProgressReporter:
         if self._bar is not None:
             self._bar.update(self._task, advance=1, description=what)
         else:
-            _LOGGER.info("%s (%d of %d)", what, self._done, self._total)
+            _LOGGER.info("progress", done=self._done, total=self._total, what=what)

@@ -1,13 +1,16 @@
 """The command: one clear line and the right exit status for whatever is wrong, never a traceback."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from services.quantizer.__main__ import main
+from services.quantizer.__main__ import join_lists, main
 
 ROOT = Path(__file__).parents[3]
 
@@ -31,7 +34,10 @@ def complain(make_checkpoint, tmp_path, capfd):
             "--group-size",
             "32",
         ]
-        status = main([*base, *quick, *flags])
+        try:
+            status = main([*base, *quick, *flags])
+        except SystemExit as exit:
+            status = exit.code
         lines = [line for line in capfd.readouterr().err.splitlines() if line]
         assert "Traceback" not in "".join(lines)
         assert not (tmp_path / "a" / "tiny" / "CURRENT").exists()
@@ -53,13 +59,14 @@ def complain(make_checkpoint, tmp_path, capfd):
         ("--threads", "0"),
         ("--seed", "-1"),
         ("--device", "tpu"),
+        ("--group-size", "many"),
         ("--evaluation-tokens", "-1"),
     ],
 )
 def test_wrong_flags_end_with_status_2(complain, flags):
     status, line = complain(None, *flags)
     assert status == 2
-    assert line.startswith(f"error: {flags[0]}")
+    assert line.startswith(f"python -m services.quantizer run: {flags[0]}: ")
 
 
 def edit_config(**changes):
@@ -184,3 +191,56 @@ def test_the_module_runs_and_help_names_every_flag():
     )
     assert wrong.returncode == 2
     assert "Traceback" not in wrong.stderr
+
+
+def test_lists_of_files_may_follow_a_flag_or_come_joined():
+    flags = ["--calibration", "a", "b", "--name", "x", "--evaluation", "c", "--calibration=d"]
+    joined = ["--calibration", "a:b", "--name", "x", "--evaluation", "c", "--calibration=d"]
+    assert join_lists(flags) == joined
+
+
+@pytest.mark.parametrize("arguments", [[], ["walk"], ["--bits"]])
+def test_an_unknown_command_ends_with_status_2(arguments, capfd):
+    assert main(arguments or [""]) == 2
+    assert "run" in capfd.readouterr().err
+
+
+def test_an_up_to_date_artifact_needs_no_torch(make_checkpoint, tmp_path):
+    source = make_checkpoint(num_hidden_layers=1)
+    flags = [
+        "run",
+        "--source",
+        str(source),
+        "--artifacts",
+        str(tmp_path / "a"),
+        "--name",
+        "tiny",
+        "--threads",
+        "1",
+    ]
+    flags += ["--samples", "2", "--sequence-length", "64", "--evaluation-tokens", "0", "--group-size", "32"]
+    assert main(flags) == 0
+    script = (
+        "import sys; sys.modules['torch'] = sys.modules['transformers'] = None;"
+        "from services.quantizer.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "up to date" in done.stderr
+
+
+def test_a_terminated_run_leaves_nothing_behind(make_checkpoint, tmp_path):
+    source = make_checkpoint(num_hidden_layers=2)
+    command = [sys.executable, "-m", "services.quantizer", "run", "--source", str(source), "--threads", "1"]
+    command += ["--artifacts", str(tmp_path / "a"), "--name", "tiny", "--group-size", "32"]
+    command += ["--sequence-length", "256"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    directory = tmp_path / "a" / "tiny"
+    while time.monotonic() < deadline and not (directory.exists() and os.listdir(directory)):
+        time.sleep(0.05)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, errors.decode()
+    assert b"Traceback" not in errors
+    assert os.listdir(directory) == []

@@ -47,7 +47,7 @@ def artifacts(tmp_path_factory):
     planted = plant_outliers(root / "planted")
     torch.set_num_threads(1)
     return tuple(
-        run(QuantizerConfig(source, root / "artifacts", name, threads=1))
+        run(QuantizerConfig(source=source, artifacts=root / "artifacts", name=name, threads=1))
         for source, name in ((DEMO, "demo"), (planted, "planted"))
     )
 

@@ -32,7 +32,8 @@ def quick(tmp_path):
             "group_size": 32,
             "threads": 1,
         }
-        return QuantizerConfig(source, tmp_path / "artifacts", "tiny", **{**values, **changes})
+        artifacts = tmp_path / "artifacts"
+        return QuantizerConfig(source=source, artifacts=artifacts, name="tiny", **{**values, **changes})
 
     return configure
 

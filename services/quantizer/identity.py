@@ -1,0 +1,71 @@
+"""What a run would make, told by what goes in: so that a run whose artifact is current already can end at
+once.
+
+Standard library only, because importing torch takes longer than the whole answer. This module does not know
+whether the source is any good; an artifact that matches was made from the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from services.quantizer.companions import companion_files
+from services.quantizer.config import QuantizerConfig
+from services.quantizer.errors import QuantizerError
+from services.quantizer.texts import BUNDLED_CALIBRATION, BUNDLED_EVALUATION, read_texts
+from weft.artifact.manifest import ArtifactError, Manifest
+from weft.artifact.regular_file import FileRefusedError, chunks, open_regular
+from weft.artifact.store import Artifact, ArtifactStore
+
+_IDENTITY = ("source_digest", "recipe", "seed", "calibration_digest", "tokenizer_digest")
+
+
+def draft_manifest(config: QuantizerConfig) -> Manifest:
+    """The manifest of a run as far as it is known beforehand: no files, errors, quality or canary."""
+    _, calibration_digest = read_texts(config.calibration or BUNDLED_CALIBRATION)
+    _, evaluation_digest = read_texts(config.evaluation or BUNDLED_EVALUATION)
+    if not config.source.is_dir():
+        raise QuantizerError(f"{config.source}: no such directory")
+    companions = companion_files(config.source)
+    return Manifest(
+        model=config.name,
+        files={},
+        source_digest=_source_digest(config.source, companions),
+        recipe=config.recipe(evaluation_digest),
+        seed=config.seed,
+        calibration_digest=calibration_digest,
+        tokenizer_digest="sha256:" + hashlib.sha256(companions["tokenizer.json"]).hexdigest(),
+    )
+
+
+def find_current(config: QuantizerConfig, draft: Manifest) -> Artifact | None:
+    """The CURRENT artifact, if it is what the run would make."""
+    try:
+        artifact = ArtifactStore(config.artifacts).open(config.name)
+    except ArtifactError:
+        return None
+    is_same = all(getattr(artifact.manifest, key) == getattr(draft, key) for key in _IDENTITY)
+    return artifact if is_same else None
+
+
+def _source_digest(directory: Path, companions: dict[str, bytes]) -> str:
+    """One digest over configuration, index, weights and companions."""
+    hasher = hashlib.sha256()
+    for name in sorted(companions):
+        hasher.update(f"{name} {hashlib.sha256(companions[name]).hexdigest()}\n".encode())
+    paths = [*directory.glob("config.json"), *directory.glob("*.safetensors*")]
+    for path in sorted(paths):
+        hasher.update(f"{path.name} {_digest(path)}\n".encode("utf-8", "surrogateescape"))
+    return "sha256:" + hasher.hexdigest()
+
+
+def _digest(path: Path) -> str:
+    hasher = hashlib.sha256()
+    try:
+        with open_regular(path) as (descriptor, _):
+            for chunk in chunks(descriptor):
+                hasher.update(chunk)
+    except (OSError, FileRefusedError) as error:
+        raise QuantizerError(str(error)) from error
+    return hasher.hexdigest()
