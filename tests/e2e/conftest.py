@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import grpc
@@ -53,20 +54,20 @@ def artifacts(tmp_path_factory):
     return root
 
 
+STACKS: list[Stack] = []
+
+
 class Stack:
     """An engine and a gateway, and channels to both."""
 
-    def __init__(self, artifacts, logs, *, engine_flags=(), gateway_flags=()):
-        self.artifacts, self.logs, self.gateway_flags = artifacts, logs, gateway_flags
-        self.engine_flags = [
-            "--artifacts",
-            str(artifacts),
-            "--model",
-            "demo",
-            "--threads",
-            "1",
-            *engine_flags,
-        ]
+    def __init__(self, artifacts, logs, *, engine_flags=(), gateway_flags=(), source=None):
+        self.logs = logs
+        if source is None:
+            model, tokenizer = f"--artifacts {artifacts} --model demo", f"--artifacts {artifacts}"
+        else:
+            model, tokenizer = f"--source {source}", f"--tokenizer {source}"
+        self.engine_flags = [*model.split(), "--threads", "1", *engine_flags]
+        self.gateway_flags = [*tokenizer.split(), *gateway_flags]
         self.engine = self.start_engine("127.0.0.1:0")
         self.engine_address = self.engine.wait_for("listening", READY_S)["address"]
         self.gateway = self.start_gateway()
@@ -77,21 +78,15 @@ class Stack:
         self.client = GatewayServiceStub(self.channel)
         self.engine_channel = grpc.insecure_channel(self.engine_address)
         self.engine_client = EngineServiceStub(self.engine_channel)
+        STACKS.append(self)
 
     def start_engine(self, listen):
         flags = [*self.engine_flags, "--listen", listen, "--metrics", "127.0.0.1:0"]
         return Service("engine", command_of("engine", ["serve", *flags]), self.logs)
 
     def start_gateway(self):
-        flags = [
-            "--artifacts",
-            str(self.artifacts),
-            "--engine",
-            self.engine_address,
-            "--listen",
-            "127.0.0.1:0",
-        ]
-        flags += ["--http", "127.0.0.1:0", *self.gateway_flags]
+        flags = f"--engine {self.engine_address} --listen 127.0.0.1:0 --http 127.0.0.1:0".split()
+        flags += self.gateway_flags
         return Service("gateway", command_of("gateway", ["serve", *flags]), self.logs)
 
     @property
@@ -113,7 +108,19 @@ class Stack:
             time.sleep(0.05)
         info = self.engine_client.GetInfo(engine_pb.GetInfoRequest(), timeout=10)
         assert load.free_blocks + load.active_blocks + load.cached_blocks == info.num_blocks
+        if self.gateway.is_running:
+            begun, ended = (
+                self.gateway_count(f"weft_gateway_requests_{what}_total") for what in ("begun", "ended")
+            )
+            assert begun == ended
         return load
+
+    def gateway_count(self, name):
+        """A counter of the gateway's metrics page, summed over its labels."""
+        page = urllib.request.urlopen(self.http + "/metrics", timeout=10).read().decode()
+        values = [line.rsplit(" ", 1)[1] for line in page.splitlines() if line.startswith(name)]
+        assert values, name
+        return sum(map(float, values))
 
     def close(self):
         self.channel.close()
@@ -132,10 +139,17 @@ def shared_stack(artifacts, tmp_path_factory):
 
 @pytest.fixture
 def stack(shared_stack):
-    """The shared stack; after each test its counters must balance and no block may be owned."""
-    shared_stack.wait_until_quiet()
-    yield shared_stack
-    shared_stack.wait_until_quiet()
+    """The shared stack."""
+    return shared_stack
+
+
+@pytest.fixture(autouse=True)
+def requests_begun_equal_requests_ended():
+    """After every test, on every stack that still stands: all requests have ended, no block is owned."""
+    yield
+    for standing in STACKS:
+        if standing.engine.is_running and standing.gateway.is_running:
+            standing.wait_until_quiet()
 
 
 @pytest.fixture
