@@ -136,7 +136,11 @@ class ChatTemplate:
     async def start(self) -> None:
         """Start the children. Raises TemplateError when the template does not even compile."""
         try:
-            await asyncio.gather(*(self._add_worker() for _ in range(self._num_workers)))
+            starts = (self._add_worker() for _ in range(self._num_workers))
+            # Every start is waited for, so that a child that comes late is not forgotten.
+            for outcome in await asyncio.gather(*starts, return_exceptions=True):
+                if isinstance(outcome, BaseException):
+                    raise outcome
         except (EOFError, TimeoutError, OSError) as error:
             await self.close()
             raise TemplateError("the template's process does not start") from error

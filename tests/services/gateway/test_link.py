@@ -149,6 +149,9 @@ async def test_requests_outlive_their_engine(gateway: Any, engine: Any, settle: 
         assert ids == expected(engine, seed, 200)
         assert finish.usage.completion_tokens == 200
     assert gateway.application.router.num_replays >= 16
+    # What was delivered is not drawn again.
+    assert all(submit.emitted_token_ids for submit in engine.submits[-16:])
+    assert gateway.link.counters.dropped_position == 0
 
 
 async def test_requests_move_to_another_engine(start_engine: Any, start_gateway: Any, settle: Any) -> None:

@@ -55,12 +55,18 @@ def test_same_text_and_same_stop_as_the_naive_reading(
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.lists(st.text(alphabet="abc", max_size=4), max_size=10), st.lists(letters, min_size=1, max_size=5))
-def test_holds_back_no_more_than_could_become_a_match(pieces: list[str], stops: list[str]) -> None:
+@given(
+    st.lists(st.text(alphabet="abc", max_size=4), max_size=10),
+    st.lists(letters, min_size=1, max_size=5),
+    st.booleans(),
+)
+def test_holds_back_no_more_than_could_become_a_match(
+    pieces: list[str], stops: list[str], is_armed: bool
+) -> None:
     matcher = StopMatcher(stops)
     whole, sent = "", ""
     for piece in pieces:
-        text, stop = matcher.push(piece)
+        text, stop = matcher.push(piece, is_armed=is_armed)
         whole += piece
         sent += text
         if stop is not None:

@@ -247,3 +247,22 @@ async def test_metrics_are_exposed(http: httpx.AsyncClient) -> None:
     await http.post("/v1/completions", json=TEXT)
     text = (await http.get("/metrics")).text
     assert "weft_gateway_requests_begun_total 1.0" in text
+
+
+async def test_a_reader_that_stops_pauses_its_slots(
+    http: httpx.AsyncClient, gateway: Any, settle: Any
+) -> None:
+    link = gateway.application.router.links[0]
+    address = gateway.application.http.address
+    _, writer = await asyncio.open_connection(address.host, address.port, limit=1024)
+    body = json.dumps(
+        {**CHAT, "max_tokens": 1000, "n": 8, "stream": True, "logprobs": True, "top_logprobs": 20}
+    )
+    writer.write(
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"Content-Length: %d\r\n\r\n%s" % (len(body), body.encode())
+    )
+    await settle(lambda: link.counters.pauses > 0, 20)
+    assert link.num_live == 8
+    writer.close()
+    await settle(lambda: link.num_live == 0)
