@@ -18,7 +18,6 @@ from services.engine.core.errors import IntegrityError
 from services.engine.core.prefix_index import PrefixIndex
 from services.engine.core.sequence import Sequence
 
-
 DEFAULT_MIN_HEAD = 4
 """Shortest common head worth a copy, in tokens: measured on a CPU, where 4 tokens cost 29 copies."""
 

@@ -81,8 +81,9 @@ class EngineCore:
         except RequestError:
             raise
         except Exception as error:
-            log.exception("admit failed", extra={"key": repr(sequence.key)})
-            raise InternalFailure("admit", error) from error
+            failure = InternalFailure("admit", error)
+            self._log_failure(sequence, failure)
+            raise failure from error
         if not sequence.arrival:
             sequence.arrival = self.now()
         self._live[sequence.key] = sequence
@@ -302,9 +303,16 @@ class EngineCore:
 
     def _fail(self, sequence: Sequence, stage: str, error: Exception) -> None:
         failure = error if isinstance(error, RequestError) else InternalFailure(stage, error)
-        cause = failure.cause if isinstance(failure, InternalFailure) else failure
-        log.error("sequence failed: %s", failure, exc_info=cause, extra={"key": repr(sequence.key)})
+        self._log_failure(sequence, failure)
         self._finish(sequence, FinishReason.ERROR, failure)
+
+    @staticmethod
+    def _log_failure(sequence: Sequence, failure: RequestError) -> None:
+        extra = {"key": repr(sequence.key)}
+        cause: BaseException = failure
+        if isinstance(failure, InternalFailure):
+            extra["error_id"], cause = failure.error_id, failure.cause
+        log.error("sequence failed: %s", failure, exc_info=cause, extra=extra)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: RequestError | None = None) -> None:
         """The one way out: blocks released, runner told, the end counted and reported, whatever fails on the

@@ -5,6 +5,8 @@ Knows no transport: `services.engine.rpc.errors` maps these to status codes.
 
 from __future__ import annotations
 
+from secrets import token_hex
+
 
 class RequestError(Exception):
     """A request that ends with an error. The message is safe to show to the client."""
@@ -43,12 +45,15 @@ class Draining(RequestError):
 
 
 class InternalFailure(RequestError):
-    """A bug or a numeric failure in one request. `cause` goes to the log, never to the client."""
+    """A bug or a numeric failure in one request. `cause` goes to the log alone, under the `error_id`
+    that the client is shown.
+    """
 
     def __init__(self, stage: str, cause: BaseException) -> None:
         super().__init__(f"internal error in {stage}")
         self.stage = stage
         self.cause = cause
+        self.error_id = token_hex(8)
 
 
 class DeviceFault(Exception):

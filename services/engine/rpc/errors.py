@@ -58,10 +58,8 @@ def _unavailable(error: EngineUnavailable) -> StatusError:
 
 
 def _internal(error: InternalFailure) -> StatusError:
-    # The core has logged the stack already, under the same key; this line joins it to what the client sees.
-    error_id = new_error_id()
-    log.error("request failed", error_id=error_id, stage=error.stage, cause=type(error.cause).__name__)
-    return internal_error(error_id)
+    # The core has logged the stack already, under the same id.
+    return internal_error(error.error_id)
 
 
 _TABLE: dict[type[RequestError], Callable[..., StatusError]] = {
