@@ -44,8 +44,12 @@ class GatewayApplication:
     ) -> None:
         self.config = config
         self.authenticator = authenticator
-        self.source = AssetSource(artifacts=config.artifacts, directory=config.tokenizer)
         self.router = Router(wait_s=config.engine_wait_seconds, on_change=self._on_change)
+        self.source = AssetSource(
+            artifacts=config.artifacts,
+            directory=config.tokenizer,
+            in_use=lambda: [link.assets for link in self.router.links],
+        )
         gateway_id = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
         self.router.links = [
             EngineLink(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,13 +57,23 @@ class ModelAssets:
 
 
 class AssetSource:
-    """Finds and keeps the assets that engines name: below an artifact root, or all in one directory."""
+    """Finds and keeps the assets that engines name: below an artifact root, or all in one directory.
 
-    def __init__(self, *, artifacts: Path | None = None, directory: Path | None = None) -> None:
+    A few are kept for engines that come back; what `in_use` names is never closed.
+    """
+
+    def __init__(
+        self,
+        *,
+        artifacts: Path | None = None,
+        directory: Path | None = None,
+        in_use: Callable[[], Collection[ModelAssets | None]] = tuple,
+    ) -> None:
         if (artifacts is None) == (directory is None):
             raise ValueError("either artifacts or directory must be given")
         self._store = ArtifactStore(artifacts) if artifacts is not None else None
         self._directory = directory
+        self._in_use = in_use
         self._cache: dict[tuple[str, str, str], ModelAssets] = {}
         self._lock = asyncio.Lock()
 
@@ -76,8 +87,10 @@ class AssetSource:
             if assets is None:
                 assets = await self._load(info)
             self._cache[key] = assets
-            while len(self._cache) > MAX_CACHED:
-                await self._cache.pop(next(iter(self._cache))).close()
+            used = (*self._in_use(), assets)
+            idle = [key for key, kept in self._cache.items() if kept not in used]
+            for key in idle[: max(0, len(self._cache) - MAX_CACHED)]:
+                await self._cache.pop(key).close()
         return assets
 
     async def close(self) -> None:

@@ -191,6 +191,8 @@ class EngineLink:
 
     async def _assets_for(self, info: engine_pb.GetInfoResponse) -> ModelAssets:
         try:
+            if info.vocab_size < 1 or info.max_model_len < 2:
+                raise EngineRefused("it has no vocabulary or no context")
             return await self._load_assets(info)
         except AssetError as error:
             raise EngineRefused(str(error)) from error

@@ -172,13 +172,16 @@ async def resolve(
     StatusError.
     """
     prompt_token_ids = await tokenize(request, assets, info)
+    prompt_field = request.WhichOneof("prompt") or "prompt"
+    if max(prompt_token_ids) >= info.vocab_size:  # a tokenizer may know more tokens than the model
+        raise invalid_argument([(prompt_field, "holds a token that the model does not have")])
     sampling = pb.SamplingParams()
     sampling.CopyFrom(request.sampling)
     violations = validate_length(
         num_prompt_tokens=len(prompt_token_ids),
         max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
         max_model_len=info.max_model_len,
-        prompt_field=request.WhichOneof("prompt") or "prompt",
+        prompt_field=prompt_field,
     )
     if violations:
         error = invalid_argument(violations)

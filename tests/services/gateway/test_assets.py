@@ -148,3 +148,21 @@ def test_generation_config_gives_what_is_usable() -> None:
     assert round(sampling.temperature, 3) == 0.7
     assert not sampling.HasField("top_p")
     assert not sampling.HasField("repetition_penalty")
+
+
+async def test_what_is_in_use_is_not_closed(tmp_path: Path, demo_model: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((demo_model / "tokenizer.json").read_bytes())
+    used: list[Any] = []
+    source = AssetSource(directory=tmp_path, in_use=lambda: used)
+    try:
+        first = await source.load(info(demo_model, artifact_version="v0"))
+        used.append(first)
+        second = await source.load(info(demo_model, artifact_version="v1"))
+        for number in range(2, 8):
+            await source.load(info(demo_model, artifact_version=f"v{number}"))
+        text = "stormy night, " * 5000  # long enough for the tokenizer's threads
+        assert await first.tokenizer.encode_text(text)
+        with pytest.raises(RuntimeError):
+            await second.tokenizer.encode_text(text)
+    finally:
+        await source.close()

@@ -216,3 +216,13 @@ async def test_keys_guard_every_method(start_engine: Any, start_gateway: Any) ->
     assert (await drain(calls[0]))[-1].finish.reason == gen.FINISH_REASON_CANCELLED
     assert not calls[1].done()
     calls[1].cancel()
+
+
+async def test_a_token_that_the_model_lacks(start_engine: Any, start_gateway: Any) -> None:
+    engine = await start_engine()
+    engine.info.vocab_size = 200
+    gateway = await start_gateway(engine)
+    error = await refused(gateway, text("Once upon a time"))
+    assert error.code() == INVALID
+    assert error_from_call(error).field_violations[0][0] == "text"
+    assert not engine.submits
