@@ -21,7 +21,7 @@ class RunnerConfig:
 
     `is_deterministic` None follows the dtype: on for float32 on a CPU, off otherwise. `num_blocks` wins over
     `kv_memory_bytes`; without both the cache holds `max_batch_size` sequences of full length, but at most 1
-    GiB (and at least one sequence). `cache_dir` keeps measurements between starts. `is_poisoned` fills the
+    GiB. `cache_dir` keeps measurements between starts. `is_poisoned` fills the
     cache with NaN.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 
 import torch
@@ -12,6 +13,7 @@ from services.engine.models.config import ModelConfig
 from services.engine.runner.config import RunnerConfig, RunnerConfigError
 
 DEFAULT_KV_BYTES = 1 << 30
+_log = logging.getLogger(__name__)
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -32,7 +34,13 @@ def resolve_num_blocks(config: RunnerConfig, bytes_per_token: int, max_model_len
             )
         return fitting
     per_sequence = -(-max_model_len // config.block_size)
-    return max(per_sequence, min(per_sequence * config.max_batch_size, DEFAULT_KV_BYTES // block_bytes))
+    fitting = max(1, min(per_sequence * config.max_batch_size, DEFAULT_KV_BYTES // block_bytes))
+    if fitting < per_sequence:
+        tokens = fitting * config.block_size
+        _log.warning(
+            "the default KV cache holds %d tokens, one sequence %d: give more memory", tokens, max_model_len
+        )
+    return fitting
 
 
 class KVCache:

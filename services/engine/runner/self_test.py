@@ -28,7 +28,9 @@ from services.engine.runner.inputs import make_inputs
 from services.engine.runner.kv_cache import KVCache
 
 _ROW_COUNTS = (1, 2, 3, 5, 7, 16, 17, 33, 64, 100)
-_BASE_ROWS = 128
+_LEAST_ROWS = 128
+_MAX_PRODUCT = 2_000_000_000
+"""Multiplications of the largest product tried per linear: bounds the test's time on large models."""
 _LENGTH = 150
 _log = logging.getLogger(__name__)
 
@@ -42,9 +44,13 @@ class SelfTestResult:
 
 
 @torch.inference_mode()
-def run_self_test(model: Llama, cache: KVCache, numerics: Numerics, max_model_len: int) -> SelfTestResult:
-    """Both stages. Leaves meaningless contents in the cache's blocks."""
-    failure = _check_linears(model.linears, numerics)
+def run_self_test(
+    model: Llama, cache: KVCache, numerics: Numerics, max_model_len: int, max_rows: int
+) -> SelfTestResult:
+    """Both stages; `max_rows` is the largest batch to expect. Leaves meaningless contents in the cache's
+    blocks.
+    """
+    failure = _check_linears(model.linears, numerics, max_rows)
     reference, mixed = _SequenceTest(model, cache, numerics, max_model_len).run()
     fingerprint = hashlib.sha256(reference.numpy().tobytes()).hexdigest()[:8]
     for name, logits in mixed.items():
@@ -62,11 +68,13 @@ def settle_numerics(
     merely about to be serves without the promise.
     """
     if not numerics.is_deterministic:
-        return numerics, run_self_test(model, cache, numerics, max_model_len).fingerprint
+        return numerics, run_self_test(
+            model, cache, numerics, max_model_len, config.max_batched_tokens
+        ).fingerprint
     for tile in (numerics.query_tile, numerics.row_tile):
         tried = replace(numerics, query_tile=tile)
         model.use(tried)
-        result = run_self_test(model, cache, tried, max_model_len)
+        result = run_self_test(model, cache, tried, max_model_len, config.max_batched_tokens)
         if result.failure is None:
             return tried, result.fingerprint
         _log.warning("with query tiles of %d rows: %s", tile, result.failure)
@@ -77,22 +85,24 @@ def settle_numerics(
     return tried, result.fingerprint
 
 
-def _check_linears(linears: dict[str, Linear], numerics: Numerics) -> str | None:
+def _check_linears(linears: dict[str, Linear], numerics: Numerics, max_rows: int) -> str | None:
     seen: set[tuple[int, int, str]] = set()
     for name, linear in linears.items():
         kind = (linear.in_features, linear.out_features, linear.path)
         if kind in seen:
             continue
         seen.add(kind)
+        affordable = _MAX_PRODUCT // (linear.in_features * linear.out_features)
+        num_rows = max(_LEAST_ROWS, min(max_rows, affordable))
         generator = torch.Generator().manual_seed(len(seen))
-        x = torch.randn(_BASE_ROWS, linear.in_features, generator=generator).to(numerics.dtype)
+        x = torch.randn(num_rows, linear.in_features, generator=generator).to(numerics.dtype)
         whole = linear(x)
-        order = torch.randperm(_BASE_ROWS, generator=generator)
+        order = torch.randperm(num_rows, generator=generator)
         if not torch.equal(linear(x[order]), whole[order]):
             return f"{name}: rows in another order differ"
         for count in _ROW_COUNTS:
             if not torch.equal(linear(x[:count]), whole[:count]):
-                return f"{name}: {count} rows differ from the same rows among {_BASE_ROWS}"
+                return f"{name}: {count} rows differ from the same rows among {num_rows}"
     return None
 
 

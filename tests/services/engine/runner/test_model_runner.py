@@ -18,6 +18,7 @@ from services.engine.models.config import ModelConfig
 from services.engine.runner import load, self_test
 from services.engine.runner.config import RunnerConfig, RunnerConfigError
 from services.engine.runner.inputs import InputError, make_inputs
+from services.engine.runner.kv_cache import resolve_num_blocks
 from services.engine.runner.model_runner import ModelRunner, load_runner
 from services.engine.runner.self_test import SelfTestResult
 
@@ -228,7 +229,7 @@ def test_the_larger_attention_tile_is_taken_when_the_small_one_fails(
 ) -> None:
     runner = runners[16]
 
-    def fail_small(model: object, cache: object, numerics: Numerics, length: int) -> SelfTestResult:
+    def fail_small(model: object, cache: object, numerics: Numerics, *limits: int) -> SelfTestResult:
         return SelfTestResult("other bits" if numerics.query_tile == 4 else None, "f00d")
 
     monkeypatch.setattr(self_test, "run_self_test", fail_small)
@@ -243,6 +244,25 @@ def _config_of(runner: ModelRunner, **changes: int) -> ModelConfig:
     from dataclasses import replace
 
     return replace(runner.model.config, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"num_blocks": 7, "kv_memory_bytes": 1}, 7),
+        ({"kv_memory_bytes": 10 * 128 * 100 + 5}, 10),
+        ({"max_batch_size": 3}, 3 * 8),
+        ({"max_batch_size": 10**6}, (1 << 30) // (128 * 100)),
+    ],
+)
+def test_the_cache_is_sized_by_blocks_then_memory_then_batch(settings: dict[str, int], expected: int) -> None:
+    config = RunnerConfig(source=Path("x"), **settings)
+    assert resolve_num_blocks(config, 100, 1000) == expected
+
+
+def test_a_context_beyond_the_default_cache_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert resolve_num_blocks(RunnerConfig(source=Path("x")), 1 << 20, 131072) == 8
+    assert "holds 1024 tokens, one sequence 131072" in caplog.text
 
 
 def test_auto_is_exact_for_small_models_and_fast_for_large_ones(
