@@ -35,8 +35,7 @@ def is_supported(in_features: int, out_features: int, group_size: int, numerics:
 
 
 class Int4PackLinear:
-    """A 4-bit linear in bf16: the packed product below `crossover_rows` rows, dequantise and multiply from
-    there.
+    """A 4-bit linear in bf16: the packed product below `crossover_rows` rows, dequantise and matmul after.
 
     The operator computes (q - 8) * s + zero, so its zero term is (8 - z) * s; both are rounded to bf16, which
     the dequantising path avoids by keeping fp16-exact scales and integer zeros beside (0.04 bytes a weight at
@@ -54,9 +53,7 @@ class Int4PackLinear:
         numerics: Numerics,
         scratch: Scratch,
     ) -> None:
-        """values uint8 [in, out], zeros uint8 and scales [in / group, out]. Raises ValueError for an unknown
-        layout.
-        """
+        """values uint8 [in, out], zeros uint8 and scales [in / group, out]. ValueError: unknown layout."""
         self.in_features, self.out_features = values.shape
         self.num_groups = zeros.shape[0]
         self.group_size = self.in_features // self.num_groups
@@ -96,7 +93,7 @@ class Int4PackLinear:
         return weight
 
     def _unpack(self, block: int) -> Tensor:
-        """uint8 [blocks, in, block]: low nibbles are the block's first half of outputs, high nibbles its
+        """uint8 [blocks, in, block]: low nibbles are a block's first half of outputs, high ones its
         second.
         """
         half = block // 2

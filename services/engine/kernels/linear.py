@@ -84,8 +84,8 @@ class Int4Linear:
         self._scratch = scratch
 
     def dequantize(self) -> Tensor:
-        """The weight [in, out] in the activations' dtype, rounded once. Valid until the next call of any
-        linear.
+        """The weight [in, out] in the activations' dtype, rounded once. Valid until any linear's next
+        call.
         """
         half = self.group_size // 2
         shape = (self.num_groups, self.group_size, self.out_features)

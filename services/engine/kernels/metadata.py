@@ -20,8 +20,7 @@ class AttentionMetadata:
     Attributes:
         positions: int64 [rows], the absolute position of each row in its sequence (0 for padding rows).
         slot_mapping: int64 [rows], block * block_size + offset where the row's K and V go.
-        block_tables: int64 [num_seqs, max_blocks]; entries past a sequence's last block are never read as
-        keys.
+        block_tables: int64 [num_seqs, max_blocks]; entries past a sequence's last block hold no keys.
         query_lens: rows of each sequence, on the host.
         context_lens: tokens of each sequence once this batch is written, on the host.
         block_size: token slots per block.

@@ -21,9 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class CpuBackend:
-    """The CPU's operations: the plain twins where their bits hold for every batch, tiled forms where they do
-    not.
-    """
+    """The CPU's operations: the plain twins where their bits hold in every batch, else tiled forms."""
 
     embedding = staticmethod(reference.embedding)
     gather_rows = staticmethod(reference.gather_rows)
@@ -116,8 +114,8 @@ def make_dense_linear(weight: Tensor, bias: Tensor | None, numerics: Numerics) -
 def make_int4_linear(
     values: Tensor, zeros: Tensor, scales: Tensor, bias: Tensor | None, numerics: Numerics, scratch: Scratch
 ) -> Linear:
-    """Ready a 4-bit weight: values uint8 [in, out], zeros uint8 and scales [in / group, out]. Reorders once,
-    here.
+    """Ready a 4-bit weight: values uint8 [in, out], zeros uint8 and scales [in / group, out]. Reorders
+    once.
     """
     _backend(values)
     in_features, out_features = values.shape

@@ -50,9 +50,7 @@ def row_mean_square(x: Tensor) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual): the block's residual addition fused with the norm that
-    follows.
-    """
+    """(rms_norm(x + residual), x + residual): the residual addition fused with the norm after it."""
     total = x + residual
     return rms_norm(total, weight, eps), total
 
@@ -82,8 +80,7 @@ def write_kv(
 def paged_attention(
     query: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, scale: float
 ) -> Tensor:
-    """Causal attention of query [rows, heads, head_dim] over the blocks of each row's sequence; same shape
-    back.
+    """Causal attention of query [rows, heads, head_dim] over its sequence's blocks; same shape.
 
     One softmax per sequence, in fp32. Slots outside a sequence's context are never touched: they may hold
     anything. Padding rows give zeros.

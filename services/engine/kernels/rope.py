@@ -42,9 +42,7 @@ def inverse_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
 
 
 def _llama3(frequencies: Tensor, config: RopeConfig) -> Tensor:
-    """Llama 3.1's scaling by wavelength: long waves slowed by `factor`, short ones kept, linear blend in
-    between.
-    """
+    """Llama 3.1's scaling by wavelength: long waves slowed by `factor`, short ones kept, a blend between."""
     wavelengths = 2 * math.pi / frequencies
     longest_kept = config.original_max_position / config.high_freq_factor
     shortest_scaled = config.original_max_position / config.low_freq_factor
@@ -57,9 +55,7 @@ def _llama3(frequencies: Tensor, config: RopeConfig) -> Tensor:
 
 
 def rotary_tables(config: RopeConfig, head_dim: int, num_positions: int) -> tuple[Tensor, Tensor]:
-    """(cos, sin), fp32 [num_positions, head_dim / 2]. Computed once: a row's angles never depend on its
-    batch.
-    """
+    """(cos, sin), fp32 [num_positions, head_dim / 2]. Computed once, for all batches alike."""
     positions = torch.arange(num_positions, dtype=torch.int64).float()
     angles = torch.outer(positions, inverse_frequencies(config, head_dim))
     return angles.cos(), angles.sin()

@@ -71,7 +71,7 @@ def paged_attention(
 def _decode(
     query: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, query_tile: int, scratch: Scratch
 ) -> Tensor:
-    """Attention of one row per sequence: query [sequences, kv_heads, heads per kv head, head_dim], same shape
+    """Attention of one row per sequence: query [sequences, kv_heads, heads per kv head, head_dim] and
     back.
     """
     num_seqs, kv_heads, num_heads, head_dim = query.shape
@@ -107,9 +107,7 @@ def _decode(
 
 
 def _bits(x: Tensor) -> Tensor:
-    """An fp32 tensor's bits: an AND with no bits makes 0.0 of anything, NaN included, at the speed of a
-    product.
-    """
+    """An fp32 tensor's bits: an AND with no bits makes 0.0 of anything, NaN included, and fast."""
     return x.view(torch.int32)
 
 

@@ -25,9 +25,7 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class QuantizationConfig:
-    """How the 4-bit linears of a checkpoint are stored (AutoAWQ gemm). `group_size` -1: one group per
-    column.
-    """
+    """How the 4-bit linears of a checkpoint are stored (AutoAWQ gemm). `group_size` -1: one per column."""
 
     group_size: int
     modules_to_not_convert: tuple[str, ...] = ()

@@ -44,8 +44,7 @@ def resolve_num_blocks(config: RunnerConfig, bytes_per_token: int, max_model_len
 
 
 class KVCache:
-    """`data` [layers, 2, num_blocks + 1, kv_heads, block_size, head_dim]; block `scratch_block` belongs to no
-    one.
+    """`data` [layers, 2, num_blocks + 1, kv_heads, block_size, head_dim]; block `scratch_block` is nobody's.
 
     Contents of a block that no sequence has written are meaningless; `is_poisoned` makes them NaN, so that a
     read of one shows.
