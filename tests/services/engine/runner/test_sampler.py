@@ -275,3 +275,13 @@ def test_a_row_with_everything_banned_fails(temperature: float, extra: dict[str,
 
 def test_an_empty_batch_gives_nothing() -> None:
     assert Sampler(VOCAB).sample(torch.empty(0, VOCAB), []) == []
+
+
+@pytest.mark.parametrize("params", [{}, {"top_p": 0.9}, {"min_p": 0.01}, {"top_k": 500, "top_p": 0.8}])
+def test_a_lone_row_of_a_large_vocabulary_has_its_bits(params: dict[str, Any]) -> None:
+    """Beyond 32,768 columns torch would sum a single row over threads, in another order."""
+    logits = _logits(3, vocab=50_021, seed=8)
+    sequences = [_sequence(i, seed=i, logprobs=4, **params) for i in range(3)]
+    together = Sampler(50_021).sample(logits, sequences)
+    for row in range(3):
+        assert Sampler(50_021).sample(logits[row : row + 1], [sequences[row]])[0] == together[row]
