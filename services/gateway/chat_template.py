@@ -31,12 +31,19 @@ class ConversationRefused(Exception):
     """The template does not take this conversation. The text says why and is safe to show."""
 
 
+class TemplateBusy(Exception):
+    """Every child renders for somebody else; later may be better."""
+
+
 @dataclass(frozen=True, slots=True)
 class TemplateLimits:
-    """What one render may use. `wall_s` is the parent's own clock, for a child that does not even run."""
+    """What one render may use. `wall_s` is the parent's own clock, for a child that does not even run;
+    `queue_s` is how long a render waits for a child.
+    """
 
     cpu_s: float = 2.0
     wall_s: float = 6.0
+    queue_s: float = 4.0
     memory_bytes: int = 512 << 20
     max_output_chars: int = 2 << 20
     start_s: float = 20.0
@@ -149,12 +156,14 @@ class ChatTemplate:
             raise
 
     async def render(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True) -> str:
-        """The conversation as the model wants it. Raises ConversationRefused or TemplateError."""
+        """The conversation as the model wants it. Raises ConversationRefused, TemplateError or
+        TemplateBusy.
+        """
         try:
-            async with asyncio.timeout(self._limits.wall_s):
+            async with asyncio.timeout(self._limits.queue_s):
                 worker = await self._idle.get()
         except TimeoutError:
-            raise TemplateError("every chat template process is busy") from None
+            raise TemplateBusy("every chat template process is busy") from None
         is_reusable = False
         try:
             answer = await worker.ask(

@@ -15,7 +15,7 @@ from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from services.gateway.assets import ModelAssets
-from services.gateway.chat_template import ConversationRefused, TemplateError
+from services.gateway.chat_template import ConversationRefused, TemplateBusy, TemplateError
 from services.gateway.request import ResolvedRequest
 from services.gateway.tokenization import TokenizationError
 from weft import logs
@@ -141,6 +141,10 @@ async def _tokenize_chat(chat: gateway_pb.ChatPrompt, assets: ModelAssets) -> li
         rendered = await template.render(messages)
     except ConversationRefused as error:
         raise invalid_argument([("chat", str(error))]) from error
+    except TemplateBusy as error:
+        raise StatusError(
+            grpc.StatusCode.RESOURCE_EXHAUSTED, str(error), retry_after_s=1.0, reason="TEMPLATES_BUSY"
+        ) from error
     except TemplateError as error:
         error_id = new_error_id()
         log.failure("chat template failed", error, error_id=error_id)

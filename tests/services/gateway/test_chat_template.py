@@ -17,7 +17,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from services.gateway.chat_template import ChatTemplate, ConversationRefused, TemplateError, TemplateLimits
+from services.gateway.chat_template import (
+    ChatTemplate,
+    ConversationRefused,
+    TemplateBusy,
+    TemplateError,
+    TemplateLimits,
+)
 
 ROOT = Path(__file__).resolve().parents[3]
 FAST = TemplateLimits(cpu_s=0.3, wall_s=5.0)
@@ -160,3 +166,15 @@ def test_children_die_with_their_parent() -> None:
         parent.kill()
     _, alive = psutil.wait_procs(children, timeout=5)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
+
+
+async def test_when_every_child_is_busy_the_next_is_told_so() -> None:
+    loop = "{% for a in range(99999) %}"
+    limits = TemplateLimits(cpu_s=1.0, wall_s=10.0, queue_s=0.1)
+    async with started(loop + loop + "{% endfor %}{% endfor %}", limits) as template:
+        renders = [asyncio.create_task(template.render([])) for _ in range(3)]
+        with pytest.raises(TemplateBusy):
+            await renders[2]
+        for render in renders[:2]:
+            with pytest.raises(TemplateError):
+                await render

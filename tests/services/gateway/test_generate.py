@@ -10,6 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
+from services.gateway import chat_template
 from weft.rpc.errors import error_from_call
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2 as gen
@@ -367,3 +368,43 @@ async def test_sessions_are_unimplemented(gateway: Any) -> None:
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await call
         assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (chat_template.ConversationRefused("roles must alternate"), grpc.StatusCode.INVALID_ARGUMENT),
+        (chat_template.TemplateError("used more than its 2 s"), grpc.StatusCode.INTERNAL),
+        (chat_template.TemplateBusy("busy"), grpc.StatusCode.RESOURCE_EXHAUSTED),
+    ],
+)
+async def test_what_a_template_does_to_the_status(
+    gateway: Any, monkeypatch: pytest.MonkeyPatch, error: Exception, code: grpc.StatusCode
+) -> None:
+    async def render(messages: Any) -> str:
+        raise error
+
+    monkeypatch.setattr(gateway.link.assets.template, "render", render)
+    chat = pb.ChatPrompt(messages=[pb.ChatMessage(role="user", content="hi")])
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await collect(gateway.stub.Generate(pb.GenerateRequest(chat=chat)))
+    assert caught.value.code() == code
+    assert str(error) in caught.value.details()
+    assert (error_from_call(caught.value).retry_after_s is not None) == (code.name == "RESOURCE_EXHAUSTED")
+
+
+async def test_a_cancel_before_the_request_has_begun(gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def render(messages: Any) -> str:
+        await asyncio.sleep(0.3)
+        return "hi"
+
+    monkeypatch.setattr(gateway.link.assets.template, "render", render)
+    chat = pb.ChatPrompt(messages=[pb.ChatMessage(role="user", content="hi")])
+    task = asyncio.create_task(
+        collect(gateway.stub.Generate(pb.GenerateRequest(chat=chat, request_id="early")))
+    )
+    await asyncio.sleep(0.1)
+    await gateway.stub.Cancel(pb.CancelRequest(request_id="early"))
+    found = await task
+    assert found[0]["finish"].reason == gen.FINISH_REASON_CANCELLED
+    assert found[0]["ids"] == []
