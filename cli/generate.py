@@ -69,11 +69,12 @@ def generate(
         try:
             if as_json:
                 show_json(call)
+            elif (n or 1) > 1:
+                show_samples(call, has_stats=stats)
             else:
-                show_text(call, has_samples=(n or 1) > 1, has_stats=stats)
+                show_sample(call, has_stats=stats)
         except KeyboardInterrupt:
             call.cancel()
-            typer.echo()
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
@@ -111,23 +112,34 @@ def show_json(events: Iterable[pb.GenerateResponse]) -> None:
         typer.echo(MessageToJson(event, indent=None, preserving_proto_field_name=True))
 
 
-def show_text(events: Iterable[pb.GenerateResponse], *, has_samples: bool, has_stats: bool) -> None:
-    """Stream the text of one sample, or print several one after the other as they end."""
+def show_sample(events: Iterable[pb.GenerateResponse], *, has_stats: bool) -> None:
+    """Stream the text of the one sample; the line is ended whatever ends the stream."""
+    is_line_open = False
+    finish: pb.Finish | None = None
+    try:
+        for event in events:
+            show_logprobs(event.delta)
+            typer.echo(event.delta.text, nl=False)
+            is_line_open |= bool(event.delta.text)
+            if event.HasField("finish"):
+                finish = event.finish
+    finally:
+        if is_line_open or finish is not None:
+            typer.echo()
+    if has_stats and finish is not None:
+        typer.echo(summary(finish), err=True)
+
+
+def show_samples(events: Iterable[pb.GenerateResponse], *, has_stats: bool) -> None:
+    """Print several samples one after the other as they end."""
     texts: dict[int, list[str]] = defaultdict(list)
     for event in events:
-        kind = event.WhichOneof("event")
-        if kind == "delta":
+        if event.HasField("delta"):
             show_logprobs(event.delta)
-            if has_samples:
-                texts[event.delta.sample_index].append(event.delta.text)
-            else:
-                typer.echo(event.delta.text, nl=False)
-        elif kind == "finish":
+            texts[event.delta.sample_index].append(event.delta.text)
+        elif event.HasField("finish"):
             index = event.finish.sample_index
-            if has_samples:
-                typer.echo(f"--- sample {index}\n{''.join(texts.pop(index, []))}")
-            else:
-                typer.echo()
+            typer.echo(f"--- sample {index}\n{''.join(texts.pop(index, []))}")
             if has_stats:
                 typer.echo(summary(event.finish), err=True)
 

@@ -60,6 +60,9 @@ class FakeGateway(gateway_grpc.GatewayServiceServicer):
                 )
             )
         yield pb.GenerateResponse(started=pb.Started(request_id="r", seed=7))
+        if request.text == "late":
+            yield pb.GenerateResponse(delta=pb.Delta(text="half a"))
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the engine is gone")
         if request.text == "endless":
             context.add_callback(self.cancelled.set)
             while context.is_active():
@@ -216,6 +219,12 @@ def test_an_error_is_one_line_with_status_and_field(fake: FakeGateway) -> None:
         result.stderr
         == "weft: INVALID_ARGUMENT: a field is out of range; sampling.top_p: must be at most 1\n"
     )
+
+
+def test_an_error_after_some_text_ends_the_line_first(fake: FakeGateway) -> None:
+    result = weft(fake, "generate", "late")
+    assert (result.exit_code, result.stdout) == (1, "half a\n")
+    assert result.stderr == "weft: UNAVAILABLE: the engine is gone\n"
 
 
 @pytest.mark.parametrize("command", [("generate", "x"), ("models",)])
