@@ -44,8 +44,9 @@ class Evaluation:
             log_p = torch.log_softmax(head.logits(streams["source"][chunk]), -1)
             picks = targets[chunk].to(log_p.device).unsqueeze(-1)
             for variant in VARIANTS:
-                logits = head.logits(streams[variant][chunk])
-                log_q = torch.log_softmax(logits, -1)
+                log_q = log_p
+                if variant != "source":
+                    log_q = torch.log_softmax(head.logits(streams[variant][chunk]), -1)
                 likelihood[variant] += float(log_q.gather(-1, picks).sum(dtype=torch.float64))
                 divergence[variant] += float((log_p.exp() * (log_p - log_q)).sum(dtype=torch.float64))
                 agreement[variant] += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())

@@ -12,11 +12,13 @@ import torch
 from safetensors import safe_open
 
 import weft.artifact.publish as publish_module
+from services.quantizer.calibration import evaluation_windows, load_tokenizer
 from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
 from services.quantizer.grid import round_to_nearest
 from services.quantizer.job import run
 from services.quantizer.source import Source
+from services.quantizer.texts import BUNDLED_EVALUATION, read_texts
 from weft.artifact.store import ArtifactStore
 
 
@@ -88,6 +90,26 @@ def test_an_artifact_means_what_its_canary_and_quality_say(
         assert torch.allclose(logprobs, torch.tensor(prompt.logprobs), atol=1e-3)
 
 
+def test_the_quality_is_that_of_whole_models(make_checkpoint, quick, transformers_logits):
+    source = make_checkpoint("Qwen2", tie_word_embeddings=False)
+    artifact = run(quick(source))
+    texts, _ = read_texts(BUNDLED_EVALUATION)
+    windows = evaluation_windows(load_tokenizer(source), texts, 512, 256, 4096)
+    weights, others = read_gemm(artifact.path)
+    replaced = {**weights, **{name: tensor.float() for name, tensor in others.items()}}
+    log_p = transformers_logits(source, windows).log_softmax(-1)[:, :-1]
+    log_q = transformers_logits(source, windows, replaced).log_softmax(-1)[:, :-1]
+    quality = artifact.manifest.quality
+    assert quality["tokens"] == windows.numel() == 512
+    for variant, found in (("source", log_p), ("awq", log_q)):
+        likelihood = found.gather(-1, windows[:, 1:, None]).mean()
+        assert quality[variant]["perplexity"] == pytest.approx(float((-likelihood).exp()), rel=1e-4)
+    divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
+    assert quality["awq"]["mean_kl"] == pytest.approx(divergence, rel=1e-3)
+    agreement = float((log_p.argmax(-1) == log_q.argmax(-1)).float().mean())
+    assert quality["awq"]["greedy_agreement"] == pytest.approx(agreement, abs=0.005)
+
+
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
 def test_no_linear_is_worse_than_rounding(make_checkpoint, quick, family):
     artifact = run(quick(make_checkpoint(family)))
@@ -100,9 +122,7 @@ def test_no_linear_is_worse_than_rounding(make_checkpoint, quick, family):
 
 @torch.inference_mode()
 def test_the_layout_read_independently_is_within_rounding_of_the_folded_weights(make_checkpoint, quick):
-    """Where no row is divided (o, down) the columns' scales are norm-free: undo nothing, compare with the
-    source's.
-    """
+    """The scales are known from the stored norm; q and k take no others."""
     directory = make_checkpoint("Llama", dtype=torch.float32)
     artifact = run(quick(directory))
     weights, others = read_gemm(artifact.path)
@@ -244,7 +264,7 @@ def test_a_full_disk_anywhere_in_a_run_leaves_the_old_version(make_checkpoint, q
     monkeypatch.setattr(publish_module, "os", os)
     store = ArtifactStore(first.path.parents[1])
     store.root.joinpath("tiny", "CURRENT").write_text(first.version + "\n")
-    for fail_at in [*range(1, total, 9), total - 4, total - 3, total - 2, total - 1, total]:
+    for fail_at in [*range(1, total, 16), total - 2, total - 1, total]:
         faulty = DiskFullOs(fail_at)
         monkeypatch.setattr(publish_module, "os", faulty)
         with pytest.raises(OSError, match="No space"):
