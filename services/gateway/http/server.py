@@ -21,6 +21,7 @@ from starlette.routing import Route
 from services.gateway.gateway import Gateway
 from services.gateway.http.endpoints import Completions, Health, Metrics, Models
 from services.gateway.http.errors import HttpError, body_of, encode
+from services.gateway.http.protocol import Http11
 from services.gateway.metrics import CONTENT_TYPE, GatewayMetrics
 from weft import logs
 from weft.rpc.address import Address
@@ -82,7 +83,7 @@ class HttpServer:
         self.address = address._replace(port=listener.getsockname()[1])
         config = uvicorn.Config(
             self.app,
-            http="h11",
+            http=Http11,
             ws="none",
             lifespan="off",
             log_config=None,

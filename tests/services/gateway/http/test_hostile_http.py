@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gzip
 import json
 from collections.abc import AsyncIterator
@@ -10,6 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
+
+from services.gateway.http import protocol
 
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 TEXT: dict[str, Any] = {"model": "demo", "prompt": "hi", "max_tokens": 3}
@@ -266,3 +269,37 @@ async def test_a_reader_that_stops_pauses_its_slots(
     assert link.num_live == 8
     writer.close()
     await settle(lambda: link.num_live == 0)
+
+
+async def test_headers_that_never_end_do_end(
+    http: httpx.AsyncClient, gateway: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEADERS_S", 0.4)
+    address = gateway.application.http.address
+    for first in (
+        b"",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
+    ):  # also on a connection that was used before
+        reader, writer = await asyncio.open_connection(address.host, address.port)
+        writer.write(first)
+        if first:
+            assert b" 200 " in await reader.readline()
+        with contextlib.suppress(ConnectionError):
+            for _ in range(20):
+                writer.write(b"G")
+                await asyncio.sleep(0.05)
+        async with asyncio.timeout(2):
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+        writer.close()
+
+
+async def test_a_slow_answer_is_not_on_the_clock(
+    http: httpx.AsyncClient, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocol, "HEADERS_S", 0.2)
+    engine.step_s = 0.2
+    for _ in range(2):
+        answer = await http.post("/v1/completions", json={**TEXT, "max_tokens": 4})
+        assert answer.status_code == 200
+    engine.step_s = 0.002
