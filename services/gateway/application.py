@@ -59,7 +59,7 @@ class GatewayApplication:
                 on_change=self.router.on_link_change,
                 on_lost=self.router.on_lost,
                 api_key=engine_api_key,
-                times=times,
+                times=times or LinkTimes(dead_s=config.engine_dead_seconds),
             )
             for target in config.engine
         ]

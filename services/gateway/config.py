@@ -58,6 +58,7 @@ class GatewayConfig:
     max_request_seconds: float = option(1800.0, "the longest a request may take")
     slow_client_seconds: float = option(60.0, "how long a client may leave its output unread")
     engine_wait_seconds: float = option(15.0, "how long a request whose engine is lost waits for another")
+    engine_dead_seconds: float = option(1.0, "silence after which a busy engine counts as dead")
     drain_seconds: float = option(30.0, "how long running requests may go on after a signal")
     log_level: str = option("info", "what is logged", choices=LEVELS)
 
@@ -69,7 +70,7 @@ class GatewayConfig:
         for name in ("max_waiting_requests", "max_waiting_tokens", "max_live_requests"):
             if getattr(self, name) < 1:
                 raise ConfigError("--" + name.replace("_", "-"), "must be at least 1")
-        for name in ("max_request_seconds", "slow_client_seconds"):
+        for name in ("max_request_seconds", "slow_client_seconds", "engine_dead_seconds"):
             if getattr(self, name) <= 0:
                 raise ConfigError("--" + name.replace("_", "-"), "must be above 0")
         for name in ("engine_wait_seconds", "drain_seconds"):
