@@ -29,7 +29,7 @@ from services.engine.runner.kv_cache import KVCache
 
 _ROW_COUNTS = (1, 2, 3, 5, 7, 16, 17, 33, 64, 100)
 _LEAST_ROWS = 128
-_MAX_PRODUCT = 2_000_000_000
+_MAX_PRODUCT = 300_000_000
 """Multiplications of the largest product tried per linear: bounds the test's time on large models."""
 _LENGTH = 150
 _log = logging.getLogger(__name__)
