@@ -249,3 +249,12 @@ def variable(name: str) -> str | None:
     if not name.startswith("WEFT_"):
         raise ValueError(f"{name} is none of ours")
     return os.environ.get(name) or None
+
+
+def let_waiting_threads_sleep() -> None:
+    """Make OpenMP's waiting threads sleep instead of spin, unless OMP_WAIT_POLICY says otherwise.
+
+    Must come before torch is imported. A spinning thread takes the core of the process it waits for: on two
+    busy cores the engine ran 20 times slower with spinning threads than with sleeping ones.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")

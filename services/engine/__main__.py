@@ -9,7 +9,7 @@ from services.engine.application import EngineApplication
 from services.engine.config import EngineConfig, load
 from weft import logs
 from weft.artifact.manifest import ArtifactError, DigestMismatch
-from weft.config import effective
+from weft.config import effective, let_waiting_threads_sleep
 from weft.rpc.auth import Authenticator
 from weft.rpc.server import BindError, exit_process, serve
 
@@ -29,6 +29,7 @@ def main(argv: list[str]) -> int:
     if argv[:1] != ["serve"]:
         print(USAGE, file=sys.stderr)
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+    let_waiting_threads_sleep()
     config = load(argv[1:])
     logs.start(config.log_level)
     log.info("configuration", **effective(config))

@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in _COMMANDS:
         print(f"{_PROGRAM}: the first word must be one of: {', '.join(_COMMANDS)}", file=sys.stderr)
         return _EXIT_USAGE
+    weft_config.let_waiting_threads_sleep()
     config = weft_config.load_config(QuantizerConfig, join_lists(flags), prog=f"{_PROGRAM} {command}")
     signal.signal(signal.SIGTERM, _terminate)
     logs.start()
