@@ -9,7 +9,7 @@ import pytest
 
 
 def _round_to_int4(weight, group_size=128):
-    """Plain asymmetric rounding of a [out, in] weight: ints [in, out], zeros and fp16 scales [in/group, out]."""
+    """Plain asymmetric rounding of a [out, in] weight: ints [in, out], zeros and scales [in/group, out]."""
     import torch
 
     grouped = weight.float().t().reshape(-1, group_size, weight.shape[0])

@@ -1,7 +1,7 @@
 """A row's logits are the same bits, and its tokens the same, whatever else runs and however it is computed.
 
-The real 4-bit model in float32 behind the real core. The reference computes each request alone, in one chunk, in
-blocks of 128, without a prefix cache. Unowned cache memory holds NaN throughout.
+The real 4-bit model in float32 behind the real core. The reference computes each request alone, in one
+chunk, in blocks of 128, without a prefix cache. Unowned cache memory holds NaN throughout.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def windows(demo_model):
 
 
 def perplexity(windows, **source):
-    """exp of the mean negative log-likelihood of every token after a window's first, computed by the engine."""
+    """exp of the mean negative log-likelihood of each token after a window's first, by the engine."""
     runner = load_runner(RunnerConfig(**source, num_blocks=8, max_model_len=WINDOW, num_threads=2))
     total = 0.0
     for ids in windows:
