@@ -74,9 +74,10 @@ async def test_a_link_with_credit_that_does_not_read_is_dropped_too(monkeypatch)
         options = [("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 4096)]
         async with grpc.aio.insecure_channel(str(engine.server.address), options=options) as channel:
             engine.stub = type(engine.stub)(channel)
-            engine.runner.step_s = 0
+            engine.runner.step_s = 0.2  # No link ends before all is written.
             async with linked(engine) as gateway:
                 for slot in range(40):
                     await gateway.call.write(submit(slot, [slot], sampling=sampling(1_900, logprobs=20)))
-                await eventually(lambda: engine.core.report().counters.begun > 0)
+                await eventually(lambda: engine.loop.load().counters.begun == 40)
+                engine.runner.step_s = 0
                 await eventually(lambda: not engine.core.num_live and not engine.servicer._links, within_s=10)
