@@ -68,9 +68,8 @@ class BlockManager:
         self.block_size = block_size
         self.num_blocks = num_blocks
         self.min_head = min(block_size, min_head or DEFAULT_MIN_HEAD)
-        self.num_evictions = 0
+        self.has_prefix_cache = has_prefix_cache
         self._namespace = namespace
-        self._has_prefix_cache = has_prefix_cache
         self._blocks = [Block(index) for index in range(num_blocks)]
         self._free = deque(self._blocks)
         self._cached: OrderedDict[int, Block] = OrderedDict()
@@ -82,7 +81,7 @@ class BlockManager:
     def match(self, sequence: Sequence) -> Match:
         """The longest cached head of a sequence, always leaving its last token to be computed."""
         match = Match()
-        if not self._has_prefix_cache:
+        if not self.has_prefix_cache:
             return match
         limit = len(sequence) - 1
         size = self.block_size
@@ -158,10 +157,16 @@ class BlockManager:
         self._fill(sequence, num_tokens)
         sequence.num_computed_tokens += num_tokens
 
-    def release(self, sequence: Sequence) -> None:
-        """Take back a sequence's blocks. What is worth keeping becomes Cached, tails older than heads."""
+    def release(self, sequence: Sequence, *, is_sound: bool = True) -> None:
+        """Take back a sequence's blocks. What is worth keeping becomes Cached, tails older than heads.
+
+        What is not sound is kept by those who share it, and found by nobody else.
+        """
         for index in reversed(sequence.block_table):
-            self._disown(self._blocks[index])
+            block = self._blocks[index]
+            if block.is_indexed and not is_sound:
+                self._index.remove(block)
+            self._disown(block)
         sequence.block_table.clear()
         sequence.num_computed_tokens = 0
 
@@ -228,7 +233,6 @@ class BlockManager:
             _, block = self._cached.popitem(last=False)
             self._index.remove(block)
             self._wipe(block)
-            self.num_evictions += 1
         block.state = BlockState.ACTIVE
         block.num_owners = 1
         return block
@@ -277,7 +281,7 @@ class BlockManager:
                 )
             stop = min(end, (i + 1) * self.block_size)
             block.token_ids.extend(sequence.token_ids[position:stop])
-            if self._has_prefix_cache:
+            if self.has_prefix_cache:
                 self._list(sequence, i, block)
             position = stop
 

@@ -116,6 +116,7 @@ class EngineCore:
         sequence = self._live.get(key)
         if sequence is not None:
             sequence.is_paused = is_paused
+            sequence.last_token_at = None  # The pause is no gap between two tokens.
 
     def abort_all(self, reason: FinishReason, error: RequestError | None = None) -> None:
         """End everything that is live."""
@@ -137,10 +138,15 @@ class EngineCore:
         """Run one step. Raises DeviceFault when the device is beyond repair; any other failure ends one
         sequence.
         """
-        self._end_late()
-        batch = self.scheduler.schedule(self.now())
-        outputs = self._execute(batch)
-        return self._update(batch, outputs)
+        self.step_bound_s = self.costs.step_bound_s(0)
+        self.step_started_at = self.now()
+        try:
+            self._end_late()
+            batch = self.scheduler.schedule(self.now())
+            outputs = self._execute(batch)
+            return self._update(batch, outputs)
+        finally:
+            self.step_started_at = None
 
     def report(self) -> StepReport:
         """The state now, with the ends that no step has told yet."""
@@ -180,16 +186,14 @@ class EngineCore:
         self._num_steps += 1
         self._peak_batch_size = max(self._peak_batch_size, len(batch.chunks))
         self.step_bound_s = self.costs.step_bound_s(batch.num_tokens)
-        self.step_started_at = self.now()
+        started = self.now()
         try:
             ready = [i for i in range(len(batch.chunks)) if self._prepare(i, batch.chunks[i], outputs)]
             self._run(batch, ready, outputs)
         finally:
             for copy in batch.copies:
                 self.blocks.finish_copy(copy)
-            duration = self.now() - self.step_started_at
-            self.step_started_at = None
-        self.costs.observe(batch.num_tokens, len(batch.chunks), duration)
+        self.costs.observe(batch.num_tokens, len(batch.chunks), self.now() - started)
         return outputs
 
     def _prepare(self, i: int, chunk: Chunk, outputs: dict[int, SampledToken | Exception | None]) -> bool:
@@ -285,10 +289,10 @@ class EngineCore:
 
     def _emit(self, sequence: Sequence, token: SampledToken, now: float) -> TokenEvent:
         ttft_s = itl_s = None
-        if sequence.last_token_at is None:
+        if sequence.first_token_at is None:
             sequence.first_token_at = now
             ttft_s = now - sequence.arrival
-        else:
+        elif sequence.last_token_at is not None:
             sequence.last_itl_s = itl_s = now - sequence.last_token_at
         position = len(sequence.output_token_ids)
         event = TokenEvent(
@@ -319,7 +323,7 @@ class EngineCore:
         way.
         """
         try:
-            self.scheduler.remove(sequence)
+            self.scheduler.remove(sequence, is_sound=not isinstance(error, InternalFailure))
             self._runner.forget(sequence)
         finally:
             del self._live[sequence.key]
@@ -402,7 +406,8 @@ class EngineCore:
 
     def _check_deadline(self, sequence: Sequence) -> None:
         """Refuse what cannot give one token in time, or all of them when it must complete."""
-        wait = self._queue_s() + self.costs.prefill_s(len(sequence)) + self.costs.itl_s()
+        num_cached = self.blocks.match(sequence).num_tokens(self.blocks.block_size)
+        wait = self._queue_s() + self.costs.prefill_s(len(sequence) - num_cached) + self.costs.itl_s()
         if sequence.must_complete:
             wait += (sequence.params.max_tokens - len(sequence.output_token_ids)) * self.costs.itl_s()
         left = (sequence.deadline or 0.0) - self.now()

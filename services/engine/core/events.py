@@ -18,8 +18,8 @@ NO_BLOCKS = BlockCounts(0, 0, 0)
 
 class TokenEvent(NamedTuple):
     """One new token. `position` counts from 0 over the whole completion, resumed tokens included. `ttft_s` is
-    set on a sequence's first new token, `itl_s` on every later one: seconds since submit, and since the token
-    before.
+    set on a sequence's first new token, `itl_s` on every later one but the first after a pause: seconds since
+    submit, and since the token before.
     """
 
     key: Hashable

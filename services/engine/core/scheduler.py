@@ -63,10 +63,11 @@ class Scheduler:
         sequence.status = SequenceStatus.WAITING
         self.waiting.append(sequence)
 
-    def remove(self, sequence: Sequence) -> None:
-        """Drop a sequence, wherever it is, and release its blocks."""
+    def remove(self, sequence: Sequence, *, is_sound: bool = True) -> None:
+        """Drop a sequence, wherever it is, and release its blocks; if not sound, for nobody to find."""
         (self.running if sequence.status is SequenceStatus.RUNNING else self.waiting).remove(sequence)
-        self._blocks.release(sequence)
+        sequence.status = SequenceStatus.FINISHED
+        self._blocks.release(sequence, is_sound=is_sound)
 
     def reorder(self) -> None:
         """A running sequence's priority or deadline changed."""
@@ -123,13 +124,12 @@ class Scheduler:
 
     def _victim(self, placed: set[int]) -> Sequence | None:
         """Who loses its blocks: a paused sequence first, then the last in order not yet in this step."""
-        for sequence in reversed(self.running):
-            if sequence.is_paused and sequence.block_table:
-                return sequence
-        for sequence in reversed(self.running):
-            if id(sequence) not in placed:
-                return sequence
-        return None
+        unplaced = (s for s in reversed(self.running) if id(s) not in placed)
+        return self._last_paused() or next(unplaced, None)
+
+    def _last_paused(self) -> Sequence | None:
+        """The running sequence that gives way before any other."""
+        return next((s for s in reversed(self.running) if s.is_paused), None)
 
     def _preempt(self, sequence: Sequence, batch: Batch) -> None:
         self.running.remove(sequence)
@@ -149,10 +149,11 @@ class Scheduler:
         )
         blocked: list[Sequence] = []
         for sequence in candidates:
-            if not budget or len(self.running) >= self.config.max_batch_size:
+            if not budget or not self._has_place():
                 break
             if self._is_computed_elsewhere(sequence, self._blocks.match(sequence), heads):
                 continue
+            self._make_place(batch)
             match = self._find_room(sequence, batch)
             if match is None:
                 blocked.append(sequence)
@@ -163,6 +164,16 @@ class Scheduler:
             self._note_heads(sequence, heads)
             for passed in blocked:
                 passed.num_bypassed += 1
+
+    def _has_place(self) -> bool:
+        """Whether the batch takes one more: paused sequences give their places up."""
+        is_full = len(self.running) >= self.config.max_batch_size
+        return not is_full or self._last_paused() is not None
+
+    def _make_place(self, batch: Batch) -> None:
+        paused = self._last_paused()
+        if paused is not None and len(self.running) >= self.config.max_batch_size:
+            self._preempt(paused, batch)
 
     def _find_room(self, sequence: Sequence, batch: Batch) -> Match | None:
         """The sequence's match, if all of its tokens get blocks with one to spare for each running sequence
@@ -181,7 +192,7 @@ class Scheduler:
                 match = Match(match.blocks)
                 if self._blocks.blocks_to_find(match, len(sequence)) <= room:
                     return match
-            paused = next((s for s in reversed(self.running) if s.is_paused and s.block_table), None)
+            paused = self._last_paused()
             if paused is None:
                 return None
             self._preempt(paused, batch)
@@ -217,6 +228,8 @@ class Scheduler:
         return heads
 
     def _note_heads(self, sequence: Sequence, heads: dict[bytes, list[array[int]]]) -> None:
+        if not self._blocks.has_prefix_cache:
+            return  # Nothing is shared, so nothing is worth waiting for.
         size = self._blocks.block_size
         first = sequence.num_computed_tokens - sequence.num_computed_tokens % size
         for start in range(first, len(sequence), size):

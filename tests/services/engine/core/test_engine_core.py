@@ -14,7 +14,7 @@ from services.engine.core.errors import (
     InvalidRequest,
     QueueFull,
 )
-from services.engine.core.sequence import FinishReason, SamplingParams
+from services.engine.core.sequence import FinishReason, SamplingParams, SequenceStatus
 from tests.services.engine.core.oracle import (
     Clock,
     collect,
@@ -181,6 +181,34 @@ def test_a_failing_request_ends_alone(stage):
     assert_clean(core)
 
 
+def test_nobody_finds_the_blocks_of_a_sequence_that_failed():
+    """Its keys and values may be what made it fail: numbers that are none, for all with the same prefix."""
+    core, runner = make_core(64, 4, min_head=1, prefill_chunk=8)
+    prompt = list(range(22))
+    runner.fail["sample", "bad"] = ValueError("logits are not finite")
+    core.add(make_sequence("bad", prompt))
+    _, ends = run(core)
+    assert ends["bad"].reason is FinishReason.ERROR
+    assert core.blocks.counts().cached == 0
+    _, ends = run_all(core, [make_sequence("again", prompt)])
+    assert ends["again"].num_cached_tokens == 0
+
+
+def test_a_failure_leaves_the_blocks_that_others_own_with_them():
+    core, runner = make_core(64, 4, min_head=1)
+    prompt = list(range(22))
+    good = make_sequence("good", prompt, max_tokens=8)
+    core.add(good)
+    core.step()
+    runner.fail["sample", "bad"] = ValueError("logits are not finite")
+    core.add(make_sequence("bad", [*prompt, 30], max_tokens=8))
+    tokens, ends = run(core)
+    assert ends["bad"].num_cached_tokens > 0
+    assert ends["bad"].reason is FinishReason.ERROR
+    assert output_of(tokens, "good", 1) == expected_output(good)[1:]
+    assert_clean(core)
+
+
 def test_an_exception_in_emit_ends_that_request_alone(monkeypatch):
     core, _ = make_core()
     emit = core._emit
@@ -310,9 +338,11 @@ def test_cancel_frees_within_the_call_and_ends_once():
     core.add(make_sequence("b", [1], max_tokens=2))
     core.step()
     assert core.blocks.counts().active > 0
+    sequence = core._live["a"]
     core.cancel("a")
     core.cancel("a")
     core.cancel("nobody")
+    assert sequence.status is SequenceStatus.FINISHED
     _, ends = run(core)
     assert ends["a"].reason is FinishReason.CANCELLED
     assert set(ends) == {"a", "b"}
@@ -418,15 +448,38 @@ def test_a_late_start_is_refused_by_the_learned_cost():
         return forward(chunks)
 
     runner.forward = slow
-    core.add(make_sequence("teach", list(range(10)), max_tokens=4))
+    core.add(make_sequence("teach", list(range(80)), max_tokens=4))
     run(core)
     with pytest.raises(DeadlineUnmet):
         core.add(make_sequence("a", list(range(60, 80)), deadline=clock.time + 1.0))
+    # What is cached costs nothing.
+    core.add(make_sequence("cached", list(range(80)), deadline=clock.time + 1.0, max_tokens=1))
+    run(core)
     core.add(make_sequence("b", list(range(60, 70)), deadline=clock.time + 30.0, max_tokens=3))
     with pytest.raises(DeadlineUnmet):
         core.add(make_sequence("c", [1], deadline=clock.time + 5.0, max_tokens=100, must_complete=True))
     core.cancel("b")
     assert_clean(core)
+
+
+@pytest.mark.parametrize("stage", ["schedule", "update"])
+def test_a_step_that_hangs_anywhere_shows(stage, monkeypatch):
+    clock = Clock()
+    core, _ = make_core(clock=clock)
+    seen = []
+    target, name = (core.scheduler, "schedule") if stage == "schedule" else (core, "_update")
+    real = getattr(target, name)
+
+    def hanging(*args):
+        clock.time += 100
+        seen.append((clock.time - core.step_started_at, core.step_bound_s))
+        return real(*args)
+
+    monkeypatch.setattr(target, name, hanging)
+    core.add(make_sequence("a", [1, 2], max_tokens=1))
+    core.step()
+    assert seen[0][0] >= 100 > seen[0][1] > 0
+    assert core.step_started_at is None
 
 
 def test_a_hash_collision_costs_a_miss_not_a_mix_up(monkeypatch):

@@ -1,0 +1,77 @@
+"""Who gets a place in the batch, and who waits for whom."""
+
+from __future__ import annotations
+
+from services.engine.core.sequence import FinishReason
+from tests.services.engine.core.oracle import (
+    Clock,
+    collect,
+    expected_output,
+    make_core,
+    make_sequence,
+    output_of,
+)
+
+
+def test_paused_sequences_do_not_keep_others_out_of_the_batch():
+    core, _ = make_core(64, 4, max_batch_size=2)
+    slow = [make_sequence(i, [i, 2, 3], max_tokens=20, seed=i) for i in range(2)]
+    tokens, ends = {}, {}
+    for sequence in slow:
+        core.add(sequence)
+    for _ in range(3):
+        collect(core.step(), tokens, ends)
+    for sequence in slow:
+        core.set_paused(sequence.key, True)
+    quick = [make_sequence(10 + i, [i, 9], max_tokens=4, seed=i) for i in range(3)]
+    for sequence in quick:
+        core.add(sequence)
+    for _ in range(12):
+        collect(core.step(), tokens, ends)
+        assert len(core.scheduler.running) <= 2
+        core.check_integrity()
+    assert {10, 11, 12} <= ends.keys()
+    for sequence in slow:
+        core.set_paused(sequence.key, False)
+    while core.num_live:
+        collect(core.step(), tokens, ends)
+    for sequence in slow + quick:
+        assert output_of(tokens, sequence.key) == expected_output(sequence)
+
+
+def test_without_a_prefix_cache_nobody_waits_for_a_prefix():
+    core, _ = make_core(256, 4, prefix_cache=False, prefill_chunk=8)
+    prompt = list(range(40))
+    for i in range(4):
+        core.add(make_sequence(i, prompt, max_tokens=2, seed=i))
+    core.step()
+    assert len(core.scheduler.running) == 4
+
+
+def test_a_pause_is_no_gap_between_tokens():
+    """Else a stream that was paused for long counts as slow, and ends long before its deadline."""
+    clock = Clock()
+    core, _ = make_core(clock=clock)
+    core.add(make_sequence("a", [1, 2], max_tokens=30, deadline=clock.time + 30))
+    events, ends = [], {}
+
+    def step():
+        report = core.step()
+        events.extend(report.tokens)
+        ends.update({end.key: end for end in report.finished})
+        clock.time += 0.01
+
+    for _ in range(3):
+        step()
+    core.set_paused("a", True)
+    clock.time += 15
+    step()
+    core.set_paused("a", False)
+    while core.num_live:
+        step()
+    assert ends["a"].reason is FinishReason.LENGTH
+    assert len(events) == 30
+    assert sum(event.ttft_s is not None for event in events) == 1
+    gaps = [event.itl_s for event in events if event.itl_s is not None]
+    assert len(gaps) == 28
+    assert max(gaps) < 1
