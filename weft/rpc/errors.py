@@ -22,6 +22,8 @@ from weft.v1 import generation_pb2 as pb
 MAX_DETAILS_BYTES = 4096
 MAX_FIELD_VIOLATIONS = 20
 MAX_MESSAGE_CHARS = 400
+# On the wire each byte beyond ASCII takes three, so that length in characters is not enough.
+MAX_MESSAGE_BYTES = 600
 MAX_FIELD_CHARS = 100
 MAX_DESCRIPTION_CHARS = 200
 ERROR_DOMAIN = "weft.v1"
@@ -120,7 +122,11 @@ def retry_after_ms(error: StatusError) -> int:
 
 def status_message(error: StatusError) -> str:
     """What goes into the message of the status."""
-    return clip(error.message, MAX_MESSAGE_CHARS)
+    text = clip(error.message, MAX_MESSAGE_CHARS)
+    data = text.encode()
+    if len(data) <= MAX_MESSAGE_BYTES:
+        return text
+    return data[: MAX_MESSAGE_BYTES - 3].decode("utf-8", "ignore") + "..."
 
 
 def rich_status(error: StatusError) -> status_pb2.Status:

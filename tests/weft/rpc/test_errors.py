@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
+from urllib.parse import quote
+
 import grpc
 import pytest
 from google.rpc import error_details_pb2, status_pb2
@@ -29,6 +32,18 @@ def test_details_stay_below_the_cap(text):
     bad_request = error_details_pb2.BadRequest()
     assert any(detail.Unpack(bad_request) for detail in status.details)
     assert 1 <= len(bad_request.field_violations) <= errors.MAX_FIELD_VIOLATIONS
+
+
+@pytest.mark.parametrize("text", ["x" * 10_000, "\U0001f600" * 5_000, "\ud800" * 300, "é" * 5_000])
+def test_all_trailers_together_stay_below_what_any_peer_takes(text):
+    """8 KiB is where peers with default settings begin to refuse; beyond ASCII a message is sent as %XX."""
+    error = big(text, text)
+    error.message = text
+    size = len(quote(errors.status_message(error)))
+    for key, value in errors.trailers(error):
+        size += len(key) + len(b64encode(value) if isinstance(value, bytes) else value)
+    assert size < 8_000
+    assert len(errors.status_message(error)) > 100
 
 
 def test_the_first_violation_is_in_the_message():
