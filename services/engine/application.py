@@ -139,6 +139,7 @@ class EngineApplication:
             max_batch_size=config.max_batch_size,
             max_batched_tokens=config.max_batched_tokens,
             max_queue_size=config.max_queue_size,
+            has_prefix_cache=config.prefix_cache,
             weft_version=__version__,
         )
         self._servicer = EngineServicer(loop, response, on_drain=server.set_not_serving)

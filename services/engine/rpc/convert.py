@@ -12,7 +12,9 @@ from services.engine.core.events import FinishedEvent, StepReport, TokenEvent
 from services.engine.core.sequence import FinishReason, SamplingParams, Sequence
 from services.engine.rpc.errors import status_error
 from weft.rpc.errors import failure_from
+from weft.rpc.unknown_fields import unknown_fields
 from weft.sampling import (
+    MAX_VIOLATIONS,
     FieldViolation,
     validate_labels,
     validate_length,
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from services.engine.runner.config import RunnerInfo
 
 PROTOCOL_VERSION = 1
-CAPABILITIES = ("logprobs", "prefix_cache", "pause", "resume")
+CAPABILITIES = ("logprobs", "pause", "resume")
 
 _REASONS = {
     FinishReason.STOP: generation_pb.FINISH_REASON_STOP,
@@ -49,8 +51,10 @@ def check(request: pb.Submit | pb.GenerateTokensRequest, info: pb.GetInfoRespons
     for name in ("seed", "max_tokens"):
         if is_bridged and not sampling.HasField(name):
             found.append(FieldViolation(f"sampling.{name}", "must be set"))
+    if not found:
+        found += [FieldViolation(path, "is no field of this version") for path in unknown_fields(request)]
     if found:
-        return found
+        return found[:MAX_VIOLATIONS]
     max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else None
     found += validate_length(
         num_prompt_tokens=num_prompt, max_tokens=max_tokens, max_model_len=info.max_model_len
@@ -179,14 +183,20 @@ def load_response(report: StepReport, *, is_draining: bool) -> pb.GetLoadRespons
 
 
 def info_response(
-    info: RunnerInfo, *, max_batch_size: int, max_batched_tokens: int, max_queue_size: int, weft_version: str
+    info: RunnerInfo,
+    *,
+    max_batch_size: int,
+    max_batched_tokens: int,
+    max_queue_size: int,
+    has_prefix_cache: bool,
+    weft_version: str,
 ) -> pb.GetInfoResponse:
     """What the runner says of itself, and the limits of the scheduler."""
     message = pb.GetInfoResponse(
         model_name=info.model_name,
-        artifact_version=info.artifact_version or "",
-        artifact_digest=info.artifact_digest or "",
-        tokenizer_digest=info.tokenizer_digest or "",
+        artifact_version=info.artifact_version,
+        artifact_digest=info.artifact_digest,
+        tokenizer_digest=info.tokenizer_digest,
         architecture=info.architecture,
         numerics_id=info.numerics_id,
         is_deterministic=info.is_deterministic,
@@ -205,7 +215,7 @@ def info_response(
         weight_bytes=info.weight_bytes,
         kv_bytes_per_token=info.kv_bytes_per_token,
         weft_version=weft_version,
-        capabilities=CAPABILITIES,
+        capabilities=(*CAPABILITIES, "prefix_cache") if has_prefix_cache else CAPABILITIES,
     )
     if info.crossover_rows is not None:
         message.kernel_paths["linear_crossover"] = f"{info.crossover_rows} rows"

@@ -28,6 +28,8 @@ from weft.v1 import engine_service_pb2 as pb
 HEARTBEAT_INTERVAL_S = 0.2
 HELLO_TIMEOUT_S = 10.0
 MAX_GATEWAY_ID_CHARS = 128
+# What is for ever; a longer one may round up to more than the field holds.
+MAX_DRAIN_MS = 1 << 53
 
 log = logs.get_logger("engine.link")
 
@@ -127,7 +129,8 @@ class Link:
 
     def announce_drain(self, deadline_s: float) -> None:
         """Tell the gateway to move on what it can."""
-        draining = pb.Draining(epoch=self.epoch, deadline_ms=int(1000 * deadline_s))
+        deadline_ms = min(int(1000 * deadline_s), MAX_DRAIN_MS)
+        draining = pb.Draining(epoch=self.epoch, deadline_ms=deadline_ms)
         self._queue_reply(pb.ConnectResponse(draining=draining))
 
     async def _wait_for_failure(self) -> None:
@@ -184,7 +187,8 @@ class Link:
     async def _beat(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
-            if self._live:
+            # Until the last end is sent: a gateway that waits for it takes silence for death.
+            if self.num_live:
                 self._outbox.beat(self._loop.heartbeat())
                 self._wake.set()
 

@@ -51,7 +51,6 @@ class Outbox:
         self._pending_bytes = 0
         self._step = 0
         self._heartbeat: pb.ConnectResponse | None = None
-        self.num_coalesced_frames = 0
 
     @property
     def credit_bytes(self) -> int:

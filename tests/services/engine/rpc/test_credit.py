@@ -34,6 +34,17 @@ async def test_without_credit_frames_wait_and_then_come_together():
             assert gateway.tokens[slot] == expected([slot, *PROMPT], 200)
 
 
+async def test_heartbeats_go_on_while_an_end_waits_for_credit():
+    """A gateway that still waits for an end takes silence for death."""
+    async with running_engine() as engine, linked(engine, credit=0) as gateway:
+        await gateway.call.write(submit(0, PROMPT, 3))
+        await eventually(lambda: engine.core.report().counters.ended == 1)
+        before = len(gateway.heartbeats)
+        await gateway.read_until(lambda: len(gateway.heartbeats) >= before + 3, within_s=3)
+        await gateway.send(credit=pb.FrameCredit(bytes=1 << 20))
+        await gateway.read_until(lambda: gateway.finished)
+
+
 async def test_credit_is_never_overdrawn_and_nothing_is_lost_in_drips():
     async with running_engine() as engine, linked(engine, credit=100) as gateway:
         granted = 100

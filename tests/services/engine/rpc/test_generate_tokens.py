@@ -18,7 +18,9 @@ from services.engine.core.errors import (
     RequestError,
 )
 from services.engine.loop import EngineUnavailable
+from services.engine.rpc import convert
 from services.engine.rpc.errors import status_error
+from services.engine.runner.config import RunnerInfo
 from tests.services.engine.rpc.harness import (
     VOCABULARY,
     eventually,
@@ -182,6 +184,51 @@ async def test_a_full_queue_and_a_small_cache():
         assert refused
         assert {error.code for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
         assert all(error.retry_after_s and error.retry_after_s > 0 for error in refused)
+
+
+async def test_a_field_of_another_version_is_refused_not_ignored():
+    unknown = b"\xf8\x3f\x01"  # Field 1023, a varint.
+    outer, inner = request(), request()
+    outer.MergeFromString(unknown)
+    inner.sampling.MergeFromString(unknown)
+    biased = request()
+    biased.sampling.logit_bias.add(token_id=1, bias=1.0).MergeFromString(unknown)
+    async with running_engine() as engine, linked(engine) as gateway:
+        for bad, path in ((outer, "1023"), (inner, "sampling.1023"), (biased, "sampling.logit_bias.1023")):
+            error = await fails_with(engine.stub.GenerateTokens(bad))
+            assert error.code is grpc.StatusCode.INVALID_ARGUMENT
+            assert [field for field, _ in error.field_violations] == [path]
+        command = submit(0, PROMPT)
+        command.submit.MergeFromString(unknown)
+        await gateway.call.write(command)
+        await gateway.read_until(lambda: gateway.rejected)
+        assert gateway.rejected[0].field_violations[0].field == "1023"
+
+
+@pytest.mark.parametrize("has_prefix_cache", [True, False])
+def test_what_is_switched_off_is_no_capability(has_prefix_cache):
+    info = RunnerInfo(
+        model_name="m", artifact_version="", artifact_digest="d", tokenizer_digest="", architecture="A",
+        vocab_size=7, num_layers=1, max_model_len=8, num_blocks=2, block_size=16, kv_bytes_per_token=4,
+        weight_bytes=9, dtype="float32", kv_dtype="float32", device="cpu", numerics_id="n",
+        is_deterministic=True, num_threads=1, bos_token_id=3, eos_token_ids=(1, 2), crossover_rows=48,
+        kernel_paths={"qkv": "int4pack"},
+    )  # fmt: skip
+    message = convert.info_response(
+        info,
+        max_batch_size=4,
+        max_batched_tokens=5,
+        max_queue_size=6,
+        has_prefix_cache=has_prefix_cache,
+        weft_version="1",
+    )
+    assert ("prefix_cache" in message.capabilities) is has_prefix_cache
+    assert {"logprobs", "pause", "resume"} <= set(message.capabilities)
+    unset = {field.name for field in message.DESCRIPTOR.fields} - {
+        field.name for field, _ in message.ListFields()
+    }
+    assert unset == {"artifact_version", "tokenizer_digest"}
+    assert dict(message.kernel_paths) == {"qkv": "int4pack", "linear_crossover": "48 rows"}
 
 
 async def test_info_and_load():

@@ -132,6 +132,17 @@ async def test_a_drain_is_announced_lets_run_what_runs_and_refuses_the_rest():
         assert (await engine.stub.GetLoad(pb.GetLoadRequest())).is_draining
 
 
+@pytest.mark.parametrize("deadline_ms", [2**53 + 1, 2**64 - 1])
+async def test_a_drain_with_all_the_time_of_the_world(deadline_ms):
+    async with running_engine() as engine, linked(engine) as gateway:
+        progress = [r.live async for r in engine.stub.Drain(pb.DrainRequest(deadline_ms=deadline_ms))]
+        assert progress == [0]
+        async with linked(engine) as late:
+            for link in (gateway, late):
+                await link.read_until(lambda link=link: link.draining)
+                assert link.draining[0].deadline_ms > 2**52
+
+
 async def test_a_drain_past_its_deadline_cancels():
     async with running_engine() as engine, linked(engine) as gateway:
         engine.runner.step_s = 0.01
