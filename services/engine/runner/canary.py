@@ -31,7 +31,9 @@ class CanaryError(ArtifactError):
 def replay_canary(
     canary: Canary, model: Llama, cache: KVCache, dtype: torch.dtype, max_model_len: int
 ) -> int:
-    """Replay as many positions as fit the context and the cache; returns how many. Raises CanaryError."""
+    """Replay as many positions as fit the context and the cache; returns how many. Raises CanaryError, also
+    when there is none: nothing replayed shows nothing.
+    """
     room = min(max_model_len, cache.num_blocks * cache.block_size)
     checked = 0
     for number, prompt in enumerate(canary.prompts):
@@ -39,6 +41,8 @@ def replay_canary(
         if length:
             _replay(number, prompt, length, model, cache, LOGPROB_TOLERANCE[dtype])
             checked += length
+    if not checked:
+        raise CanaryError("the canary has no position to check")
     return checked
 
 

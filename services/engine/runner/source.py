@@ -20,7 +20,9 @@ from weft.artifact.store import ArtifactStore
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An opened model directory. `digest` changes whenever its weights or configuration do."""
+    """An opened model directory. `digest` changes whenever its weights or configuration do; `version` is
+    empty for a plain checkpoint.
+    """
 
     checkpoint: Checkpoint
     model_name: str
@@ -64,7 +66,7 @@ def _open_directory(directory: Path, name: str | None) -> Source:
     return Source(
         checkpoint=checkpoint,
         model_name=name or plain_name or "model",
-        version="source",
+        version="",
         digest=_directory_digest(checkpoint),
         tokenizer_digest=tokenizer,
         canary=None,

@@ -126,6 +126,12 @@ def test_the_replay_holds_each_position_to_its_bounds(publish: Publish, canary: 
         replay(replace(first, token_ids=changed(first.token_ids, 3, 4096)))
 
 
+@pytest.mark.parametrize("prompts", [(), (CanaryPrompt((), (), (), ()),)])
+def test_a_canary_that_checks_nothing_is_refused(publish: Publish, prompts: tuple[CanaryPrompt, ...]) -> None:
+    with pytest.raises(CanaryError, match="no position"):
+        _load(publish(Canary(prompts)), dtype="float32")
+
+
 def test_a_weak_lead_may_turn(publish: Publish, canary: Canary) -> None:
     """Top-1 may differ where the lead is small, as long as the expected token's logprob is right."""
     runner = _load(publish(), dtype="float32")

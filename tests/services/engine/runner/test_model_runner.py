@@ -295,3 +295,9 @@ def test_bfloat16_stays_near_float32(packed_demo: Path, runners: dict[int, Model
         logits.append(torch.cat(rows).double().log_softmax(-1))
     divergence = (logits[1].exp() * (logits[1] - logits[0])).sum(-1).mean()
     assert 0 <= float(divergence) < 0.002
+
+
+def test_a_plain_checkpoint_has_no_version(runners: dict[int, ModelRunner]) -> None:
+    """A gateway that is told one would look for it among the artifacts."""
+    assert runners[16].info.artifact_version == ""
+    assert runners[16].info.artifact_digest.startswith("sha256:")
