@@ -1,4 +1,7 @@
-"""Read files of an untrusted directory: regular files alone, no link followed, no size taken on trust.
+"""Read files of an untrusted directory: regular files alone, no size taken on trust, almost no link followed.
+
+The exception is how the cache of the Hugging Face hub is built: snapshots/<revision>/<file> links to
+../../blobs/<digest>. A link of exactly that form is opened there; it cannot leave the model's own directory.
 
 Names are single path components; whoever builds one from file contents must have checked it with a pattern of
 its own. This module knows nothing of what the files hold.
@@ -8,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 _CHUNK_SIZE = 1 << 20
+_HUB_LINK = re.compile(r"\.\./\.\./blobs/([0-9a-f]{40}|[0-9a-f]{64})\Z")
+_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 
 
 class FileRefusedError(ValueError):
@@ -35,13 +41,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, FileIdentity]]:
     """Yield (descriptor, identity) of a regular file. OSError when it is missing, FileRefusedError when it
     is no plain file.
     """
-    # O_NONBLOCK: opening a pipe that nobody writes to would otherwise wait for ever.
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            raise FileRefusedError(f"{path}: a symbolic link; put the file itself here") from None
-        raise
+    descriptor = _open(path)
     try:
         yield descriptor, _identify(descriptor, path)
     finally:
@@ -72,6 +72,36 @@ def chunks(descriptor: int) -> Iterator[bytes]:
     """The bytes of an open file, a MiB at a time."""
     while chunk := os.read(descriptor, _CHUNK_SIZE):
         yield chunk
+
+
+def _open(path: Path) -> int:
+    # O_NONBLOCK: opening a pipe that nobody writes to would otherwise wait for ever.
+    try:
+        return os.open(path, _FLAGS)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+    blob = _hub_blob(path)
+    try:
+        if blob is not None:
+            return os.open(blob, _FLAGS)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+    raise FileRefusedError(
+        f"{path}: a symbolic link out of its directory, which is not followed; "
+        f"copy the files themselves: cp -rL {path.parent} NEW_DIRECTORY"
+    )
+
+
+def _hub_blob(path: Path) -> Path | None:
+    """Where a link of the hub's cache leads, or None when it is any other link."""
+    match = _HUB_LINK.match(os.readlink(path))
+    snapshots = path.parent.resolve().parent
+    blobs = snapshots.parent / "blobs"
+    if match is None or snapshots.name != "snapshots" or blobs.is_symlink():
+        return None
+    return blobs / match[1]
 
 
 def _identify(descriptor: int, path: Path) -> FileIdentity:
