@@ -85,6 +85,8 @@ class Staging:
 
     def __enter__(self) -> Staging:
         os.makedirs(self._parent, exist_ok=True)
+        # A new model's directory could be lost otherwise, with all that is in it.
+        _sync_directory(self._parent.parent)
         parent = os.open(self._parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             # Under the parent's lock no other publisher can take the new directory, not locked yet, for an
@@ -138,14 +140,14 @@ class Staging:
         parent = os.open(self._parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             fcntl.flock(parent, fcntl.LOCK_EX)  # one publisher of a model at a time from here on
-            self._rename_into_place(version)
+            self._rename_into_place(version, manifest.digest)
             os.fsync(parent)
             _set_current(self._parent, parent, version)
         finally:
             os.close(parent)
         return Artifact(self._parent / version, manifest, self._model, version)
 
-    def _rename_into_place(self, version: str) -> None:
+    def _rename_into_place(self, version: str, digest: str) -> None:
         target = self._parent / version
         try:
             os.rename(self.path, target)
@@ -153,13 +155,13 @@ class Staging:
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-        if _is_intact(self._parent.parent, self._model, version):
+        if _is_intact(self._parent.parent, self._model, version, digest):
             return  # the same bytes are there; ours go with the staging directory
         damaged = self._parent / f".staging-{secrets.token_hex(8)}"
         os.rename(target, damaged)
         try:
             os.rename(self.path, target)
-        except OSError:
+        except BaseException:
             os.rename(damaged, target)
             raise
         shutil.rmtree(damaged, ignore_errors=True)
@@ -240,10 +242,11 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _is_intact(root: Path, model: str, version: str) -> bool:
+def _is_intact(root: Path, model: str, version: str, digest: str) -> bool:
     store = ArtifactStore(root)
     try:
-        store.verify(store.open(model, version))
+        artifact = store.open(model, version)
+        store.verify(artifact)
     except ArtifactError:
         return False
-    return True
+    return artifact.manifest.digest == digest

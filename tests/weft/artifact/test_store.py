@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -204,6 +205,39 @@ def test_equal_bytes_published_twice_are_one_version_and_a_damaged_one_is_replac
     (artifact.path / "config.json").write_bytes(b"[]")
     publish_example(store, "v1")
     store.verify(store.open("demo"))
+    assert sorted(os.listdir(tmp_path / "demo")) == ["CURRENT", "v1"]
+
+
+def test_whole_bytes_of_another_artifact_under_the_version_are_replaced(tmp_path):
+    store = ArtifactStore(tmp_path)
+    wanted = publish_example(store, "v1", b"weights").manifest.digest
+    other = publish_example(store, "v2", b"other weights")
+    shutil.rmtree(tmp_path / "demo" / "v1")
+    other.path.rename(tmp_path / "demo" / "v1")
+    published = publish_example(store, "v1", b"weights")
+    assert store.open("demo").manifest.digest == published.manifest.digest == wanted
+
+
+def test_a_signal_while_a_damaged_version_is_replaced_puts_it_back(tmp_path, monkeypatch):
+    store = ArtifactStore(tmp_path)
+    artifact = publish_example(store, "v1")
+    (artifact.path / "config.json").write_bytes(b"[]")
+
+    class Interrupted(FaultyOs):
+        def __getattr__(self, name):
+            real = getattr(os, name)
+
+            def rename(old, new):
+                self.calls += 1
+                if self.calls == 4:  # a shard named, v1 found, v1 put aside; now the new one
+                    raise SystemExit(143)
+                real(old, new)
+
+            return rename if name == "rename" else real
+
+    monkeypatch.setattr(publish_module, "os", Interrupted(0))
+    with pytest.raises(SystemExit):
+        publish_example(store, "v1")
     assert sorted(os.listdir(tmp_path / "demo")) == ["CURRENT", "v1"]
 
 
