@@ -8,7 +8,8 @@ module does not know files, nor evaluation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,20 +90,27 @@ class BlockQuantizer:
             gram = self._statistics[group.linears[0]].gram
             for name in group.linears:
                 weight = weights[f"{name}.weight"]
-                self._energy[name] = max(output_energy(weight, gram), torch.finfo(torch.float32).tiny)
+                energy = output_energy(weight, gram)
+                if not math.isfinite(energy):
+                    full_name = source.full_name(index, name)
+                    raise QuantizerError(f"tensor {full_name}.weight: its outputs on the text are not finite")
+                self._energy[name] = max(energy, torch.finfo(torch.float32).tiny)
                 rounded = round_to_nearest(weight, group_size).dequantize()
                 self._rounding[name] = output_energy(rounded - weight, gram) / self._energy[name]
 
     def run(self) -> QuantizedBlock:
         """Search, then fold and quantize, falling back wherever a linear would come out worse than by
-        rounding.
+        rounding: to identity, then to rounding itself.
         """
         chosen = {group.linears[0]: self._choose(group) for group in self._groups}
+        rounded: set[str] = set()
         while True:
-            weights, linears, errors = self._fold(chosen)
-            worse = [name for name in self._linears if errors[name] > self._rounding[name]]
-            if not worse or not self._reset(chosen, worse[0]):
+            weights, linears, errors = self._fold(chosen, rounded)
+            worse = [n for n in self._linears if n not in rounded and errors[n] > self._rounding[n]]
+            if not worse:
                 break
+            if not self._reset(chosen, worse[0]):
+                rounded.add(worse[0])
         return QuantizedBlock(
             weights,
             linears,
@@ -170,9 +178,11 @@ class BlockQuantizer:
         return total / count
 
     def _fold(
-        self, chosen: dict[str, Candidate]
+        self, chosen: dict[str, Candidate], rounded: Collection[str]
     ) -> tuple[Weights, dict[str, QuantizedWeight], dict[str, float]]:
-        """The block folded and quantized, and each linear's error as seen from outside of the folding."""
+        """The block folded and quantized, and each linear's error as seen from outside of the folding. The
+        linears in `rounded` are not clipped.
+        """
         folding = self.folding(chosen)
         folded = dict(folding.parameters)
         linears: dict[str, QuantizedWeight] = {}
@@ -181,7 +191,12 @@ class BlockQuantizer:
             gram = self._statistics[group.linears[0]].gram
             for name in group.linears:
                 scales = folding.columns[name]
-                quantized, effective = self._clipped(folding.inner(name), gram, scales, _FINAL_SWEEPS)
+                inner = folding.inner(name)
+                if name in rounded:
+                    quantized = round_to_nearest(inner * scales, self._group_size)
+                    effective = quantized.dequantize() / scales
+                else:
+                    quantized, effective = self._clipped(inner, gram, scales, _FINAL_SWEEPS)
                 if not torch.isfinite(quantized.scales).all():
                     full_name = self._source.full_name(self._index, name)
                     raise QuantizerError(f"tensor {full_name}.weight: too large for fp16 scales")

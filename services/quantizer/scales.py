@@ -14,6 +14,7 @@ each normalised by sqrt(max s * min s). This module does not know how a candidat
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -85,7 +86,9 @@ class ScaleSpace:
         stored = (producer / scales).to(self.dtype).float()
         exact = producer / stored
         is_usable = (stored != 0) & torch.isfinite(stored) & torch.isfinite(exact) & (exact > 0)
-        return torch.where(is_usable, exact, torch.ones_like(scales) if self.is_norm else scales)
+        # A bias that is 0, or too small to be stored, leaves the scale as it is; one too large forbids it.
+        is_free = (stored == 0) & (not self.is_norm)
+        return torch.where(is_usable, exact, torch.where(is_free, scales, torch.ones_like(scales)))
 
     def producer_scales(self, scales: Tensor) -> Tensor:
         """[out of the producer] from scales [in] that already agree over the repeats."""
@@ -116,9 +119,15 @@ def rank_candidates(space: ScaleSpace, loss: Callable[[Tensor], float]) -> list[
     """All candidates by ascending `loss` of their scales; the best of each family is refined once."""
     steps = [round(_STEP * i, 3) for i in range(21)]
     points = [("identity", 0.0)] + [("x-only", r) for r in steps[1:]] + [("duo", r) for r in steps]
-    judged = [(loss(candidate.scales), candidate) for candidate in (space.make(*point) for point in points)]
+
+    def judge(method: str, ratio: float) -> tuple[float, Candidate]:
+        candidate = space.make(method, ratio)
+        value = loss(candidate.scales)
+        return value if math.isfinite(value) else math.inf, candidate  # NaN has no place in an order
+
+    judged = [judge(*point) for point in points]
     for method in ("x-only", "duo"):
         best = min((pair for pair in judged if pair[1].method == method), key=lambda pair: pair[0])[1].ratio
         near = [round(best + d, 3) for d in (-_REFINEMENT, _REFINEMENT) if 0.0 <= best + d <= 1.0]
-        judged += [(loss(c.scales), c) for c in (space.make(method, ratio) for ratio in near)]
+        judged += [judge(method, ratio) for ratio in near]
     return [candidate for _, candidate in sorted(judged, key=lambda pair: pair[0])]

@@ -1,0 +1,56 @@
+"""The search's guards: nothing worse than rounding, nothing that cannot be stored, no NaN in an order."""
+
+import pytest
+import torch
+
+import services.quantizer.quantize as quantize_module
+from services.quantizer.grid import full_range
+from services.quantizer.quantize import BlockQuantizer
+from services.quantizer.scales import ScaleSpace, rank_candidates
+from services.quantizer.source import Source
+
+
+@torch.inference_mode()
+def test_a_bad_clip_search_leaves_rounding(make_checkpoint, monkeypatch):
+    """Whatever the search comes back with: identity first, rounding itself where that is not enough."""
+
+    def halve(weight, _gram, group_size, _sweeps):
+        low, high = full_range(weight.unflatten(1, (-1, group_size)))
+        return low / 2, high / 2
+
+    monkeypatch.setattr(quantize_module, "search_ranges", halve)
+    source = Source(make_checkpoint("Qwen2"), torch.device("cpu"))
+    token_ids = torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0))
+    block = BlockQuantizer(source, 0, source.block_weights(0), source.embed(token_ids), 32, set()).run()
+    assert len(block.errors) == 7
+    for name, error in block.errors.items():
+        assert 0 < error.awq <= error.rounding, name
+
+
+def space(producer, is_norm=False, dtype=torch.float16):
+    ones = torch.ones(32)
+    return ScaleSpace(ones, ones, 1, 1, torch.tensor(producer).to(dtype).float().expand(32), dtype, is_norm)
+
+
+@pytest.mark.parametrize("is_norm", [False, True])
+@pytest.mark.parametrize("value", [0.0, 6e4, -6e4, 1e-7, -1e-3, 1.0])
+def test_what_is_divided_by_the_scales_can_be_stored(is_norm, value):
+    candidate = space(value, is_norm)
+    scales = candidate.representable(torch.logspace(-2, 2, 32))
+    stored = (candidate.producer / scales).half().float()
+    assert torch.isfinite(stored).all()
+    assert torch.isfinite(scales).all()
+    assert (scales > 0).all()
+    # What is stored times the scale is what was there, but for a bias too small for the type.
+    assert torch.allclose(stored * scales, candidate.producer, rtol=1e-6, atol=0 if is_norm else 1e-5)
+
+
+def test_a_loss_that_is_no_number_ranks_last():
+    candidates = rank_candidates(
+        ScaleSpace(torch.linspace(0.1, 9, 32), torch.ones(32), 1, 1, None, torch.float32, True),
+        lambda scales: float("nan") if scales.max() > 1.5 else float(scales.max()),
+    )
+    assert candidates[0].method == "identity" or candidates[0].scales.max() <= 1.5
+    finite = [bool(candidate.scales.max() <= 1.5) for candidate in candidates]
+    assert finite == sorted(finite, reverse=True)
+    assert 1 < sum(finite) < len(finite)
