@@ -1,4 +1,6 @@
-"""`python -m services.quantizer run ...`: one artifact, or one line that says why not. Wiring only."""
+"""`python -m services.quantizer run ...`: one artifact, or one line that says why not. `... serve` is the job
+service. Wiring only.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
-from services.quantizer.config import PATH_SEPARATOR, QuantizerConfig
+from services.quantizer.config import ENV_PREFIX, PATH_SEPARATOR, QuantizerConfig
 from services.quantizer.errors import QuantizerError
 from services.quantizer.identity import draft_manifest, find_current
 from weft import config as weft_config
@@ -17,22 +19,28 @@ from weft.artifact.manifest import ArtifactError
 from weft.artifact.store import Artifact
 
 _PROGRAM = "python -m services.quantizer"
-_COMMANDS = ("run",)
+_COMMANDS = ("run", "serve")
+_LIST_FLAGS = ("--calibration", "--evaluation")
 _EXIT_FAILED = 1
 _EXIT_USAGE = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 published or up to date, 1 failed, 2 wrong usage (as SystemExit)."""
-    command, *flags = sys.argv[1:] if arguments is None else list(arguments) or [""]
+    """Exit status: 0 published, up to date or served; 1 failed; 2 wrong usage (as SystemExit)."""
+    command, *flags = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
     if command in ("-h", "--help"):
         print(f"usage: {_PROGRAM} {{{','.join(_COMMANDS)}}} ... (each takes --help)")
         return 0
     if command not in _COMMANDS:
         print(f"{_PROGRAM}: the first word must be one of: {', '.join(_COMMANDS)}", file=sys.stderr)
         return _EXIT_USAGE
+    prog = f"{_PROGRAM} {command}"
+    if command == "serve":
+        from services.quantizer import serve  # it alone needs grpc
+
+        return serve.main(flags, prog)
     weft_config.let_waiting_threads_sleep()
-    config = weft_config.load_config(QuantizerConfig, join_lists(flags), prog=f"{_PROGRAM} {command}")
+    config = weft_config.load_config(QuantizerConfig, join_lists(flags), prog=prog, env_prefix=ENV_PREFIX)
     signal.signal(signal.SIGTERM, _terminate)
     logs.start()
     try:
@@ -42,18 +50,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def join_lists(flags: Sequence[str]) -> list[str]:
-    """`--calibration A B` as `--calibration A:B`, the form that a variable takes too."""
-    joined: list[str] = []
-    is_list = False
-    for flag in flags:
-        if flag.startswith("-"):
-            is_list = flag in ("--calibration", "--evaluation")
-            joined.append(flag)
-        elif is_list and not joined[-1].startswith("-"):
-            joined[-1] += PATH_SEPARATOR + flag
+    """`--calibration A B --calibration C` as `--calibration A:B:C`, the form that a variable takes too."""
+    others: list[str] = []
+    lists: dict[str, list[str]] = {}
+    values: list[str] | None = None
+    for word in flags:
+        name, equals, value = word.partition("=")
+        if name in _LIST_FLAGS:
+            values = lists.setdefault(name, [])
+            if equals:
+                values.append(value)
+        elif values is not None and not word.startswith("-"):
+            values.append(word)
         else:
-            joined.append(flag)
-    return joined
+            values = None
+            others.append(word)
+    for name, values in lists.items():
+        # Nothing after a name is the parser's to complain about.
+        others += [name, PATH_SEPARATOR.join(values)] if values else [name]
+    return others
 
 
 def _run(config: QuantizerConfig) -> int:
@@ -88,6 +103,11 @@ def _quantize(config: QuantizerConfig) -> Artifact:
         return run(config, draft)
     except CheckpointError as error:
         raise QuantizerError(str(error)) from error
+    except RuntimeError as error:
+        # torch has no class of its own for a machine without memory left.
+        if "allocate memory" not in str(error) and "out of memory" not in str(error):
+            raise
+        raise QuantizerError(f"out of memory: {error}") from error
 
 
 def _quality_lines(quality: dict[str, dict[str, float]] | None) -> list[str]:

@@ -1,7 +1,8 @@
-"""What one run of the quantizer was asked to do: flags, WEFT_* variables, defaults. Reads no files."""
+"""What one run of the quantizer was asked to do: flags, variables, defaults. Reads no files."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,15 @@ from weft.config import REQUIRED, ConfigError, option
 GROUP_SIZES = ("32", "64", "128")
 RECIPE_VERSION = 1
 PATH_SEPARATOR = ":"
+ENV_PREFIX = "WEFT_QUANTIZER_"
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 
 
 def _paths(text: str) -> tuple[Path, ...]:
-    return tuple(Path(part) for part in text.split(PATH_SEPARATOR) if part)
+    paths = tuple(Path(part) for part in text.split(PATH_SEPARATOR) if part)
+    if not paths:
+        raise ValueError("no file is named")
+    return paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +39,7 @@ class QuantizerConfig:
     group_size: int = option(128, "input channels that share a scale", choices=GROUP_SIZES)
     skip_indivisible: bool = option(False, "leave sets that do not divide in full precision")
     propagate_error: bool = option(True, "calibrate each block on the quantized ones before it")
-    device: str = option("cpu", "cpu or cuda")
+    device: str = option("cpu", "cpu, cuda or cuda:N")
     threads: int | None = option(None, "CPU threads; by default torch decides", metavar="N")
     seed: int = option(0, "chooses the calibration windows", metavar="N")
     force: bool = option(False, "quantize even when CURRENT already holds this")
@@ -45,8 +51,8 @@ class QuantizerConfig:
             raise ConfigError("--group-size", f"{self.group_size} is none of {', '.join(GROUP_SIZES)}")
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError("--seed", f"{self.seed} is not between 0 and 2^64 - 1")
-        if self.device != "cpu" and not self.device.startswith("cuda"):
-            raise ConfigError("--device", f"{self.device[:80]!r} is neither cpu nor cuda")
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError("--device", f"{self.device[:80]!r} is neither cpu, cuda nor cuda:N")
         for flag, value, least, most in (
             ("--samples", self.samples, 1, 1 << 16),
             ("--sequence-length", self.sequence_length, 8, 1 << 17),

@@ -1,0 +1,1 @@
+"""The quantizer on the wire."""
