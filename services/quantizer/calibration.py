@@ -7,7 +7,8 @@ the search the statistics of line breaks. This module does not know the model; o
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from services.quantizer.errors import QuantizerError
+from weft.artifact.manifest import MAX_TOKENIZER_SIZE
 from weft.artifact.regular_file import read_regular
 
 
@@ -23,10 +25,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     path = directory / "tokenizer.json"
     if not path.exists():
         raise QuantizerError(f"{path}: missing; a SentencePiece model must be converted first")
-    try:
-        return Tokenizer.from_buffer(read_regular(path, 256 << 20))
-    except Exception as error:  # the library raises plain Exception for anything it dislikes
-        raise QuantizerError(f"{path}: {str(error)[:200]}") from error
+    with _library_errors(str(path)):
+        return Tokenizer.from_buffer(read_regular(path, MAX_TOKENIZER_SIZE))
 
 
 def paragraphs_on_one_line(text: str) -> str:
@@ -35,15 +35,29 @@ def paragraphs_on_one_line(text: str) -> str:
     return "\n\n".join(paragraph for paragraph in joined if paragraph)
 
 
+@contextmanager
+def _library_errors(what: str) -> Iterator[None]:
+    """The tokenizers library raises plain Exception for anything it dislikes; a panic in it arrives as a
+    BaseException of a kind that cannot be imported.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise QuantizerError(f"{what}: {str(error)[:200]}") from error
+        raise
+
+
 def windows(tokenizer: Tokenizer, text: str, length: int) -> list[list[int]]:
     """Consecutive windows of exactly `length` tokens, each begun as the tokenizer begins a text (bos, if it
     has one).
     """
-    prefix = tokenizer.encode("").ids
+    with _library_errors("tokenizer.json: the tokenizer failed"):
+        prefix = tokenizer.encode("").ids
+        ids = tokenizer.encode(paragraphs_on_one_line(text), add_special_tokens=False).ids
     step = length - len(prefix)
     if step < 1:
         raise QuantizerError(f"a window of {length} tokens has no room beside {len(prefix)} leading ones")
-    ids = tokenizer.encode(paragraphs_on_one_line(text), add_special_tokens=False).ids
     return [prefix + ids[begin : begin + step] for begin in range(0, len(ids) - step + 1, step)]
 
 
@@ -51,9 +65,7 @@ def calibration_windows(
     tokenizer: Tokenizer, texts: Sequence[str], samples: int, length: int, seed: int, vocab_size: int
 ) -> Tensor:
     """int64 [at most samples, length]: windows of all texts, chosen by `seed`, in the order of the texts."""
-    found = [window for text in texts for window in windows(tokenizer, text, length)]
-    if not found:
-        raise QuantizerError(f"the calibration text holds fewer tokens than one window, {length}")
+    found = [window for part in _windows_of_each(tokenizer, texts, length, "calibration") for window in part]
     if len(found) > samples:
         found = [found[index] for index in sorted(random.Random(seed).sample(range(len(found)), samples))]
     return _as_tensor(found, vocab_size)
@@ -62,12 +74,26 @@ def calibration_windows(
 def evaluation_windows(
     tokenizer: Tokenizer, texts: Sequence[str], num_tokens: int, length: int, vocab_size: int
 ) -> Tensor:
-    """int64 [windows, length]: the beginnings of all texts in equal shares, `num_tokens` in all at most."""
-    share = num_tokens // len(texts) // length
-    found = [window for text in texts for window in windows(tokenizer, text, length)[: max(share, 1)]]
-    if not found:
-        raise QuantizerError(f"the evaluation text holds fewer tokens than one window, {length}")
-    return _as_tensor(found, vocab_size)
+    """int64 [windows, at most length]: the beginnings of all texts in equal shares, `num_tokens` in all at
+    most.
+    """
+    share = num_tokens // len(texts)
+    length = min(length, share)
+    if length < 2:  # a window of one token predicts nothing
+        raise QuantizerError(f"--evaluation-tokens {num_tokens}: too few for {len(texts)} texts")
+    parts = _windows_of_each(tokenizer, texts, length, "evaluation")
+    return _as_tensor([window for part in parts for window in part[: share // length]], vocab_size)
+
+
+def _windows_of_each(
+    tokenizer: Tokenizer, texts: Sequence[str], length: int, kind: str
+) -> list[list[list[int]]]:
+    """Every text's windows. A text that gives none would be accepted and ignored: it is refused."""
+    parts = [windows(tokenizer, text, length) for text in texts]
+    for number, part in enumerate(parts, 1):
+        if not part:
+            raise QuantizerError(f"{kind} text {number} holds fewer tokens than one window, {length}")
+    return parts
 
 
 def _as_tensor(found: list[list[int]], vocab_size: int) -> Tensor:

@@ -37,13 +37,19 @@ def companion_files(directory: Path) -> dict[str, bytes]:
                 ) from None
         except (OSError, FileRefusedError) as error:
             raise QuantizerError(str(error)) from error
-    for name in ("tokenizer_config.json", "generation_config.json"):
-        if name in files:
-            _check_document(files[name], directory / name)
-    if "chat_template.jinja" not in files and "tokenizer_config.json" in files:
-        template = _embedded_template(json.loads(files["tokenizer_config.json"]))
-        if template is not None:
+    documents = {
+        name: _parse_document(files[name], directory / name)
+        for name in ("tokenizer_config.json", "generation_config.json")
+        if name in files
+    }
+    template = _embedded_template(documents.get("tokenizer_config.json", {}))
+    try:
+        if "chat_template.jinja" in files:
+            files["chat_template.jinja"].decode("utf-8")
+        elif template is not None:
             files["chat_template.jinja"] = template.encode("utf-8")
+    except UnicodeError:
+        raise QuantizerError(f"{directory}: the chat template is not UTF-8") from None
     return files
 
 
@@ -66,13 +72,14 @@ def quantized_config(config: dict[str, Any], group_size: int, full_precision: li
     return json.dumps({**config, "quantization_config": packing}, indent=2).encode("utf-8") + b"\n"
 
 
-def _check_document(data: bytes, path: Path) -> None:
+def _parse_document(data: bytes, path: Path) -> dict[str, Any]:
     try:
         document = parse_object(data, str(path))
     except StrictJsonError as error:
         raise QuantizerError(str(error)) from None
     if document.get("auto_map"):
         raise QuantizerError(f"{path}: auto_map asks to run code of the model; it never is")
+    return document
 
 
 def _embedded_template(document: dict[str, Any]) -> str | None:

@@ -14,10 +14,12 @@ from services.quantizer.companions import companion_files
 from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
 from services.quantizer.texts import BUNDLED_CALIBRATION, BUNDLED_EVALUATION, read_texts
-from weft.artifact.manifest import ArtifactError, Manifest
+from weft import logs
+from weft.artifact.manifest import ArtifactError, DigestMismatch, Manifest
 from weft.artifact.regular_file import FileRefusedError, chunks, open_regular
 from weft.artifact.store import Artifact, ArtifactStore
 
+_LOGGER = logs.get_logger("quantizer")
 _IDENTITY = ("source_digest", "recipe", "seed", "calibration_digest", "tokenizer_digest")
 
 
@@ -40,13 +42,19 @@ def draft_manifest(config: QuantizerConfig) -> Manifest:
 
 
 def find_current(config: QuantizerConfig, draft: Manifest) -> Artifact | None:
-    """The CURRENT artifact, if it is what the run would make."""
+    """The CURRENT artifact, if it is what the run would make and still whole."""
+    store = ArtifactStore(config.artifacts)
     try:
-        artifact = ArtifactStore(config.artifacts).open(config.name)
+        artifact = store.open(config.name)
+        if any(getattr(artifact.manifest, key) != getattr(draft, key) for key in _IDENTITY):
+            return None
+        store.verify(artifact)
+    except DigestMismatch as error:
+        _LOGGER.warning("the current artifact is damaged", model=config.name, reason=str(error))
+        return None
     except ArtifactError:
         return None
-    is_same = all(getattr(artifact.manifest, key) == getattr(draft, key) for key in _IDENTITY)
-    return artifact if is_same else None
+    return artifact
 
 
 def _source_digest(directory: Path, companions: dict[str, bytes]) -> str:

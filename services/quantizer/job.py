@@ -23,7 +23,7 @@ from services.quantizer.canary import CanaryRecorder
 from services.quantizer.companions import companion_files, quantized_config, write_companions
 from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
-from services.quantizer.evaluation import Evaluation
+from services.quantizer.evaluation import VARIANTS, Evaluation
 from services.quantizer.grid import QuantizedWeight
 from services.quantizer.identity import draft_manifest, find_current
 from services.quantizer.progress import ProgressReporter
@@ -60,6 +60,15 @@ class _Inputs:
     evaluation: Tensor | None
 
 
+@dataclass(slots=True)
+class _Streams:
+    """Hidden states between two blocks: of the calibration windows, the canary, the evaluated models."""
+
+    calibration: Tensor
+    canary: CanaryRecorder
+    evaluation: Evaluation | None
+
+
 def run(config: QuantizerConfig, draft: Manifest | None = None) -> Artifact:
     """Quantize and publish, or return what CURRENT already holds.
 
@@ -84,11 +93,12 @@ def _prepare_torch(config: QuantizerConfig) -> torch.device:
     torch.manual_seed(config.seed % (1 << 63))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    if config.device.startswith("cuda") and not torch.cuda.is_available():
+    device = torch.device(config.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise QuantizerError(f"--device {config.device}: this torch sees no such device")
     # fp32 means fp32: the losses that are compared differ in digits that reduced precision does not have.
     torch.backends.cuda.matmul.allow_tf32 = False
-    return torch.device(config.device)
+    return device
 
 
 def _read_inputs(config: QuantizerConfig, source: Source) -> _Inputs:
@@ -106,7 +116,7 @@ def _read_inputs(config: QuantizerConfig, source: Source) -> _Inputs:
         _LOGGER.warning("short calibration text", windows=len(calibration), asked=config.samples)
     evaluation = None
     if config.evaluation_tokens:
-        length = min(_MAX_EVALUATION_LENGTH, source.max_length, config.evaluation_tokens)
+        length = min(_MAX_EVALUATION_LENGTH, source.max_length)
         evaluation = evaluation_windows(
             tokenizer, evaluation_texts, config.evaluation_tokens, length, source.vocab_size
         )
@@ -135,38 +145,50 @@ def _quantize_blocks(
 ) -> _Outcome:
     outcome = _Outcome()
     writer = ShardWriter(staged)
-    hidden = source.embed(inputs.calibration)
-    canary = CanaryRecorder(source, inputs.calibration)
-    evaluation = None if inputs.evaluation is None else Evaluation(source, inputs.evaluation)
-    linears = [name for name in source.architecture.linears if name not in skipped]
+    streams = _Streams(
+        source.embed(inputs.calibration),
+        CanaryRecorder(source, inputs.calibration),
+        None if inputs.evaluation is None else Evaluation(source, inputs.evaluation),
+    )
     with ProgressReporter(source.num_blocks + 1) as progress:
         for index in range(source.num_blocks):
-            layer, weights = source.block(index), source.block_weights(index)
-            block = BlockQuantizer(source, index, weights, hidden, config.group_size, skipped).run()
-            if index + 1 < source.num_blocks:
-                seen = block.weights if config.propagate_error else weights
-                hidden = source.run_block(layer, seen, hidden)
-            canary.advance(layer, block.weights)
-            if evaluation is not None:
-                evaluation.advance(layer, "source", weights)
-                evaluation.advance(layer, "rounding", rounded_weights(weights, linears, config.group_size))
-                evaluation.advance(layer, "awq", block.weights)
-            _write_block(writer, source, index, block)
-            for name, error in block.errors.items():
-                outcome.errors[source.full_name(index, name)] = error
-            for name, label in block.choices.items():
-                outcome.choices[source.full_name(index, name)] = label
+            # A function of its own, so that nothing of a block outlives it.
+            _quantize_block(config, source, index, skipped, streams, writer, outcome)
             progress.advance(f"block {index + 1}")
         head = source.head()
-        outcome.canary = canary.finish(head)
-        if evaluation is not None:
-            outcome.quality = evaluation.finish(head)
+        outcome.canary = streams.canary.finish(head)
+        if streams.evaluation is not None:
+            outcome.quality = streams.evaluation.finish(head)
         del head
         for name in source.outer_names():
             writer.add(name, source.checkpoint.load(name))
         writer.finish()
         progress.advance("evaluation")
     return outcome
+
+
+def _quantize_block(
+    config: QuantizerConfig,
+    source: Source,
+    index: int,
+    skipped: set[str],
+    streams: _Streams,
+    writer: ShardWriter,
+    outcome: _Outcome,
+) -> None:
+    layer, weights = source.block(index), source.block_weights(index)
+    block = BlockQuantizer(source, index, weights, streams.calibration, config.group_size, skipped).run()
+    if index + 1 < source.num_blocks:
+        seen = block.weights if config.propagate_error else weights
+        streams.calibration = source.run_block(layer, seen, streams.calibration)
+    streams.canary.advance(layer, block.weights)
+    if streams.evaluation is not None:
+        rounded = rounded_weights(weights, list(block.linears), config.group_size)
+        for variant, variant_weights in zip(VARIANTS, (weights, rounded, block.weights), strict=True):
+            streams.evaluation.advance(layer, variant, variant_weights)
+    _write_block(writer, source, index, block)
+    outcome.errors.update({source.full_name(index, name): error for name, error in block.errors.items()})
+    outcome.choices.update({source.full_name(index, name): label for name, label in block.choices.items()})
 
 
 def _write_block(writer: ShardWriter, source: Source, index: int, block: QuantizedBlock) -> None:
@@ -204,9 +226,15 @@ def _publish(
         for name in source.architecture.linears
         if name in skipped
     ]
+    if full_precision:
+        _LOGGER.warning("left in full precision", linears=full_precision)
     write_companions(staged, companion_files(config.source))
+    if "sha256:" + staged.files["tokenizer.json"].sha256 != draft.tokenizer_digest:
+        raise QuantizerError(f"{config.source}: tokenizer.json changed during the run")
     staged.write("config.json", quantized_config(source.checkpoint.config, config.group_size, full_precision))
-    report = build_report(config.name, draft.recipe, outcome.quality, outcome.errors, outcome.choices)
+    report = build_report(
+        config.name, draft.recipe, outcome.quality, outcome.errors, outcome.choices, full_precision
+    )
     staged.write("report.json", report_json(report))
     staged.write("report.html", report_html(report))
     manifest = dataclasses.replace(

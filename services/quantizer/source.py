@@ -81,8 +81,7 @@ class Source:
         for name in _parameter_shapes(self.block(index)):
             full_name = self.full_name(index, name)
             tensor = self.checkpoint.load(full_name).to(self.device, torch.float32)
-            if not torch.isfinite(tensor).all():
-                raise QuantizerError(f"tensor {full_name} holds values that are not finite")
+            _require_finite(tensor, full_name)
             weights[name] = tensor
         return weights
 
@@ -107,7 +106,7 @@ class Source:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """fp32 hidden states [windows, length, hidden_size] of int64 `token_ids` [windows, length]."""
-        return self.checkpoint.load(self.architecture.embedding)[token_ids].float()
+        return self.outer(self.architecture.embedding)[token_ids].float()
 
     def head(self) -> Head:
         """The final norm and the output projection."""
@@ -115,9 +114,16 @@ class Source:
             norm = getattr(self._module, self.architecture.norm_class)(
                 self.hidden_size, eps=self._config.rms_norm_eps
             )
-        norm_weight = self.checkpoint.load(self.architecture.final_norm).to(self.device, torch.float32)
+        norm_weight = self.outer(self.architecture.final_norm).to(self.device, torch.float32)
         name = self.architecture.embedding if self.is_tied else self.architecture.head
-        return Head(norm, norm_weight, self.checkpoint.load(name).to(self.device))
+        return Head(norm, norm_weight, self.outer(name).to(self.device))
+
+    def outer(self, name: str) -> Tensor:
+        """A tensor outside of the blocks, in its stored dtype. Refuses values that are not finite."""
+        tensor = self.checkpoint.load(name)
+        for part in tensor.split(_VOCABULARY_SLICE):  # a mask of all of it would be half as large again
+            _require_finite(part, name)
+        return tensor
 
     def full_name(self, index: int, name: str) -> str:
         """The checkpoint's name of a block's parameter or module."""
@@ -179,6 +185,11 @@ class Head:
         normed = functional_call(self._norm, {"weight": self._norm_weight}, (hidden,))
         slices = self._projection.split(_VOCABULARY_SLICE)
         return torch.cat([normed @ part.float().T for part in slices], dim=-1)
+
+
+def _require_finite(tensor: Tensor, name: str) -> None:
+    if not torch.isfinite(tensor).all():
+        raise QuantizerError(f"tensor {name} holds values that are not finite")
 
 
 def _family(architecture: Architecture) -> str:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from services.quantizer.__main__ import join_lists, main
 
@@ -59,6 +60,8 @@ def complain(make_checkpoint, tmp_path, capfd):
         ("--threads", "0"),
         ("--seed", "-1"),
         ("--device", "tpu"),
+        ("--device", "cudaX"),
+        ("--calibration", ""),
         ("--group-size", "many"),
         ("--evaluation-tokens", "-1"),
     ],
@@ -112,6 +115,7 @@ BAD_SOURCES = {
     "heads that do not share": (edit_config(num_key_value_heads=3), "cannot share"),
     "rope of zero": (edit_config(rope_theta=0), "rope_theta"),
     "scaling unknown": (edit_config(rope_scaling={"rope_type": "magic", "factor": 2.0}), "config.json"),
+    "heads that do not rotate": (edit_config(head_dim=15), "head_dim"),
     "activation unknown": (edit_config(hidden_act="magic"), "config.json"),
     "context shorter than the windows": (edit_config(max_position_embeddings=32), "--sequence-length 64"),
 }
@@ -158,17 +162,88 @@ def test_missing_text_and_source_and_unwritable_volume(complain, tmp_path):
     assert "file" in line
 
 
-def test_weights_that_are_not_finite_are_named(complain):
+@pytest.mark.parametrize(
+    "name", ["model.layers.1.mlp.up_proj.weight", "model.embed_tokens.weight", "model.norm.weight"]
+)
+def test_weights_that_are_not_finite_are_named(complain, name):
     def poison(directory):
-        from safetensors.torch import load_file, save_file
-
         tensors = load_file(directory / "model.safetensors")
-        tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+        tensors[name].view(-1)[-1] = float("nan")
         save_file(tensors, directory / "model.safetensors")
 
     status, line = complain(poison)
     assert status == 1
-    assert "model.layers.1.mlp.up_proj.weight" in line
+    assert line == f"error: tensor {name} holds values that are not finite"
+
+
+def test_activations_that_are_not_finite_end_with_one_line(complain):
+    def explode(directory):
+        tensors = load_file(directory / "model.safetensors")
+        tensors["model.layers.0.post_attention_layernorm.weight"].fill_(3e38)
+        save_file(tensors, directory / "model.safetensors")
+
+    status, line = complain(explode)
+    assert status == 1
+    assert "not finite" in line
+
+
+def test_a_tokenizer_that_panics_ends_with_one_line(complain, monkeypatch):
+    class PanicException(BaseException):
+        """As the library raises it."""
+
+    class Panics:
+        def encode(self, *_arguments, **_options):
+            raise PanicException("index out of bounds")
+
+    monkeypatch.setattr("services.quantizer.job.load_tokenizer", lambda _directory: Panics())
+    status, line = complain()
+    assert status == 1
+    assert line == "error: tokenizer.json: the tokenizer failed: index out of bounds"
+
+
+@pytest.mark.parametrize("template", [b'{"chat_template": "\\ud800"}', b"\xff"])
+def test_a_template_that_is_not_text_ends_with_one_line(complain, template):
+    name = "tokenizer_config.json" if template.startswith(b"{") else "chat_template.jinja"
+    status, line = complain(lambda directory: (directory / name).write_bytes(template))
+    assert status == 1
+    assert line.endswith("the chat template is not UTF-8")
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes.",
+        "CUDA out of memory. Tried to allocate 2.00 GiB.",
+    ],
+)
+def test_too_little_memory_ends_with_one_line_and_a_bug_with_its_traceback(complain, monkeypatch, message):
+    def fail(error):
+        def run(_config, _draft):
+            raise RuntimeError(error)
+
+        monkeypatch.setattr("services.quantizer.job.run", run)
+
+    fail(message)
+    assert complain() == (1, f"error: out of memory: {message}")
+    fail("shapes do not match")
+    with pytest.raises(RuntimeError):
+        complain()
+
+
+def test_evaluation_tokens_too_few_for_a_prediction(complain):
+    status, line = complain(None, "--evaluation-tokens", "3")
+    assert status == 1
+    assert line == "error: --evaluation-tokens 3: too few for 2 texts"
+
+
+def test_a_text_that_gives_no_window_is_not_ignored(complain, tmp_path):
+    (tmp_path / "long.txt").write_text("many words " * 500)
+    (tmp_path / "short.txt").write_text("few words")
+    for flag in ("--calibration", "--evaluation"):
+        paths = (str(tmp_path / "long.txt"), str(tmp_path / "short.txt"))
+        status, line = complain(None, flag, *paths, "--evaluation-tokens", "512")
+        assert status == 1
+        assert f"{flag[2:]} text 2 holds fewer tokens" in line
 
 
 def test_the_module_runs_and_help_names_every_flag():
@@ -195,14 +270,23 @@ def test_the_module_runs_and_help_names_every_flag():
 
 def test_lists_of_files_may_follow_a_flag_or_come_joined():
     flags = ["--calibration", "a", "b", "--name", "x", "--evaluation", "c", "--calibration=d"]
-    joined = ["--calibration", "a:b", "--name", "x", "--evaluation", "c", "--calibration=d"]
-    assert join_lists(flags) == joined
+    assert join_lists(flags) == ["--name", "x", "--calibration", "a:b:d", "--evaluation", "c"]
+    assert join_lists(["--calibration", "--seed", "1"]) == ["--seed", "1", "--calibration"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["walk"], ["--bits"]])
-def test_an_unknown_command_ends_with_status_2(arguments, capfd):
-    assert main(arguments or [""]) == 2
-    assert "run" in capfd.readouterr().err
+def test_an_unknown_command_ends_with_status_2(arguments, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["__main__.py", *arguments])
+    assert main() == main(arguments) == 2
+    assert "run, serve" in capfd.readouterr().err
+
+
+def test_variables_carry_the_services_name(complain, monkeypatch):
+    monkeypatch.setenv("WEFT_SAMPLES", "none of ours")
+    monkeypatch.setenv("WEFT_QUANTIZER_DEVICE", "tpu")
+    status, line = complain()
+    assert status == 2
+    assert line.startswith("python -m services.quantizer run: --device: ")
 
 
 def test_an_up_to_date_artifact_needs_no_torch(make_checkpoint, tmp_path):

@@ -6,6 +6,8 @@ import dataclasses
 import errno
 import json
 import os
+import shutil
+import weakref
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
 from services.quantizer.grid import round_to_nearest
 from services.quantizer.job import run
+from services.quantizer.quantize import BlockQuantizer
 from services.quantizer.source import Source
 from services.quantizer.texts import BUNDLED_EVALUATION, read_texts
 from weft.artifact.store import ArtifactStore
@@ -209,6 +212,9 @@ def test_a_group_that_does_not_divide_is_named_or_left_whole(make_checkpoint, qu
     artifact = run(quick(source, skip_indivisible=True))
     config = json.loads((artifact.path / "config.json").read_text())["quantization_config"]
     assert config["modules_to_not_convert"] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    report = json.loads((artifact.path / "report.json").read_text())
+    assert report["full_precision"] == config["modules_to_not_convert"]
+    assert "model.layers.1.mlp.down_proj" in (artifact.path / "report.html").read_text()
     weights, others = read_gemm(artifact.path)
     assert len(weights) == 12
     original = Source(source, torch.device("cpu")).checkpoint
@@ -232,6 +238,71 @@ def test_evaluation_can_be_left_out(make_checkpoint, quick):
     artifact = run(quick(make_checkpoint(), evaluation_tokens=0))
     assert artifact.manifest.quality is None
     assert artifact.manifest.canary is not None
+
+
+def test_a_damaged_current_artifact_is_made_again(make_checkpoint, quick):
+    source = make_checkpoint(num_hidden_layers=1)
+    first = run(quick(source, evaluation_tokens=0))
+    (first.path / "model-00001-of-00001.safetensors").write_bytes(b"rotten")
+    again = run(quick(source, evaluation_tokens=0))
+    assert again == first
+    ArtifactStore(first.path.parents[1]).verify(again)
+
+
+def test_no_more_than_the_asked_tokens_are_evaluated(make_checkpoint, quick):
+    artifact = run(quick(make_checkpoint(num_hidden_layers=1), evaluation_tokens=300))
+    assert artifact.manifest.quality["tokens"] == 300  # 150 of each of the two texts
+    assert artifact.manifest.quality["predicted_tokens"] == 298
+
+
+def test_one_block_at_a_time_is_in_memory(make_checkpoint, quick, monkeypatch):
+    """When a block is loaded nothing of the ones before is left: neither weights nor what became of them."""
+    alive = []
+    load, quantize_block = Source.block_weights, BlockQuantizer.run
+
+    def loaded(self, index):
+        assert not [name for reference, name in alive if reference() is not None]
+        weights = load(self, index)
+        alive.extend((weakref.ref(tensor), f"{index}.{name}") for name, tensor in weights.items())
+        return weights
+
+    def quantized(self):
+        block = quantize_block(self)
+        alive.extend((weakref.ref(tensor), f"awq {name}") for name, tensor in block.weights.items())
+        alive.extend((weakref.ref(linear.values), f"int4 {name}") for name, linear in block.linears.items())
+        return block
+
+    monkeypatch.setattr(Source, "block_weights", loaded)
+    monkeypatch.setattr(BlockQuantizer, "run", quantized)
+    run(quick(make_checkpoint(num_hidden_layers=3)))
+    assert len(alive) > 3 * 16
+
+
+def test_a_source_that_changes_meanwhile_is_not_published(make_checkpoint, quick, monkeypatch):
+    source = make_checkpoint(num_hidden_layers=1)
+    quantize_block = BlockQuantizer.run
+
+    def meddle(self):
+        with (source / "tokenizer.json").open("a") as file:
+            file.write("\n")
+        return quantize_block(self)
+
+    monkeypatch.setattr(BlockQuantizer, "run", meddle)
+    with pytest.raises(QuantizerError, match=r"tokenizer\.json changed during the run"):
+        run(quick(source))
+
+
+def test_a_snapshot_of_the_hubs_cache_is_a_source(make_checkpoint, quick, tmp_path):
+    source = make_checkpoint(num_hidden_layers=1)
+    blobs = tmp_path / "models--someone--tiny" / "blobs"
+    snapshot = blobs.parent / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted(source.iterdir())):
+        shutil.copy(path, blobs / f"{number:040x}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:040x}")
+    artifact = run(quick(snapshot, evaluation_tokens=0))
+    assert run(quick(source, evaluation_tokens=0)) == artifact  # the same bytes, so up to date
 
 
 class DiskFullOs:
