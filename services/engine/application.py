@@ -15,7 +15,7 @@ import time
 
 from prometheus_client import CollectorRegistry
 
-from services.engine.config import EngineConfig
+from services.engine.config import EngineConfig, user_cache_dir
 from services.engine.core.batch import Runner
 from services.engine.core.block_manager import BlockManager
 from services.engine.core.engine_core import CoreLimits, EngineCore
@@ -59,6 +59,7 @@ def runner_config(config: EngineConfig) -> RunnerConfig:
         max_batch_size=config.max_batch_size,
         max_model_len=config.max_model_len,
         num_threads=config.threads,
+        cache_dir=config.cache_dir or user_cache_dir(),
     )
 
 

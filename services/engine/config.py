@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,11 @@ class EngineConfig:
     max_queue_size: int = option(512, "sequences that may wait", metavar="N")
     prefix_cache: bool = option(True, "reuse the cache of earlier prompts")
     threads: int | None = option(None, "threads to compute with; unset leaves it to torch", metavar="N")
+    cache_dir: Path | None = option(
+        None,
+        "where measurements are kept between starts; unset means ~/.cache/weft when it can be written",
+        metavar="DIR",
+    )
     api_key_file: Path | None = option(
         None, "file of hashed API keys; without it everybody may call", metavar="FILE"
     )
@@ -95,6 +101,17 @@ class EngineConfig:
             raise ConfigError("--model", "is needed with --artifacts")
         if self.source is not None and self.version is not None:
             raise ConfigError("--version", "belongs to --artifacts")
+
+
+def user_cache_dir() -> Path | None:
+    """~/.cache/weft when it is there or can be made, and can be written; else None. Makes nothing."""
+    try:
+        directory = Path.home() / ".cache" / "weft"
+    except RuntimeError:
+        return None  # a user without a home
+    nearest = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+    can_write = os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK)
+    return directory if can_write else None
 
 
 def load(argv: Sequence[str]) -> EngineConfig:

@@ -1,12 +1,14 @@
 """From how many rows on a 4-bit linear is faster dequantised than multiplied packed: measured, and
 remembered.
 
-Once per artifact, host and thread count: the figure is kept as a small JSON file when a directory is given.
+Once per artifact, kind of processor and thread count: the figure is kept as a small JSON file when a
+directory is given. The host's name is not asked: a container has a new one at every start.
 Knows linears and clocks; the figure changes speed and rounding, so deterministic engines never use it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -71,9 +73,19 @@ def _time(linear: Int4PackLinear, x: torch.Tensor) -> float:
 
 
 def _host_key(artifact_digest: str) -> str:
-    facts = (artifact_digest, platform.node(), platform.processor(), torch.backends.cpu.get_cpu_capability(),
-             torch.__version__, str(torch.get_num_threads()))  # fmt: skip
+    facts = (artifact_digest, _processor(), torch.backends.cpu.get_cpu_capability(), torch.__version__,
+             str(os.cpu_count()), str(torch.get_num_threads()))  # fmt: skip
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:24]
+
+
+def _processor() -> str:
+    """The processor's name; Linux alone tells it, and only in a file."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+        for line in file:
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()
 
 
 def _recall(path: Path | None) -> int | None:
@@ -92,8 +104,12 @@ def _remember(path: Path | None, rows: int) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump({"rows": rows}, file)
-        os.replace(temporary, path)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump({"rows": rows}, file)
+            os.replace(temporary, path)
+        except OSError:
+            os.unlink(temporary)
+            raise
     except OSError as error:
         _log.warning("crossover figure not kept in %s: %s", path, error)

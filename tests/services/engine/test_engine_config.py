@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,32 @@ def test_flags_reach_the_runner():
     assert (runner.kv_memory_bytes, runner.num_blocks) == (1 << 30, None)
     assert (runner.max_batch_size, runner.max_batched_tokens) == (8, 256)
     assert (runner.max_model_len, runner.num_threads) == (512, 2)
+
+
+def test_the_cache_directory_is_the_users_when_it_can_be_written(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert runner_config(load(["--source", "x"])).cache_dir == tmp_path / ".cache" / "weft"
+    assert not list(tmp_path.iterdir()), "nothing is made before there is something to keep"
+    assert runner_config(load(["--source", "x", "--cache-dir", "/c"])).cache_dir == Path("/c")
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.R_OK and real(path, mode))
+    assert runner_config(load(["--source", "x"])).cache_dir is None
+
+
+@pytest.mark.parametrize("home", ["file", "file/in/it", "dangling"])
+def test_an_odd_home_is_no_error(home, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    monkeypatch.setenv("HOME", str(tmp_path / home))
+    assert runner_config(load(["--source", "x"])).cache_dir is None
+
+
+def test_a_user_without_a_home_is_no_error(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    assert runner_config(load(["--source", "x"])).cache_dir is None
 
 
 def test_variables(monkeypatch):

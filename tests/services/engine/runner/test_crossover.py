@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from services.engine.application import runner_config
+from services.engine.config import load
 from services.engine.kernels import int4pack, reference
 from services.engine.kernels.int4pack import Int4PackLinear
 from services.engine.kernels.numerics import Numerics
 from services.engine.kernels.scratch import Scratch
 from services.engine.runner import crossover
+from services.engine.runner.model_runner import load_runner
 
 BF16 = Numerics(torch.bfloat16, is_deterministic=False)
 
@@ -82,6 +85,48 @@ def test_the_figure_is_remembered_per_artifact(tmp_path: Path, monkeypatch: pyte
     assert linear.crossover_rows == 96
     for path in tmp_path.iterdir():
         assert json.loads(path.read_text())["rows"] in (48, 96)
+
+
+def test_a_new_host_name_is_no_new_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container has another one at every start."""
+    figures = iter([48, 96])
+    monkeypatch.setattr(crossover, "measure_crossover", lambda linear: next(figures))
+    for name in ("a1b2", "c3d4"):
+        monkeypatch.setattr("platform.node", lambda name=name: name)
+        assert crossover.set_crossover([_linear()], "sha256:a", tmp_path) == 48
+
+
+def test_another_processor_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = iter([48, 96])
+    monkeypatch.setattr(crossover, "measure_crossover", lambda linear: next(figures))
+    assert crossover._processor()
+    for name, rows in (("old", 48), ("new", 96), ("old", 48)):
+        monkeypatch.setattr(crossover, "_processor", lambda name=name: name)
+        assert crossover.set_crossover([_linear()], "sha256:a", tmp_path) == rows
+
+
+def test_nothing_half_written_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(crossover, "measure_crossover", lambda linear: 24)
+    monkeypatch.setattr("os.replace", full)
+    assert crossover.set_crossover([_linear()], "sha256:a", tmp_path) == 24
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_engine_measures_once_per_artifact(
+    dtype: str, packed_demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = []
+    monkeypatch.setattr(crossover, "measure_crossover", lambda linear: measured.append(1) or 40)
+    flags = ["--source", str(packed_demo), "--dtype", dtype, "--num-blocks", "8"]
+    config = load([*flags, "--cache-dir", str(tmp_path / "cache")])
+    for _ in range(2):
+        info = load_runner(runner_config(config)).info
+        assert info.crossover_rows == (40 if dtype == "bfloat16" else None)
+    assert len(measured) == len(list(tmp_path.glob("cache/*"))) == (dtype == "bfloat16")
 
 
 @pytest.mark.parametrize("content", ["", "{}", '{"rows": "many"}', '{"rows": 0}', '{"rows": 1e9}', "[]"])
