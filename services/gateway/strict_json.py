@@ -12,7 +12,11 @@ import re
 from typing import Any, NoReturn
 
 MAX_DEPTH = 32
-_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# A string, one that never ends included: if it did not match, the next try would begin at its next quote, and
+# the cost would be the square of the length. Possessive, so nothing is tried twice.
+_STRING = r'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)'
+_BRACKETS = re.compile(rf"{_STRING}|[\[\]{{}}]", re.DOTALL)
+_COMMAS = re.compile(rf"{_STRING}|,", re.DOTALL)
 
 
 class StrictJsonError(ValueError):
@@ -48,7 +52,7 @@ def parse(data: bytes, *, max_depth: int = MAX_DEPTH, max_members: int = 200_000
 def _check_members(text: str, max_members: int) -> None:
     """Commas inside strings are prose; only the others make objects."""
     num_members = 0
-    for match in re.finditer(r'"(?:[^"\\]|\\.)*"|,', text, re.DOTALL):
+    for match in _COMMAS.finditer(text):
         if match.group() == ",":
             num_members += 1
             if num_members > max_members:

@@ -44,6 +44,9 @@ def test_good_json_is_what_it_always_was(value: object, is_ascii: bool) -> None:
         b"[" + b"9" * 5000 + b"]",
         b"[" + b"1," * 300_000 + b"1]",
         b"[1] x",
+        b'"' + b'\\"' * 100_000,
+        b'"' + b'\\"' * 100_000 + b"\\",
+        b"[" + b"," * 200_001 + b'"' + b'\\"' * 100_000,
     ],
 )
 def test_bad_json_is_refused_quickly(data: bytes) -> None:
