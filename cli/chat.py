@@ -8,9 +8,10 @@ from __future__ import annotations
 import sys
 from typing import Annotated
 
+import grpc
 import typer
 
-from cli.connection import ConnectionOptions, gateway
+from cli.connection import ConnectionOptions, describe, fail, gateway, usage_errors
 from cli.options import SamplingOptions, flattened
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import gateway_service_pb2_grpc as gateway_grpc
@@ -26,10 +27,12 @@ def chat(
     model: Annotated[str, typer.Option(help="Needed only where there are several.")] = "",
 ) -> None:
     """Talk with a model; each line is a turn."""
-    is_terminal = sys.stdin.isatty()
+    with usage_errors():
+        opening = [pb.ChatMessage(role="system", content=system)] if system else []
+        request = pb.GenerateRequest(model=model, sampling=sampling.to_proto(), stop=sampling.stop or ())
+    is_terminal = is_interactive()
     if is_terminal:
         typer.echo(HELP)
-    opening = [pb.ChatMessage(role="system", content=system)] if system else []
     history = list(opening)
     with gateway(connection) as stub:
         while (line := read_line("> " if is_terminal else "")) is not None:
@@ -41,15 +44,30 @@ def chat(
             if not line:
                 continue
             history.append(pb.ChatMessage(role="user", content=line))
-            answer = stream_answer(stub, history, sampling, connection, model)
+            request.chat.CopyFrom(pb.ChatPrompt(messages=history))
+            try:
+                answer = stream_answer(stub, request, connection)
+            except grpc.RpcError as error:
+                if not is_terminal:
+                    raise
+                # Whoever sits there may ask again; the conversation so far stays.
+                typer.echo(f"weft: {describe(error)}", err=True)
+                answer = None
             if answer is None:
                 history.pop()
             else:
                 history.append(pb.ChatMessage(role="assistant", content=answer))
 
 
+def is_interactive() -> bool:
+    """Whether a person types the turns."""
+    return sys.stdin.isatty()
+
+
 def read_line(prompt: str) -> str | None:
-    """One line without its surrounding blanks; None at the end of the input."""
+    """One line without its surrounding blanks; None at the end of the input. Ends the command when it is no
+    text.
+    """
     try:
         return input(prompt).strip()
     except EOFError:
@@ -57,21 +75,18 @@ def read_line(prompt: str) -> str | None:
     except KeyboardInterrupt:
         typer.echo()
         return None
+    except UnicodeDecodeError as error:
+        fail(f"stdin is not UTF-8: {error.reason}")
+        raise  # not reached: fail raises
 
 
 def stream_answer(
-    stub: gateway_grpc.GatewayServiceStub,
-    history: list[pb.ChatMessage],
-    sampling: SamplingOptions,
-    connection: ConnectionOptions,
-    model: str,
+    stub: gateway_grpc.GatewayServiceStub, request: pb.GenerateRequest, connection: ConnectionOptions
 ) -> str | None:
-    """Print the answer as it comes and return it; None when Ctrl-C stopped it before the first character.
+    """Print the answer as it comes and return it; None when there is not one character of it.
 
-    Raises grpc.RpcError.
+    Raises grpc.RpcError, with the line that had begun ended.
     """
-    request = pb.GenerateRequest(model=model, chat=pb.ChatPrompt(messages=history), stop=sampling.stop or ())
-    request.sampling.CopyFrom(sampling.to_proto())
     call = stub.Generate(request, timeout=connection.timeout, metadata=connection.metadata)
     pieces: list[str] = []
     try:
@@ -80,5 +95,9 @@ def stream_answer(
             typer.echo(event.delta.text, nl=False)
     except KeyboardInterrupt:
         call.cancel()
+    except grpc.RpcError:
+        if any(pieces):
+            typer.echo()
+        raise
     typer.echo()
     return "".join(pieces) or None

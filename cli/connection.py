@@ -57,8 +57,21 @@ class ConnectionOptions:
 
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
-        """The call's metadata."""
-        return auth_metadata(self.api_key or variable("WEFT_API_KEY"))
+        """The call's metadata. Raises typer.BadParameter for a key that no header can hold."""
+        # A key read from a file brings the file's line end along.
+        key = (self.api_key or variable("WEFT_API_KEY") or "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise typer.BadParameter("the API key holds characters that a header cannot")
+        return auth_metadata(key)
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """What a message cannot hold - a number too large, an argument that is not UTF-8 - is a wrong option."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from google.protobuf.json_format import MessageToJson
 
-from cli.connection import EXIT_INTERRUPTED, ConnectionOptions, fail, gateway
+from cli.connection import EXIT_INTERRUPTED, ConnectionOptions, fail, gateway, usage_errors
 from cli.options import SamplingOptions, flattened
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2 as generation
@@ -52,18 +52,19 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON event per line.")] = False,
 ) -> None:
     """Stream the completion of a prompt."""
-    request = pb.GenerateRequest(
-        model=model,
-        stop=sampling.stop or (),
-        request_id=request_id,
-        priority=priority,
-        must_complete=must_complete,
-        cache_salt=cache_salt,
-    )
-    if show_special_tokens:
-        request.skip_special_tokens = False
-    request.sampling.CopyFrom(sampling.to_proto(n=n, logprobs=logprobs))
-    set_prompt(request, prompt, chat=chat, token_ids=token_ids)
+    with usage_errors():
+        request = pb.GenerateRequest(
+            model=model,
+            sampling=sampling.to_proto(n=n, logprobs=logprobs),
+            stop=sampling.stop or (),
+            request_id=request_id,
+            priority=priority,
+            must_complete=must_complete,
+            cache_salt=cache_salt,
+        )
+        if show_special_tokens:
+            request.skip_special_tokens = False
+        set_prompt(request, prompt, chat=chat, token_ids=token_ids)
     with gateway(connection) as stub:
         call = stub.Generate(request, timeout=connection.timeout, metadata=connection.metadata)
         try:
@@ -79,14 +80,13 @@ def generate(
 
 
 def set_prompt(request: pb.GenerateRequest, prompt: str | None, *, chat: bool, token_ids: str | None) -> None:
-    """Fill the request's prompt from the argument, the ids or stdin. Raises typer.BadParameter."""
+    """Fill the request's prompt from the argument, the ids or stdin. Raises typer.BadParameter or
+    ValueError.
+    """
     if token_ids is not None:
         if prompt is not None or chat:
             raise typer.BadParameter("--token-ids takes the place of the prompt")
-        try:
-            request.token_ids.ids.extend(int(part) for part in token_ids.split(","))
-        except ValueError as error:
-            raise typer.BadParameter(f"--token-ids: {error}") from error
+        request.token_ids.ids.extend(int(part) for part in token_ids.split(","))
         return
     text = read_stdin() if prompt in (None, "-") else prompt or ""
     if chat:

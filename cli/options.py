@@ -64,7 +64,7 @@ class SamplingOptions:
     ] = False
 
     def to_proto(self, *, n: int | None = None, logprobs: int | None = None) -> generation.SamplingParams:
-        """The message, with only what was asked for; typer.BadParameter on what the wire cannot hold."""
+        """The message, with only what was asked for. Raises ValueError on what the wire cannot hold."""
         scalars = {
             name: value
             for name in (
@@ -73,20 +73,17 @@ class SamplingOptions:
             )
             if (value := getattr(self, name)) is not None
         }
-        try:
-            message = generation.SamplingParams(
-                **scalars,
-                n=n,
-                logprobs=logprobs,
-                stop_token_ids=self.stop_token_id or (),
-            )
-            if self.ignore_eos:
-                message.ignore_eos = True
-            for entry in self.logit_bias or ():
-                token_id, _, bias = entry.partition("=")
-                message.logit_bias.add(token_id=int(token_id), bias=float(bias))
-        except ValueError as error:
-            raise typer.BadParameter(str(error)) from error
+        message = generation.SamplingParams(
+            **scalars,
+            n=n,
+            logprobs=logprobs,
+            stop_token_ids=self.stop_token_id or (),
+        )
+        if self.ignore_eos:
+            message.ignore_eos = True
+        for entry in self.logit_bias or ():
+            token_id, _, bias = entry.partition("=")
+            message.logit_bias.add(token_id=int(token_id), bias=float(bias))
         return message
 
 

@@ -60,7 +60,7 @@ class FakeGateway(gateway_grpc.GatewayServiceServicer):
                 )
             )
         yield pb.GenerateResponse(started=pb.Started(request_id="r", seed=7))
-        if request.text == "late":
+        if request.text == "late" or [m.content for m in request.chat.messages][-1:] == ["late"]:
             yield pb.GenerateResponse(delta=pb.Delta(text="half a"))
             context.abort(grpc.StatusCode.UNAVAILABLE, "the engine is gone")
         if request.text == "endless":
@@ -244,11 +244,31 @@ def test_no_server_is_unavailable(command: tuple[str, ...]) -> None:
         ("--top-k", "5000000000"),
         ("--token-ids", "1,x"),
         ("--token-ids", "1"),
+        ("--token-ids", "-1"),
+        ("--priority", "99999999999"),
+        ("--stop", "\udcff"),
+        ("--model", "\udcff"),
     ],
 )
 def test_what_the_wire_cannot_hold_is_a_usage_error(fake: FakeGateway, args: tuple[str, ...]) -> None:
     assert weft(fake, "generate", "x", *args).exit_code == 2
     assert not fake.requests
+
+
+def test_an_argument_that_is_not_text_is_a_usage_error(fake: FakeGateway) -> None:
+    for args in (("generate", "\udcff"), ("generate", "--chat", "\udcff"), ("chat", "--system", "\udcff")):
+        result = weft(fake, *args)
+        assert result.exit_code == 2, args
+        assert "Traceback" not in result.stderr
+    assert not fake.requests
+
+
+def test_a_key_with_its_files_line_end_is_sent_without(fake: FakeGateway) -> None:
+    weft(fake, "generate", "x", WEFT_API_KEY="k2\n")
+    assert fake.metadata[0]["authorization"] == "Bearer k2"
+    bad = weft(fake, "generate", "x", "--api-key", "k\n1")
+    assert bad.exit_code == 2
+    assert "k\n1" not in bad.output
 
 
 def test_models(fake: FakeGateway) -> None:
@@ -269,6 +289,27 @@ def test_chat_keeps_the_conversation(fake: FakeGateway) -> None:
         [system, ("user", "one"), answer, ("user", "two")],
         [system, ("user", "three")],
     ]
+
+
+def test_an_error_in_a_conversation(fake: FakeGateway, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a script it is the end; a person keeps the conversation and may go on."""
+    turns = "one\nlate\ntwo\n"
+    script = weft(fake, "chat", stdin=turns)
+    assert (script.exit_code, script.stdout) == (1, "Once upon é 0\nhalf a\n")
+    assert script.stderr == "weft: UNAVAILABLE: the engine is gone\n"
+    fake.requests.clear()
+    monkeypatch.setattr("cli.chat.is_interactive", lambda: True)
+    person = weft(fake, "chat", stdin=turns)
+    assert person.exit_code == 0
+    assert person.stderr == "weft: UNAVAILABLE: the engine is gone\n"
+    assert [m.content for m in fake.requests[2].chat.messages] == ["one", "Once upon é 0", "two"]
+
+
+def test_chat_of_what_is_not_text_is_refused(fake: FakeGateway) -> None:
+    result = weft(fake, "chat", stdin=b"\xff\n")
+    assert result.exit_code in (1, 2)
+    assert "UTF-8" in result.stderr
+    assert not fake.requests
 
 
 def test_ctrl_c_cancels_the_call_and_exits_130(fake: FakeGateway) -> None:
