@@ -22,10 +22,9 @@ Write = Callable[[pb.MultiplexResponse], Awaitable[None]]
 
 
 class _Stream:
-    """One logical request: its task, and the live request once there is one."""
+    """One logical request, and the live request once there is one."""
 
     def __init__(self) -> None:
-        self.task: asyncio.Task[None] | None = None
         self.live: LiveRequest | None = None
         self.is_cancelled = False
 
@@ -39,6 +38,8 @@ class ClientStreams:
         self._owner = owner
         self._until = None if budget_s is None else gateway.now() + budget_s
         self._streams: dict[int, _Stream] = {}
+        # A task is here until its `end` is written, which is after its id has come free.
+        self._tasks: set[asyncio.Task[None]] = set()
         self._lock = asyncio.Lock()
 
     async def run(self, requests: AsyncIterator[pb.MultiplexRequest]) -> None:
@@ -46,43 +47,54 @@ class ClientStreams:
         try:
             async for request in requests:
                 await self._command(request)
-            while tasks := [s.task for s in self._streams.values() if s.task is not None]:
-                await asyncio.wait(tasks)
+            if self._tasks:
+                await asyncio.wait(self._tasks)
         finally:
-            tasks = [s.task for s in self._streams.values() if s.task is not None]
+            tasks = list(self._tasks)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _command(self, request: pb.MultiplexRequest) -> None:
         stream_id = request.stream_id
-        command = request.WhichOneof("command")
         stream = self._streams.get(stream_id)
-        if command == "cancel":
-            # An unknown id is a cancel that crossed the end of its request.
-            if stream is not None:
-                stream.is_cancelled = True
-                if stream.live is not None:
-                    stream.live.cancel()
-            return
         try:
-            refuse_unknown_fields(request)
-            if command is None:
-                raise invalid_argument([("command", "generate or cancel must be set")])
-            if stream is not None:
-                raise StatusError(
-                    grpc.StatusCode.ALREADY_EXISTS, f"stream {stream_id} is live: this stream is over"
-                )
-            if len(self._streams) >= MAX_STREAMS:
-                raise self._gateway.admission.refusal(f"more than {MAX_STREAMS} requests on one stream")
+            self._check(request, stream)
         except StatusError as error:
             if stream is not None:
                 # An end event for a live id would end the wrong request, so the whole call ends.
                 raise
             await self._end(stream_id, error)
             return
+        if request.WhichOneof("command") == "cancel":
+            # An unknown id is a cancel that crossed the end of its request.
+            if stream is not None:
+                stream.is_cancelled = True
+                if stream.live is not None:
+                    stream.live.cancel()
+            return
         stream = self._streams[stream_id] = _Stream()
-        stream.task = asyncio.create_task(self._serve(stream_id, stream, request))
+        task = asyncio.create_task(self._serve(stream_id, stream, request))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _check(self, request: pb.MultiplexRequest, stream: _Stream | None) -> None:
+        refuse_unknown_fields(request)
+        command = request.WhichOneof("command")
+        if command is None:
+            raise invalid_argument([("command", "generate or cancel must be set")])
+        if command == "cancel":
+            if request.HasField("budget_ms"):
+                raise invalid_argument([("budget_ms", "belongs to generate")])
+            return
+        if stream is not None:
+            raise StatusError(
+                grpc.StatusCode.ALREADY_EXISTS,
+                f"stream {request.stream_id} is live: this call is over",
+                reason="STREAM_ID_IN_USE",
+            )
+        if len(self._tasks) >= MAX_STREAMS:
+            raise self._gateway.admission.refusal(f"more than {MAX_STREAMS} requests on one stream")
 
     def _budget_s(self, request: pb.MultiplexRequest) -> float | None:
         own = request.budget_ms / 1000 if request.HasField("budget_ms") else None
@@ -95,7 +107,7 @@ class ClientStreams:
             await self._generate(stream_id, stream, request)
         except StatusError as error:
             failure = error
-        except grpc.aio.UsageError:
+        except grpc.aio.BaseError:
             return  # the client is gone; the call's own task says so
         except Exception as error:  # one request must not end the others
             error_id = new_error_id()
@@ -103,7 +115,7 @@ class ClientStreams:
             failure = internal_error(error_id)
         finally:
             del self._streams[stream_id]
-        with contextlib.suppress(grpc.aio.UsageError):
+        with contextlib.suppress(grpc.aio.BaseError):
             await self._end(stream_id, failure)
 
     async def _generate(self, stream_id: int, stream: _Stream, request: pb.MultiplexRequest) -> None:

@@ -123,8 +123,8 @@ class Gateway:
         except StatusError as error:
             code = error.code.name
             raise
-        except (asyncio.CancelledError, GeneratorExit):
-            code = "CANCELLED"
+        except (asyncio.CancelledError, GeneratorExit, grpc.aio.BaseError):
+            code = "CANCELLED"  # of the library's errors it is a write to a client that is gone
             raise
         except Exception:
             code = "INTERNAL"

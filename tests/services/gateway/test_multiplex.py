@@ -10,6 +10,8 @@ from typing import Any
 import grpc
 import pytest
 
+from services.gateway import client_streams
+from services.gateway.client_streams import ClientStreams
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2 as gen
 
@@ -112,6 +114,72 @@ async def test_a_live_stream_id_cannot_be_taken(gateway: Any) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await client.receive(1)
     assert caught.value.code() == grpc.StatusCode.ALREADY_EXISTS
+
+
+async def test_a_cancel_is_checked_like_any_other_command(gateway: Any) -> None:
+    unknown = pb.MultiplexRequest(stream_id=1, cancel=pb.CancelStream())
+    unknown.cancel.MergeFromString(bytes([0x98, 0x06, 0x01]))
+    late = pb.MultiplexRequest(stream_id=2, cancel=pb.CancelStream(), budget_ms=5)
+    client = Client(gateway.stub)
+    await client.send(unknown, late)
+    await client.receive(2)
+    assert {i: end.failure.code for i, end in client.ends.items()} == {1: 3, 2: 3}
+    assert client.ends[1].failure.field_violations[0].field == "cancel.99"
+    assert client.ends[2].failure.field_violations[0].field == "budget_ms"
+    await client.close()
+
+
+class SlowReader:
+    """Takes nothing before `go`; remembers what it took."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.taken: list[pb.MultiplexResponse] = []
+
+    async def write(self, response: pb.MultiplexResponse) -> None:
+        await self.go.wait()
+        self.taken.append(response)
+
+
+async def test_every_end_is_written_however_slow_the_reader(gateway: Any) -> None:
+    reader = SlowReader()
+    streams = ClientStreams(gateway.application.gateway, reader.write, owner=None, budget_s=None)
+
+    async def requests() -> Any:
+        for i in range(5):
+            yield generate(i, text="", seed=1)
+        await asyncio.sleep(0.1)  # all have failed, none has said so
+
+    run = asyncio.create_task(streams.run(requests()))
+    await asyncio.sleep(0.3)
+    assert not run.done()
+    reader.go.set()
+    await run
+    assert sorted(response.stream_id for response in reader.taken) == list(range(5))
+
+
+async def test_ends_that_nobody_reads_are_bounded(gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_streams, "MAX_STREAMS", 10)
+    reader = SlowReader()
+    streams = ClientStreams(gateway.application.gateway, reader.write, owner=None, budget_s=None)
+    num_read = 0
+
+    async def requests() -> Any:
+        nonlocal num_read
+        for i in range(100):
+            yield generate(i, text="", seed=1)
+            num_read += 1
+            await asyncio.sleep(0.002)
+
+    tasks = len(asyncio.all_tasks())
+    run = asyncio.create_task(streams.run(requests()))
+    await asyncio.sleep(0.5)
+    assert num_read <= 10
+    assert len(asyncio.all_tasks()) - tasks <= 12
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    assert len(asyncio.all_tasks()) <= tasks
 
 
 async def test_what_was_asked_before_the_half_close_is_served(gateway: Any) -> None:
