@@ -34,16 +34,27 @@ from weft.v1 import generation_pb2 as pb
 
 MAX_TEXT_BYTES = 2 << 20
 MAX_MESSAGES = 1024
+MAX_SEARCHED_BYTES = 16 << 10
 USUAL_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 _ROLE = re.compile(r"[a-z_]{1,32}")
 log = logs.get_logger("gateway")
 
 
 def refuse_unknown_fields(message: Message) -> None:
-    """INVALID_ARGUMENT naming the numbers of fields that this version does not know, nested ones included."""
-    found = list(_unknown_fields(message, ""))
-    if found:
-        raise invalid_argument([(path, "is no field of this version") for path in found[:20]])
+    """INVALID_ARGUMENT naming the numbers of fields that this version does not know, nested ones included.
+
+    Millions of them fit into a message, so they are looked for one by one only where that is quick.
+    """
+    known = type(message)()
+    known.CopyFrom(message)
+    known.DiscardUnknownFields()
+    size = message.ByteSize()
+    if known.ByteSize() == size:
+        return
+    if size > MAX_SEARCHED_BYTES:
+        raise invalid_argument([("request", "holds fields that this version does not know")])
+    found = dict.fromkeys(_unknown_fields(message, ""))
+    raise invalid_argument([(path, "is no field of this version") for path in list(found)[:20]])
 
 
 def _unknown_field_set(message: Message) -> Iterable[Any]:
@@ -100,7 +111,10 @@ async def tokenize(
             if not prompt.text:
                 raise invalid_argument([("text", "must not be empty")])
             check_size("text", prompt.text)
-            return await assets.tokenizer.encode_text(prompt.text)
+            token_ids = await assets.tokenizer.encode_text(prompt.text)
+            if not token_ids:
+                raise invalid_argument([("text", "holds nothing that the model's tokenizer knows")])
+            return token_ids
         if kind == "chat":
             return await _tokenize_chat(prompt.chat, assets)
         if kind == "token_ids" and isinstance(prompt, gateway_pb.GenerateRequest):

@@ -11,8 +11,9 @@ import grpc
 import pytest
 from google.protobuf import unknown_fields
 
+from services.gateway.resolution import refuse_unknown_fields
 from weft.rpc.auth import Authenticator, hash_key
-from weft.rpc.errors import error_from_call
+from weft.rpc.errors import StatusError, error_from_call
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2 as gen
 
@@ -134,6 +135,34 @@ async def test_unknown_fields_are_named_by_number(gateway: Any) -> None:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await gateway.stub.ListModels(pb.ListModelsRequest.FromString(bytes([0x98, 0x06, 0x01])))
     assert caught.value.code() == INVALID
+
+
+@pytest.mark.parametrize("where", ["top", "nested"])
+async def test_millions_of_unknown_fields_hold_nobody_up(where: str) -> None:
+    unknown = bytes([0x98, 0x06, 0x01]) * 1_000_000
+    request = text(sampling=S(top_p=0.5))
+    (request if where == "top" else request.sampling).MergeFromString(unknown)
+    begin = time.process_time()
+    with pytest.raises(StatusError) as caught:
+        refuse_unknown_fields(request)
+    assert caught.value.code == INVALID
+    assert time.process_time() - begin < 0.2
+    many = text(sampling=S(logit_bias=[S.LogitBias()] * 500_000))
+    begin = time.process_time()
+    refuse_unknown_fields(many)
+    assert time.process_time() - begin < 0.2
+
+
+async def test_a_text_without_a_token(gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer that adds no begin token and drops what it does not know."""
+
+    async def encode_text(text: str) -> list[int]:
+        return []
+
+    monkeypatch.setattr(gateway.link.assets.tokenizer, "encode_text", encode_text)
+    error = await refused(gateway, text("\u3164"))
+    assert error.code() == INVALID
+    assert error_from_call(error).field_violations[0][0] == "text"
 
 
 @pytest.mark.parametrize(
