@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from services.gateway.http.errors import HttpError, bad_request
 from weft.v1 import gateway_service_pb2 as pb
@@ -105,6 +105,7 @@ def parse_request(document: dict[str, Any], *, is_chat: bool) -> HttpRequest:
 
 
 _Take = Callable[[str], Any]
+_Number = TypeVar("_Number", int, float)
 
 
 def _typed(value: Any, kind: type, name: str) -> Any:
@@ -131,6 +132,13 @@ def _number(value: Any, name: str) -> float | None:
     if abs(value) > 1e30:
         raise bad_request(name, "is out of range", code="invalid_value")
     return float(value)
+
+
+def _present(value: _Number | None, name: str) -> _Number:
+    """null means unset for a parameter; inside of one it means nothing."""
+    if value is None:
+        raise bad_request(name, "holds a null", code="invalid_value")
+    return value
 
 
 def _text_prompt(request: pb.GenerateRequest, take: _Take) -> None:
@@ -203,12 +211,12 @@ def _sampling(request: pb.GenerateRequest, take: _Take) -> None:
         sampling.ignore_eos = ignore_eos
     stop_ids = _typed(take("stop_token_ids"), list, "stop_token_ids") or []
     for token_id in stop_ids:
-        sampling.stop_token_ids.append(_integer(token_id, "stop_token_ids", 32) or 0)
+        sampling.stop_token_ids.append(_present(_integer(token_id, "stop_token_ids", 32), "stop_token_ids"))
     biases = _typed(take("logit_bias"), dict, "logit_bias") or {}
     for key, value in biases.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < 2**32):
             raise bad_request("logit_bias", "its keys must be token ids", code="invalid_value")
-        sampling.logit_bias.add(token_id=int(key), bias=_number(value, "logit_bias") or 0.0)
+        sampling.logit_bias.add(token_id=int(key), bias=_present(_number(value, "logit_bias"), "logit_bias"))
 
 
 def _lengths(request: pb.GenerateRequest, take: _Take, is_chat: bool) -> None:
