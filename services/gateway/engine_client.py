@@ -22,6 +22,7 @@ from services.gateway.multiplexer import LinkCounters, Multiplexer, ProtocolViol
 from services.gateway.watchdog import Watchdog
 from weft import logs
 from weft.rpc.channel import open_channel
+from weft.rpc.errors import new_error_id
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1.engine_service_pb2_grpc import EngineServiceStub
 
@@ -140,6 +141,9 @@ class EngineLink:
                 self._note(str(error))
             except grpc.aio.AioRpcError as error:
                 self._note(f"{error.code().name}: {error.details()}")
+            except Exception as error:  # whatever an engine or its files do, the next try may find another
+                self._note(f"internal error: {type(error).__name__}", error)
+                backoff_s = self._times.refused_backoff_s
             if self.counters.sessions > num_sessions:
                 backoff_s = self._times.min_backoff_s
             await asyncio.sleep(backoff_s)
@@ -280,9 +284,11 @@ class EngineLink:
             elif self.num_live and (problem := self._watchdog.problem(now)) is not None:
                 raise LinkLost(problem)
 
-    def _note(self, problem: str) -> None:
+    def _note(self, problem: str, error: Exception | None = None) -> None:
         if problem != self.last_problem:
             log.warning("link down", target=self.target, reason=problem)
+            if error is not None:
+                log.failure("unhandled exception", error, target=self.target, error_id=new_error_id())
         self.last_problem = problem
 
     @staticmethod

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +10,8 @@ from weft.sampling import validate_sampling
 from weft.v1 import generation_pb2 as pb
 
 log = logs.get_logger("gateway.assets")
+# Beyond it a number may be too large for a float; the validator refuses it long before.
+MAX_NUMBER = 1e30
 _FLOATS = ("temperature", "top_p", "repetition_penalty")
 
 
@@ -27,7 +28,7 @@ class GenerationDefaults:
         sampling = pb.SamplingParams()
         for name in _FLOATS:
             value = document.get(name)
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_NUMBER:
                 _set_if_valid(sampling, name, float(value))
         top_k = document.get("top_k")
         if type(top_k) is int and 0 <= top_k < 2**31:

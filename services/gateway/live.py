@@ -15,12 +15,15 @@ import grpc
 
 from services.gateway.request import ResolvedRequest, SampleEnd, SampleUpdate
 from services.gateway.sample_output import SampleOutput
-from weft.rpc.errors import StatusError, error_from_failure
+from weft import logs
+from weft.rpc.errors import StatusError, error_from_failure, internal_error, new_error_id
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1 import generation_pb2 as pb
 
 # A slot is paused when this many of its tokens wait for the client, and goes on below half of it.
 MAX_PENDING_TOKENS = 256
+log = logs.get_logger("gateway")
+_DEADLINE_EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
 
 
 class Link(Protocol):
@@ -86,9 +89,14 @@ class LiveSample:
         self.request.wake()
 
     def on_rejected(self, failure: pb.Failure) -> None:
-        """The engine refused the sample; that ends the request."""
+        """The engine refused the sample. That ends the request; but a sample with tokens, started again too
+        close to its deadline, ends as any other that its deadline met.
+        """
         self.link = None
-        self.request.fail(error_from_failure(failure))
+        if failure.code == _DEADLINE_EXCEEDED:
+            self.finish_at_deadline(failure)
+        else:
+            self.request.fail(error_from_failure(failure))
 
     def on_token(self, token_id: int, logprobs: engine_pb.EntryLogprobs | None) -> None:
         """The next token of the sample, in order."""
@@ -120,9 +128,9 @@ class LiveSample:
         elif finished.HasField("failure") and (reason == pb.FINISH_REASON_ERROR or not self.token_ids):
             self.request.fail(error_from_failure(finished.failure))
         elif reason in (pb.FINISH_REASON_UNSPECIFIED, pb.FINISH_REASON_ERROR):
-            self.request.fail(
-                StatusError(grpc.StatusCode.INTERNAL, "the engine ended the request unexplained")
-            )
+            error_id = new_error_id()
+            log.error("the engine ended a sample unexplained", reason=reason, error_id=error_id)
+            self.request.fail(internal_error(error_id))
         else:
             self._end(reason, finished)
 
@@ -139,12 +147,13 @@ class LiveSample:
             self._end(pb.FINISH_REASON_CANCELLED, engine_pb.Finished())
         return self.end is not None
 
-    def finish_at_deadline(self) -> None:
-        """End the sample because its deadline came while no engine worked on it."""
+    def finish_at_deadline(self, failure: pb.Failure | None = None) -> None:
+        """End the sample because its deadline came while no engine worked on it, or none would."""
         if self.token_ids:
             self._end(pb.FINISH_REASON_DEADLINE, engine_pb.Finished())
         else:
-            self.request.fail(StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, "no token before the deadline"))
+            text = "no token before the deadline" if failure is None else failure.message
+            self.request.fail(StatusError(grpc.StatusCode.DEADLINE_EXCEEDED, text))
 
     def cancel(self) -> None:
         """End the sample on the client's wish; what it has so far is delivered."""

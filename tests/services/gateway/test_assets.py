@@ -150,6 +150,13 @@ def test_generation_config_gives_what_is_usable() -> None:
     assert not sampling.HasField("repetition_penalty")
 
 
+@pytest.mark.parametrize("name", ["temperature", "top_p", "top_k", "repetition_penalty", "eos_token_id"])
+def test_a_number_of_400_digits_is_no_default(name: str) -> None:
+    defaults = GenerationDefaults.parse({name: 10**400})
+    assert not defaults.sampling.ListFields()
+    assert defaults.eos_token_ids == ()
+
+
 async def test_what_is_in_use_is_not_closed(tmp_path: Path, demo_model: Path) -> None:
     (tmp_path / "tokenizer.json").write_bytes((demo_model / "tokenizer.json").read_bytes())
     used: list[Any] = []

@@ -192,6 +192,58 @@ async def test_a_request_that_kills_engines_is_given_up(gateway: Any, engine: An
     assert len(engine.submits) == 4
 
 
+async def test_a_replay_refused_for_its_deadline_ends_as_any_deadline(
+    gateway: Any, engine: Any, settle: Any
+) -> None:
+    """Tokens were delivered, so it is an end with status OK and usage, never DEADLINE_EXCEEDED."""
+    task = asyncio.create_task(ids_of(gateway.stub.Generate(wanted(tokens=900), timeout=8)))
+    await settle(lambda: gateway.link.counters.tokens > 20)
+    engine.reject = gen.Failure(code=4, message="0.1 s are left; about 0.5 s are needed")
+    await engine.die()
+    await engine.start()
+    ids, finish = await task
+    assert finish.reason == gen.FINISH_REASON_DEADLINE
+    assert finish.usage.completion_tokens == len(ids) > 20
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await ids_of(gateway.stub.Generate(wanted(), timeout=8))
+    assert caught.value.code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert "needed" in caught.value.details()
+
+
+async def test_an_end_without_a_reason_is_internal_with_an_id(
+    gateway: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gen, "FINISH_REASON_LENGTH", gen.FINISH_REASON_UNSPECIFIED)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await ids_of(gateway.stub.Generate(wanted(tokens=3)))
+    assert caught.value.code() == grpc.StatusCode.INTERNAL
+    error_id = error_from_call(caught.value).error_id
+    assert error_id
+    assert error_id in caught.value.details()
+
+
+async def test_a_link_outlives_whatever_happens_on_it(
+    start_engine: Any, start_gateway: Any, settle: Any
+) -> None:
+    engine = await start_engine()
+    gateway = await start_gateway(engine, wait=False)
+    load = gateway.link._load_assets
+    tries = 0
+
+    async def failing(info: Any) -> Any:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise OverflowError("a secret of the file")
+        return await load(info)
+
+    gateway.link._load_assets = failing
+    await settle(gateway.load.done)
+    gateway.server.set_serving()
+    assert gateway.link.is_up
+    assert (await ids_of(gateway.stub.Generate(wanted())))[0] == expected(engine, 1, 100)
+
+
 async def test_a_dead_engine_is_noticed(start_engine: Any, start_gateway: Any, settle: Any) -> None:
     engine = await start_engine()
     gateway = await start_gateway(engine, engine_wait_seconds=0)
