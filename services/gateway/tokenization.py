@@ -104,6 +104,8 @@ class Tokenizer:
         ids: list[int] = []
         start = 0
         for match in self._special_pattern.finditer(rendered):
+            if rendered.startswith(marker, match.end()):
+                continue  # of one character: the marker could not go between
             self._extend(
                 ids, rendered[start : match.start()].replace(marker, ""), self._special[match.group()]
             )
