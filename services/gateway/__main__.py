@@ -1,44 +1,15 @@
-"""`python -m services.gateway serve`: configuration, logs, keys, and the server. Wiring only."""
+"""`python -m services.gateway serve`: signals first, then the imports, which take a while."""
 
 from __future__ import annotations
 
-import asyncio
 import sys
 
-from services.gateway.application import GatewayApplication
-from services.gateway.config import GatewayConfig, load
-from weft import logs
-from weft.config import effective
-from weft.rpc.auth import Authenticator, KeyFileError
-from weft.rpc.server import BindError, exit_process, serve
-
-log = logs.get_logger("gateway")
-USAGE = "usage: python -m services.gateway serve [--help | OPTIONS]"
-
-
-async def _run(config: GatewayConfig) -> int:
-    authenticator = Authenticator.from_file(config.api_key_file) if config.api_key_file else None
-    engine_key = None
-    if config.engine_api_key_file is not None:
-        engine_key = config.engine_api_key_file.read_text(encoding="ascii").strip()
-    application = GatewayApplication(config, authenticator=authenticator, engine_api_key=engine_key)
-    return await serve(application, config.listen, is_public=True, authenticator=authenticator)
-
-
-def main(argv: list[str]) -> int:
-    """Serve until a signal. Exit code 0 after a drain, 1 when it cannot start, 2 on a bad flag."""
-    if argv[:1] != ["serve"]:
-        print(USAGE, file=sys.stderr)
-        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
-    config = load(argv[1:])
-    logs.start(config.log_level)
-    log.info("configuration", **effective(config))
-    try:
-        return asyncio.run(_run(config))
-    except (BindError, KeyFileError, OSError, ValueError) as error:
-        log.error("cannot start", reason=str(error))
-        return 1
-
+from weft.rpc.early import leave_on_signals
 
 if __name__ == "__main__":
+    leave_on_signals()
+
+    from services.gateway.serve import main
+    from weft.rpc.server import exit_process
+
     exit_process(main(sys.argv[1:]))

@@ -19,7 +19,7 @@ print(os.environ["OMP_WAIT_POLICY"])
 """
 
 
-@pytest.mark.parametrize("module", ["services.engine.__main__", "services.quantizer.__main__"])
+@pytest.mark.parametrize("module", ["services.engine.serve", "services.quantizer.__main__"])
 @pytest.mark.parametrize(("given", "expected"), [(None, "passive"), ("active", "active")])
 def test_torch_is_imported_after_the_policy_is_set(root, module, given, expected):
     environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}

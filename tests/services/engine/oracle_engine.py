@@ -10,8 +10,7 @@ import sys
 import time
 from typing import Any
 
-from services.engine import __main__ as engine_main
-from services.engine import application
+from services.engine import application, serve
 from services.engine.runner.config import RunnerInfo
 from tests.services.engine.core.oracle import VOCABULARY, OracleRunner
 from weft.rpc.server import exit_process
@@ -56,4 +55,4 @@ def load_model(config: Any) -> tuple[MoodyRunner, RunnerInfo]:
 
 if __name__ == "__main__":
     application.load_model = load_model
-    exit_process(engine_main.main(sys.argv[1:]))
+    exit_process(serve.main(sys.argv[1:]))
