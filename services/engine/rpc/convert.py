@@ -14,7 +14,6 @@ from services.engine.rpc.errors import status_error
 from weft.rpc.errors import failure_from
 from weft.rpc.unknown_fields import unknown_fields
 from weft.sampling import (
-    MAX_VIOLATIONS,
     FieldViolation,
     validate_labels,
     validate_length,
@@ -54,12 +53,14 @@ def check(request: pb.Submit | pb.GenerateTokensRequest, info: pb.GetInfoRespons
     if not found:
         found += [FieldViolation(path, "is no field of this version") for path in unknown_fields(request)]
     if found:
-        return found[:MAX_VIOLATIONS]
+        return found
     max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else None
     found += validate_length(
         num_prompt_tokens=num_prompt, max_tokens=max_tokens, max_model_len=info.max_model_len
     )
     room = info.max_model_len - num_prompt if max_tokens is None else max_tokens
+    if not found and sampling.min_tokens > room:
+        found.append(FieldViolation("sampling.min_tokens", f"must not be above the {room} tokens of room"))
     if not found and len(request.emitted_token_ids) > room:
         found.append(FieldViolation("emitted_token_ids", f"are more than the {room} tokens of the output"))
     if not found:

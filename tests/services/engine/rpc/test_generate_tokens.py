@@ -111,6 +111,7 @@ async def test_resume_and_logprobs():
         (request(2**31), "sampling.max_tokens"),
         (request(sampling=sampling(4, temperature=float("inf"))), "sampling.temperature"),
         (request(sampling=sampling(4, n=2)), "sampling.n"),
+        (request(sampling=generation_pb2.SamplingParams(min_tokens=1_999)), "sampling.min_tokens"),
         (request(priority=-101), "priority"),
     ],
 )
