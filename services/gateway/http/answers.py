@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from services.gateway.http.parameters import HttpRequest
@@ -19,17 +20,22 @@ _REASONS = {
 
 
 class AnswerWriter:
-    """Writes one request's answer. Feed it every update; it keeps what the end needs."""
+    """Writes the answer to the requests of one body. Feed it every update, with the index of its request; it
+    keeps what the end needs. Choice p * n + i is sample i of prompt p.
+    """
 
-    def __init__(self, request: HttpRequest, resolved: ResolvedRequest) -> None:
+    def __init__(self, request: HttpRequest, request_id: str, resolved: Sequence[ResolvedRequest]) -> None:
         self._request = request
+        self._request_id = request_id
         self._resolved = resolved
         self._created = int(time.time())
-        self._ends: list[SampleEnd] = []
-        self._texts: dict[int, list[str]] = {index: [] for index in range(resolved.num_samples)}
-        self._logprobs: dict[int, list[Any]] = {index: [] for index in range(resolved.num_samples)}
-        self._reasons: dict[int, SampleEnd] = {}
-        self._offsets = [0] * resolved.num_samples
+        self._num_samples = resolved[0].num_samples
+        self._vocabulary = resolved[0].assets.vocabulary
+        num_choices = len(resolved) * self._num_samples
+        self._texts: list[list[str]] = [[] for _ in range(num_choices)]
+        self._logprobs: list[list[Any]] = [[] for _ in range(num_choices)]
+        self._offsets = [0] * num_choices
+        self._ends: dict[int, SampleEnd] = {}
 
     def first_chunks(self) -> list[dict[str, Any]]:
         """What a chat stream begins with: the role, once a choice."""
@@ -38,23 +44,24 @@ class AnswerWriter:
         delta = {"role": "assistant", "content": ""}
         return [
             self._chunk([self._choice(index, {"delta": delta}, None, None)])
-            for index in range(self._resolved.num_samples)
+            for index in range(len(self._texts))
         ]
 
-    def chunks(self, updates: list[SampleUpdate]) -> list[dict[str, Any]]:
+    def chunks(self, prompt: int, updates: list[SampleUpdate]) -> list[dict[str, Any]]:
         """The chunks of some updates; one without text is sent only for what else it carries."""
         found = []
         for update in updates:
-            logprobs = self._logprobs_of(update)
+            index = prompt * self._num_samples + update.sample_index
+            logprobs = self._logprobs_of(index, update)
             if update.end is not None:
-                self._ends.append(update.end)
+                self._ends[index] = update.end
             if not (update.text or update.end is not None or logprobs):
                 continue
             if self._request.is_chat:
                 content: dict[str, Any] = {"delta": {"content": update.text} if update.text else {}}
             else:
                 content = {"text": update.text}
-            choice = self._choice(update.sample_index, content, self._wrap(logprobs), update.end)
+            choice = self._choice(index, content, self._wrap(logprobs), update.end)
             found.append(self._chunk([choice]))
         return found
 
@@ -64,39 +71,38 @@ class AnswerWriter:
             return None
         return {**self._chunk([]), "usage": self._usage()}
 
-    def add(self, updates: list[SampleUpdate]) -> None:
+    def add(self, prompt: int, updates: list[SampleUpdate]) -> None:
         """Take in updates of an answer that is sent whole."""
         for update in updates:
-            self._texts[update.sample_index].append(update.text)
-            self._logprobs[update.sample_index] += self._logprobs_of(update)
+            index = prompt * self._num_samples + update.sample_index
+            self._texts[index].append(update.text)
+            self._logprobs[index] += self._logprobs_of(index, update)
             if update.end is not None:
-                self._ends.append(update.end)
-                self._reasons[update.sample_index] = update.end
+                self._ends[index] = update.end
 
     def whole(self) -> dict[str, Any]:
         """The whole answer, once every sample has ended."""
         choices = []
-        for index, pieces in self._texts.items():
+        for index, pieces in enumerate(self._texts):
             text = "".join(pieces)
             if self._request.is_chat:
                 message = {"role": "assistant", "content": text, "refusal": None}
                 content: dict[str, Any] = {"message": message}
             else:
                 content = {"text": text}
-            choices.append(
-                self._choice(index, content, self._wrap(self._logprobs[index]), self._reasons[index])
-            )
+            choices.append(self._choice(index, content, self._wrap(self._logprobs[index]), self._ends[index]))
         kind = "chat.completion" if self._request.is_chat else "text_completion"
         return {**self._head(kind), "choices": choices, "usage": self._usage()}
 
     def _head(self, kind: str) -> dict[str, Any]:
         prefix = "chatcmpl" if self._request.is_chat else "cmpl"
+        info = self._resolved[0].info
         return {
-            "id": f"{prefix}-{self._resolved.request_id}",
+            "id": f"{prefix}-{self._request_id}",
             "object": kind,
             "created": self._created,
-            "model": self._resolved.info.model_name,
-            "system_fingerprint": self._resolved.info.artifact_digest or None,
+            "model": info.model_name,
+            "system_fingerprint": info.artifact_digest or None,
         }
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -115,21 +121,25 @@ class AnswerWriter:
         return choice
 
     def _usage(self) -> dict[str, Any]:
-        prompt = len(self._resolved.prompt_token_ids)
-        completion = sum(end.usage.completion_tokens for end in self._ends)
-        cached = min((end.usage.cached_tokens for end in self._ends), default=0)
+        prompt = sum(len(resolved.prompt_token_ids) for resolved in self._resolved)
+        completion = sum(end.usage.completion_tokens for end in self._ends.values())
+        cached = [self._ends[index].usage.cached_tokens for index in range(len(self._texts))]
+        n = self._num_samples
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": cached},
+            # A prompt's tokens are counted once, so are those of them that every sample found.
+            "prompt_tokens_details": {
+                "cached_tokens": sum(min(cached[first : first + n]) for first in range(0, len(cached), n))
+            },
         }
 
-    def _logprobs_of(self, update: SampleUpdate) -> list[Any]:
+    def _logprobs_of(self, index: int, update: SampleUpdate) -> list[Any]:
         """One entry a token, in the spelling of the endpoint; text offsets are set here, in order."""
         if not update.logprobs:
             return []
-        pieces = self._resolved.assets.vocabulary
+        pieces = self._vocabulary
         entries: list[Any] = []
         for token_id, entry in zip(update.token_ids, update.logprobs, strict=False):
             top = [
@@ -142,11 +152,11 @@ class AnswerWriter:
                 )
             else:
                 text = piece.decode("utf-8", "replace")
-                offset = self._offsets[update.sample_index]
-                self._offsets[update.sample_index] += len(text)
-                entries.append(
-                    (text, entry.logprob, {b.decode("utf-8", "replace"): p for b, p in top}, offset)
-                )
+                offset = self._offsets[index]
+                self._offsets[index] += len(text)
+                # The drawn token is always among them: one more than asked for, when it is none of the top.
+                named = {b.decode("utf-8", "replace"): p for b, p in top} | {text: entry.logprob}
+                entries.append((text, entry.logprob, named, offset))
         return entries
 
     def _wrap(self, entries: list[Any]) -> dict[str, Any] | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from typing import Any
 
 from services.gateway.gateway import Gateway
@@ -105,8 +106,6 @@ class Completions(Endpoint):
     async def respond(self, scope: Scope, receive: Receive, out: Output, owner: str | None) -> None:
         """Generate, while watching for the client's leave."""
         request = parse_request(await read_object(scope, receive), is_chat=self._is_chat)
-        if not request.generate.request_id:
-            request.generate.request_id = uuid.uuid4().hex
         work = asyncio.create_task(self._generate(request, out, owner))
         watch = asyncio.create_task(_wait_for_disconnect(receive))
         try:
@@ -120,28 +119,55 @@ class Completions(Endpoint):
             await asyncio.gather(work, watch, return_exceptions=True)
 
     async def _generate(self, request: HttpRequest, out: Output, owner: str | None) -> None:
-        async with self.gateway.open(request.generate, owner=owner, budget_s=None) as live:
-            await live.admitted()
-            writer = AnswerWriter(request, live.resolved)
-            headers = [(b"x-request-id", live.resolved.request_id.encode("ascii"))]
+        request_id = request.generates[0].request_id or uuid.uuid4().hex
+        headers = [(b"x-request-id", request_id.encode("ascii", "replace"))]
+        async with contextlib.AsyncExitStack() as stack:
+            lives: list[LiveRequest] = []
+            for index, generate in enumerate(request.generates):
+                generate.request_id = request_id if len(request.generates) == 1 else f"{request_id}-{index}"
+                opened = self.gateway.open(generate, owner=owner, budget_s=None)
+                lives.append(await stack.enter_async_context(opened))
+            for live in lives:
+                await live.admitted()
+            writer = AnswerWriter(request, request_id, [live.resolved for live in lives])
             if request.is_stream:
-                await self._stream(live, writer, out, headers)
+                await self._stream(lives, writer, out, headers)
                 return
-            while (updates := await live.next_updates()) is not None:
-                writer.add(updates)
+            await _all([_gather(index, live, writer) for index, live in enumerate(lives)])
         await out.whole(200, encode(writer.whole()), [*_JSON, *headers])
 
     @staticmethod
     async def _stream(
-        live: LiveRequest, writer: AnswerWriter, out: Output, headers: list[tuple[bytes, bytes]]
+        lives: list[LiveRequest], writer: AnswerWriter, out: Output, headers: list[tuple[bytes, bytes]]
     ) -> None:
+        async def send(index: int, live: LiveRequest) -> None:
+            while (updates := await live.next_updates()) is not None:
+                await out.events(writer.chunks(index, updates))
+
         await out.begin_stream(headers)
         await out.events(writer.first_chunks())
-        while (updates := await live.next_updates()) is not None:
-            await out.events(writer.chunks(updates))
+        await _all([send(index, live) for index, live in enumerate(lives)])
         usage = writer.usage_chunk()
         await out.events([usage] if usage is not None else [])
         await out.end_stream(b"data: [DONE]\n\n")
+
+
+async def _gather(index: int, live: LiveRequest, writer: AnswerWriter) -> None:
+    while (updates := await live.next_updates()) is not None:
+        writer.add(index, updates)
+
+
+async def _all(works: list[Coroutine[Any, Any, None]]) -> None:
+    """Run all of `works` to their end. The first error ends the others and is raised."""
+    if len(works) == 1:
+        return await works[0]
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _wait_for_disconnect(receive: Receive) -> None:

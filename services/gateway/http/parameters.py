@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from services.gateway.http.errors import HttpError, bad_request
+from services.gateway.http.prompts import add_messages, prompts_of
 from weft.v1 import gateway_service_pb2 as pb
 
 # /v1/completions has always stopped after 16 tokens unless told otherwise.
@@ -62,9 +63,9 @@ _ONLY_NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """What was asked for: the request itself, and how the answer is to be written."""
+    """What was asked for: one request a prompt, alike in all else, and how the answer is to be written."""
 
-    generate: pb.GenerateRequest
+    generates: list[pb.GenerateRequest]
     is_chat: bool
     is_stream: bool
     includes_usage: bool
@@ -82,7 +83,9 @@ def parse_request(document: dict[str, Any], *, is_chat: bool) -> HttpRequest:
         return fields.get(name)
 
     request.model = _typed(take("model"), str, "model") or ""
-    (_chat_prompt if is_chat else _text_prompt)(request, take)
+    if is_chat:
+        add_messages(request.chat, take("messages"))
+    prompts = [] if is_chat else prompts_of(take("prompt"))
     _sampling(request, take)
     _lengths(request, take, is_chat)
     has_logprobs = _logprobs(request, take, is_chat)
@@ -101,7 +104,18 @@ def parse_request(document: dict[str, Any], *, is_chat: bool) -> HttpRequest:
     if unknown:
         names = ", ".join(name[:64] for name in unknown[:20])
         raise HttpError(400, f"unknown parameter: {names}", param=unknown[0][:64], code="unknown_parameter")
-    return HttpRequest(request, is_chat, is_stream, includes_usage, has_logprobs)
+    generates = [_with_prompt(request, prompt) for prompt in prompts] or [request]
+    return HttpRequest(generates, is_chat, is_stream, includes_usage, has_logprobs)
+
+
+def _with_prompt(request: pb.GenerateRequest, prompt: str | list[int]) -> pb.GenerateRequest:
+    found = pb.GenerateRequest()
+    found.CopyFrom(request)
+    if isinstance(prompt, str):
+        found.text = prompt
+    else:
+        found.token_ids.ids.extend(prompt)
+    return found
 
 
 _Take = Callable[[str], Any]
@@ -139,61 +153,6 @@ def _present(value: _Number | None, name: str) -> _Number:
     if value is None:
         raise bad_request(name, "holds a null", code="invalid_value")
     return value
-
-
-def _text_prompt(request: pb.GenerateRequest, take: _Take) -> None:
-    prompt = take("prompt")
-    # A list of one prompt is what some libraries make of every prompt.
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
-        prompt = prompt[0]
-    if isinstance(prompt, str):
-        request.text = prompt
-    elif isinstance(prompt, list) and prompt and all(type(i) is int for i in prompt):
-        if not all(0 <= i < 2**32 for i in prompt):
-            raise bad_request("prompt", "a token id is out of range", code="invalid_value")
-        request.token_ids.ids.extend(prompt)
-    elif isinstance(prompt, list) and prompt and all(isinstance(i, str | list) for i in prompt):
-        raise bad_request(
-            "prompt", "several prompts in one request are not supported", code="unsupported_value"
-        )
-    else:
-        raise bad_request("prompt", "must be a string or a list of token ids", code="invalid_type")
-
-
-def _chat_prompt(request: pb.GenerateRequest, take: _Take) -> None:
-    messages = take("messages")
-    if not isinstance(messages, list):
-        raise bad_request("messages", "must be a list", code="invalid_type")
-    request.chat.SetInParent()
-    for index, message in enumerate(messages):
-        where = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise bad_request(where, "must be an object", code="invalid_type")
-        for name, value in message.items():
-            if name not in ("role", "content") and value is not None and value != []:
-                raise bad_request(f"{where}.{name[:64]}", "is not supported", code="unsupported_parameter")
-        role = message.get("role")
-        if not isinstance(role, str):
-            raise bad_request(f"{where}.role", "must be a string", code="invalid_type")
-        request.chat.messages.add(role=role, content=_content(message.get("content"), f"{where}.content"))
-
-
-def _content(content: Any, where: str) -> str:
-    """A string, or parts of type text; this server sees no images and opens no address."""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not content:
-        raise bad_request(where, "must be a string or a list of text parts", code="invalid_type")
-    texts = []
-    for index, part in enumerate(content):
-        if not isinstance(part, dict) or part.get("type") != "text":
-            raise bad_request(
-                f"{where}[{index}]", "only parts of type text are supported", code="unsupported_value"
-            )
-        if set(part) != {"type", "text"} or not isinstance(part["text"], str):
-            raise bad_request(f"{where}[{index}]", "must have a text and nothing else", code="invalid_value")
-        texts.append(part["text"])
-    return "".join(texts)
 
 
 def _sampling(request: pb.GenerateRequest, take: _Take) -> None:

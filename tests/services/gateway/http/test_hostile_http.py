@@ -219,7 +219,8 @@ async def test_messages_that_are_none(http: httpx.AsyncClient) -> None:
 
 
 async def test_prompts_that_are_none(http: httpx.AsyncClient) -> None:
-    for prompt in ("", [], [[]], ["a", "b"], [4096], [-1], [2**40], [1.5], [True], {}, 5, None):
+    bad: list[Any] = ["", [], [[]], ["a", ""], ["a", 5], ["a", None], [5, "a"], ["a"] * 65, [["a"]]]
+    for prompt in [*bad, [4096], [-1], [2**40], [1.5], [True], {}, 5, None]:
         answer = await http.post("/v1/completions", json={"prompt": prompt})
         assert answer.status_code == 400, prompt
         assert answer.json()["error"]["param"] == "prompt", prompt

@@ -45,6 +45,55 @@ async def test_completion_of_token_ids(client: openai.AsyncOpenAI, engine: Any) 
     assert list(engine.submits[0].prompt_token_ids) == [0, 623, 226]
 
 
+async def test_several_prompts_are_choices_in_order(client: openai.AsyncOpenAI, engine: Any) -> None:
+    prompts = ["Once", "upon a time", "there"]
+    alone = [
+        await client.completions.create(model="demo", prompt=prompt, n=2, seed=7, max_tokens=9)
+        for prompt in prompts
+    ]
+    assert alone[0].usage is not None
+    engine.submits.clear()
+    answer = await client.completions.create(model="demo", prompt=prompts, n=2, seed=7, max_tokens=9)
+    assert [c.index for c in answer.choices] == list(range(6))
+    assert [c.text for c in answer.choices] == [c.text for one in alone for c in one.choices]
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == sum(one.usage.prompt_tokens for one in alone if one.usage)
+    assert answer.usage.completion_tokens == 6 * 9
+    assert answer.usage.prompt_tokens_details is not None
+    assert answer.usage.prompt_tokens_details.cached_tokens == 3 * 3
+    ids = [list(submit.prompt_token_ids) for submit in engine.submits]
+    assert len(ids) == 6
+    of_ids: Any = ids[::2]
+    again = await client.completions.create(model="demo", prompt=of_ids, n=2, seed=7, max_tokens=9)
+    assert [c.text for c in again.choices] == [c.text for c in answer.choices]
+    texts = [""] * 6
+    stream = await client.completions.create(
+        model="demo", prompt=prompts, n=2, seed=7, max_tokens=9, stream=True
+    )
+    async for chunk in stream:
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [c.text for c in answer.choices]
+
+
+async def test_one_of_several_prompts_that_fails_fails_them_all(
+    client: openai.AsyncOpenAI, engine: Any, settle: Any
+) -> None:
+    engine.error_at["x-1"] = 5
+    prompts = ["Once", "upon", "a"]
+    fields: dict[str, Any] = {"model": "demo", "max_tokens": 900, "extra_body": {"request_id": "x"}}
+    with pytest.raises(openai.InternalServerError):
+        await client.completions.create(prompt=prompts, **fields)
+    await settle(lambda: not engine.slots)
+    stream = await client.completions.create(prompt=prompts, stream=True, **fields)
+    with pytest.raises(openai.APIError):
+        [chunk async for chunk in stream]
+    await settle(lambda: not engine.slots)
+    with pytest.raises(openai.BadRequestError, match="prompt"):
+        await client.completions.create(model="demo", prompt=["Once", ""], max_tokens=900)
+    await settle(lambda: not engine.slots)
+
+
 async def test_streamed_completion_with_usage(client: openai.AsyncOpenAI, engine: Any) -> None:
     engine.say("there was a weaver; she wove é€😀 by the sea.")
     stream = await client.completions.create(
@@ -107,6 +156,11 @@ async def test_logprobs(client: openai.AsyncOpenAI) -> None:
     logprobs = old.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.token_logprobs == [-0.5] * 4
+    assert logprobs.top_logprobs is not None
+    assert logprobs.tokens is not None
+    for token, top in zip(logprobs.tokens, logprobs.top_logprobs, strict=True):
+        assert len(top) == 3, "the two likeliest, and the one that was drawn"
+        assert top[token] == -0.5
     assert logprobs.text_offset is not None
     assert logprobs.text_offset[0] == 0
 
