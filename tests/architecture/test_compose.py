@@ -30,6 +30,31 @@ def gpu() -> dict[str, Any]:
     return loaded
 
 
+KNOWN_KEYS = {
+    "": "name services volumes networks x-manners x-torch x-gpu",
+    "service": "build image command environment restart init read_only cap_drop security_opt pids_limit "
+    "logging stop_grace_period depends_on healthcheck networks ports tmpfs volumes deploy",
+    "build": "context dockerfile args",
+    "healthcheck": "test interval timeout retries start_period",
+}
+
+
+@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.gpu.yml"])
+def test_every_key_is_one_that_compose_knows(name: str) -> None:
+    """What compose itself would refuse, for machines without it: a misspelt key changes nothing silently."""
+    loaded = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+    found = [("", loaded)]
+    for settings in loaded["services"].values():
+        found += [("service", settings), ("build", settings.get("build", {}))]
+        found.append(("healthcheck", settings.get("healthcheck", {})))
+    for kind, keys in found:
+        assert not set(keys) - set(KNOWN_KEYS[kind].split()), kind
+    for settings in loaded["services"].values():
+        assert set(settings.get("networks", [])) <= set(loaded.get("networks", {}))
+        named = {volume.split(":")[0] for volume in settings.get("volumes", []) if volume[0] not in "./"}
+        assert named <= set(loaded.get("volumes", {}))
+
+
 def dockerfile(service: str) -> str:
     return (ROOT / "services" / service / "Dockerfile").read_text(encoding="utf-8")
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -145,6 +148,35 @@ def test_only_the_doors_import(area: str, prefixes: tuple[str, ...], doors: tupl
         if is_below(i.name, prefixes)
     ]
     assert not broken, "\n".join(map(str, broken))
+
+
+DISTRIBUTIONS = {
+    "grpc": "grpcio",
+    "grpc_health": "grpcio-health-checking",
+    "grpc_reflection": "grpcio-reflection",
+    "grpc_status": "grpcio-status",
+    "google": "protobuf",
+}
+# Area -> the extra that its users install.
+EXTRAS = {"services/engine": "engine", "services/gateway": "gateway", "services/quantizer": "quantizer"}
+
+
+@pytest.mark.parametrize("area", ["cli", "tools/demo", *EXTRAS])
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported(area: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    base, extra = (
+        {re.split(r"[<>=]", line)[0] for line in lines}
+        for lines in (
+            project["dependencies"],
+            project["optional-dependencies"][EXTRAS[area]] if area in EXTRAS else [],
+        )
+    )
+    own = {"weft", "services", "cli", "tools"} | sys.stdlib_module_names
+    names = {i.name.partition(".")[0] for path in python_files(area) for i in imports(path)} - own
+    found = {DISTRIBUTIONS.get(name, name) for name in names}
+    # triton comes with torch, or by `make setup`; torch wants numpy for what it hands over to it.
+    assert found - {"triton"} <= base | extra
+    assert extra - {"numpy"} <= found
 
 
 def test_one_file_of_the_gateway_speaks_to_engines() -> None:
