@@ -36,6 +36,7 @@ KV_SCALE_BYTES: Mapping[str, int] = {"int8": 4, "int4": 4}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 WEIGHT_BITS = (4, 8, 16, 32)
 SCALE_BITS = 16
+MAX_SIZE = 2**40
 
 
 class ShapeError(ValueError):
@@ -91,8 +92,8 @@ class ModelShape:
         def size(key: str, default: int | None = None) -> int:
             value = config.get(key)
             value = default if value is None else value
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ShapeError(f"config.json: {key} must be a positive integer, found {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIZE:
+                raise ShapeError(f"config.json: {key} must be a positive integer, found {str(value)[:32]!r}")
             return value
 
         num_heads = size("num_attention_heads")
@@ -116,7 +117,7 @@ class ModelShape:
         path = path / "config.json" if path.is_dir() else path
         try:
             config = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ShapeError(f"{path}: not JSON: {error}") from error
         if not isinstance(config, dict):
             raise ShapeError(f"{path}: not a JSON object")

@@ -136,7 +136,7 @@ def test_defaults_of_a_config_are_those_of_the_field() -> None:
     )
 
 
-@pytest.mark.parametrize("value", [None, 0, -1, "4096", 1.5, True])
+@pytest.mark.parametrize("value", [None, 0, -1, "4096", 1.5, True, 10**400])
 def test_a_bad_config_names_the_key(value: object, tmp_path: Path) -> None:
     config = {
         "hidden_size": value,
@@ -151,7 +151,7 @@ def test_a_bad_config_names_the_key(value: object, tmp_path: Path) -> None:
         ModelShape.from_file(path)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "7"])
+@pytest.mark.parametrize("text", ["{", "[]", "7", "[" * 100_000], ids=len)
 def test_a_config_that_is_no_object_is_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ShapeError, match="JSON"):
