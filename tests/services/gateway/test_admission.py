@@ -56,3 +56,50 @@ def test_a_refusal_takes_microseconds() -> None:
         with pytest.raises(StatusError):
             admission.enter()
     assert time.perf_counter() - begin < 1.0
+
+
+def test_a_refusal_tells_half_the_time_of_the_queue() -> None:
+    clock = 0.0
+    admission = Admission(AdmissionLimits(max_waiting_requests=100), now=lambda: clock)
+
+    def told() -> float | None:
+        with pytest.raises(StatusError) as caught:
+            admission.enter()
+        return caught.value.retry_after_s
+
+    waiting = [admission.enter() for _ in range(100)]
+    assert told() == 1.0, "nothing is known of the pace"
+    for _ in range(60):
+        clock += 0.25
+        waiting.pop(0).promote()
+        waiting.append(admission.enter())
+    assert told() == pytest.approx(100 * 0.25 / 2)
+    for number in range(1600):
+        clock += 0.16 if number % 16 == 0 else 0  # sixteen with one step
+        waiting.pop(0).promote()
+        waiting.append(admission.enter())
+    assert told() == pytest.approx(0.5, rel=0.1)
+    for ticket in waiting:
+        clock += 0.01
+        ticket.promote()
+    clock += 3600  # an hour without a request says nothing of the pace
+    waiting = [admission.enter() for _ in range(100)]
+    waiting.pop().promote()
+    waiting.append(admission.enter())
+    assert told() == pytest.approx(0.5, rel=0.1)
+    for _ in range(200):
+        clock += 100
+        waiting.pop(0).promote()
+        waiting.append(admission.enter())
+    assert told() == 30.0
+
+
+def test_who_gives_up_while_waiting_says_nothing_of_the_pace() -> None:
+    clock = 0.0
+    admission = Admission(AdmissionLimits(), now=lambda: clock)
+    tickets = [admission.enter() for _ in range(10)]
+    tickets.pop().promote()
+    for ticket in tickets:
+        clock += 1
+        ticket.leave()
+    assert admission.queue_s() is None
