@@ -21,8 +21,8 @@ _MEMORY = 100
 
 @dataclass(frozen=True, slots=True)
 class AdmissionLimits:
-    """Bounds of one gateway. Tokens are prompt tokens, times the samples of a request. `retry_after_s` is what
-    is told while nothing is known of the pace.
+    """Bounds of one gateway. Tokens are prompt tokens, times the samples of a request. `retry_after_s` is the
+    answer while nothing is known of the pace.
     """
 
     max_live_requests: int = 4096
