@@ -16,7 +16,7 @@ from weft.rpc.address import Address, parse_address
 
 PROG = "python -m services.engine serve"
 ENV_PREFIX = "WEFT_ENGINE_"
-MAX_SEQUENCES = 1 << 20
+MAX_COUNT = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError("--" + name.replace("_", "-"), "must be at least 1")
-        for name in ("max_batch_size", "max_queue_size"):
-            if getattr(self, name) > MAX_SEQUENCES:
-                raise ConfigError("--" + name.replace("_", "-"), f"must be at most {MAX_SEQUENCES}")
+        for name in ("max_batch_size", "max_batched_tokens", "max_queue_size"):
+            if getattr(self, name) > MAX_COUNT:
+                raise ConfigError("--" + name.replace("_", "-"), f"must be at most {MAX_COUNT}")
         if self.max_batched_tokens < self.max_batch_size:
             # Else a full batch of decodes would not fit into a step.
             raise ConfigError("--max-batched-tokens", "must not be below --max-batch-size")

@@ -81,7 +81,7 @@ class Scheduler:
         """Choose the next step's work and get its blocks. `now` in seconds of the core's clock."""
         batch = Batch()
         budget = self._schedule_running(batch)
-        if self.waiting and not batch.preempted:
+        if self.waiting and budget and self._has_place() and not batch.preempted:
             self._admit(batch, budget, now)
         return batch
 
@@ -151,7 +151,7 @@ class Scheduler:
         for sequence in candidates:
             if not budget or not self._has_place():
                 break
-            if self._is_computed_elsewhere(sequence, self._blocks.match(sequence), heads):
+            if heads and self._is_computed_elsewhere(sequence, heads):
                 continue
             self._make_place(batch)
             match = self._find_room(sequence, batch)
@@ -236,12 +236,9 @@ class Scheduler:
             parent, tokens = self._blocks.next_head(sequence, start)
             heads.setdefault(parent, []).append(tokens)
 
-    def _is_computed_elsewhere(
-        self, sequence: Sequence, match: Match, heads: dict[bytes, list[array[int]]]
-    ) -> bool:
+    def _is_computed_elsewhere(self, sequence: Sequence, heads: dict[bytes, list[array[int]]]) -> bool:
         """Whether waiting for a running prefill saves at least half of what is left of the next block."""
-        if not heads:
-            return False
+        match = self._blocks.match(sequence)
         start = len(match.blocks) * self._blocks.block_size
         parent, tokens = self._blocks.next_head(sequence, start)
         wanted = len(tokens) - (start + len(tokens) == len(sequence))

@@ -129,7 +129,7 @@ class Link:
 
     def announce_drain(self, deadline_s: float) -> None:
         """Tell the gateway to move on what it can."""
-        deadline_ms = min(int(1000 * deadline_s), MAX_DRAIN_MS)
+        deadline_ms = int(min(1000 * deadline_s, MAX_DRAIN_MS))
         draining = pb.Draining(epoch=self.epoch, deadline_ms=deadline_ms)
         self._queue_reply(pb.ConnectResponse(draining=draining))
 

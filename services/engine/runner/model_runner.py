@@ -6,6 +6,7 @@ thread calls it.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence as SequenceABC
 
 import torch
@@ -25,6 +26,8 @@ from services.engine.runner.load import choose_numerics, make_info
 from services.engine.runner.sampler import Sampler
 from services.engine.runner.self_test import settle_numerics
 from services.engine.runner.source import open_source
+
+_log = logging.getLogger(__name__)
 
 
 class ModelRunner:
@@ -98,6 +101,8 @@ def load_runner(config: RunnerConfig) -> ModelRunner:
     numerics, fingerprint = settle_numerics(model, cache, numerics, max_model_len, config)
     if source.canary is not None:
         replay_canary(source.canary, model, cache, numerics.dtype, max_model_len)
+    elif source.is_artifact:
+        _log.warning("the artifact has no canary: that it was loaded right is not shown")
     info = make_info(config, source, model, cache, numerics, max_model_len, fingerprint, crossover_rows)
     cache.reset(is_poisoned=config.is_poisoned)
     return ModelRunner(model, cache, numerics, info)

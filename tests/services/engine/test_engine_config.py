@@ -81,6 +81,7 @@ def test_variables(monkeypatch):
         (["--source", "x", "--max-batch-size", "0"], "--max-batch-size"),
         (["--source", "x", "--max-batch-size", "128", "--max-batched-tokens", "127"], "--max-batched-tokens"),
         (["--source", "x", "--max-queue-size", str(1 << 21)], "--max-queue-size"),
+        (["--source", "x", "--max-batched-tokens", str(1 << 32)], "--max-batched-tokens"),
         (["--source", "x", "--threads", "-1"], "--threads"),
         (["--source", "x", "--drain-seconds", "-1"], "--drain-seconds"),
         (["--source", "x", "--drain-seconds", "nan"], "--drain-seconds"),

@@ -132,6 +132,15 @@ def test_a_canary_that_checks_nothing_is_refused(publish: Publish, prompts: tupl
         _load(publish(Canary(prompts)), dtype="float32")
 
 
+def test_an_artifact_without_a_canary_is_served_with_a_warning(
+    publish: Publish, caplog: pytest.LogCaptureFixture
+) -> None:
+    _load(publish(), dtype="float32")
+    assert "no canary" not in caplog.text
+    _load(publish(canary=None), dtype="float32")
+    assert "no canary" in caplog.text
+
+
 def test_a_weak_lead_may_turn(publish: Publish, canary: Canary) -> None:
     """Top-1 may differ where the lead is small, as long as the expected token's logprob is right."""
     runner = _load(publish(), dtype="float32")
