@@ -69,16 +69,36 @@ def read_gemm(artifact_path):
     return weights, tensors
 
 
-@pytest.mark.parametrize("family", ["Llama", "Qwen2"])
+THREE_REPEATS = {
+    "hidden_size": 192, "num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 320,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "shape", "settings"),
+    [
+        ("Llama", torch.bfloat16, {}, {}),
+        ("Qwen2", torch.bfloat16, {}, {}),
+        ("Qwen2", torch.float16, THREE_REPEATS, {"group_size": 64, "propagate_error": False}),
+        (
+            "Llama",
+            torch.float32,
+            {"tie_word_embeddings": False, "num_key_value_heads": 4},
+            {"group_size": 64},
+        ),
+        ("Llama", torch.bfloat16, {"hidden_size": 128, "head_dim": 64}, {"group_size": 128}),
+    ],
+)
 def test_an_artifact_means_what_its_canary_and_quality_say(
-    make_checkpoint, quick, transformers_logits, family
+    make_checkpoint, quick, transformers_logits, family, dtype, shape, settings
 ):
-    source = make_checkpoint(family)
-    artifact = run(quick(source))
+    source = make_checkpoint(family, dtype, **shape)
+    artifact = run(quick(source, **settings))
     ArtifactStore(artifact.path.parents[1]).verify(artifact)
     weights, others = read_gemm(artifact.path)
     assert len(weights) == 14
-    assert all(t.dtype == torch.bfloat16 for t in others.values())
+    assert all(t.dtype == dtype for t in others.values())
+    assert all(error.awq <= error.rounding for error in artifact.manifest.linears.values())
     replaced = {**weights, **{name: tensor.float() for name, tensor in others.items()}}
     if "lm_head.weight" not in replaced:
         replaced["lm_head.weight"] = replaced["model.embed_tokens.weight"]
