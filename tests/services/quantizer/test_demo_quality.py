@@ -18,7 +18,8 @@ NORM_CONSUMERS = {
     "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
 }
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = pytest.mark.timeout(900)
+BRIEF = {"samples": 8, "sequence_length": 128, "evaluation_tokens": 2048}
 
 
 def plant_outliers(target):
@@ -40,14 +41,20 @@ def plant_outliers(target):
     return target
 
 
-@pytest.fixture(scope="module")
-def artifacts(tmp_path_factory):
+@pytest.fixture(
+    scope="module", params=[BRIEF, pytest.param({}, marks=pytest.mark.slow)], ids=["brief", "full"]
+)
+def artifacts(request, tmp_path_factory):
     """(as it is, with outliers)"""
     root = tmp_path_factory.mktemp("quality")
     planted = plant_outliers(root / "planted")
     torch.set_num_threads(1)
     return tuple(
-        run(QuantizerConfig(source=source, artifacts=root / "artifacts", name=name, threads=1))
+        run(
+            QuantizerConfig(
+                source=source, artifacts=root / "artifacts", name=name, threads=1, **request.param
+            )
+        )
         for source, name in ((DEMO, "demo"), (planted, "planted"))
     )
 
