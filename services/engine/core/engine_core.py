@@ -76,6 +76,8 @@ class EngineCore:
 
     def add(self, sequence: Sequence) -> None:
         """Admit a sequence, or raise the RequestError that says why not; then nothing of it is kept."""
+        if not sequence.arrival:
+            sequence.arrival = self.now()
         try:
             self._check(sequence)
         except RequestError:
@@ -84,8 +86,6 @@ class EngineCore:
             failure = InternalFailure("admit", error)
             self._log_failure(sequence, failure)
             raise failure from error
-        if not sequence.arrival:
-            sequence.arrival = self.now()
         self._live[sequence.key] = sequence
         self._num_begun += 1
         self._num_prompt_tokens += len(sequence.prompt_token_ids)
@@ -406,11 +406,13 @@ class EngineCore:
 
     def _check_deadline(self, sequence: Sequence) -> None:
         """Refuse what cannot give one token in time, or all of them when it must complete."""
+        now = self.now()
         num_cached = self.blocks.match(sequence).num_tokens(self.blocks.block_size)
-        wait = self._queue_s() + self.costs.prefill_s(len(sequence) - num_cached) + self.costs.itl_s()
+        num_before = self.scheduler.num_tokens_before(sequence, now)
+        wait = self.costs.prefill_s(num_before + len(sequence) - num_cached) + self.costs.itl_s()
         if sequence.must_complete:
             wait += (sequence.params.max_tokens - len(sequence.output_token_ids)) * self.costs.itl_s()
-        left = (sequence.deadline or 0.0) - self.now()
+        left = (sequence.deadline or 0.0) - now
         if left <= 0 or wait > left:
             raise DeadlineUnmet(f"{max(left, 0):.3f} s are left; about {wait:.3f} s are needed")
 

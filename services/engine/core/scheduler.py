@@ -77,6 +77,15 @@ class Scheduler:
         """Whether anything could be scheduled, given blocks."""
         return any(not s.is_paused for s in self.running) or any(not s.is_paused for s in self.waiting)
 
+    def num_tokens_before(self, sequence: Sequence, now: float) -> int:
+        """Tokens to compute for those waiting sequences that would be placed before this one."""
+        rank = _aged_rank(sequence, now, self.config)
+        return sum(
+            s.num_uncomputed_tokens
+            for s in self.waiting
+            if not s.is_paused and _aged_rank(s, now, self.config) <= rank
+        )
+
     def schedule(self, now: float) -> Batch:
         """Choose the next step's work and get its blocks. `now` in seconds of the core's clock."""
         batch = Batch()

@@ -50,8 +50,6 @@ def check(request: pb.Submit | pb.GenerateTokensRequest, info: pb.GetInfoRespons
     for name in ("seed", "max_tokens"):
         if is_bridged and not sampling.HasField(name):
             found.append(FieldViolation(f"sampling.{name}", "must be set"))
-    if not found:
-        found += [FieldViolation(path, "is no field of this version") for path in unknown_fields(request)]
     if found:
         return found
     max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else None
@@ -73,6 +71,8 @@ def check(request: pb.Submit | pb.GenerateTokensRequest, info: pb.GetInfoRespons
             field="emitted_token_ids",
             can_be_empty=True,
         )
+    if not found:
+        found += [FieldViolation(path, "is no field of this version") for path in unknown_fields(request)]
     return found
 
 

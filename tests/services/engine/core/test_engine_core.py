@@ -462,6 +462,32 @@ def test_a_late_start_is_refused_by_the_learned_cost():
     assert_clean(core)
 
 
+def test_who_waits_behind_a_request_does_not_make_it_late():
+    clock = Clock()
+    core, runner = make_core(128, 4, clock=clock, max_batch_size=1)
+    forward = runner.forward
+
+    def slow(chunks):
+        clock.time += 0.01 * sum(chunk.length for chunk in chunks)
+        return forward(chunks)
+
+    runner.forward = slow
+    core.add(make_sequence("teach", list(range(90)), max_tokens=4))
+    run(core)
+    core.add(make_sequence("running", [1, 2, 3], max_tokens=50))
+    core.step()
+    core.add(make_sequence("background", [7] * 90, max_tokens=2))
+    core.add(make_sequence("paused", [8] * 90, max_tokens=2, priority=-5))
+    core.set_paused("paused", True)
+    core.add(make_sequence("soon", [9] * 20, max_tokens=2, deadline=clock.time + 0.5))
+    core.add(make_sequence("first", [6] * 20, max_tokens=2, deadline=clock.time + 0.5, priority=-1))
+    with pytest.raises(DeadlineUnmet):
+        core.add(make_sequence("behind", [5] * 20, max_tokens=2, deadline=clock.time + 0.5))
+    for key in list(core._live):
+        core.cancel(key)
+    assert_clean(core)
+
+
 @pytest.mark.parametrize("stage", ["schedule", "update"])
 def test_a_step_that_hangs_anywhere_shows(stage, monkeypatch):
     clock = Clock()
