@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
+import random
 import sys
 from collections import defaultdict
 from typing import Any
@@ -106,6 +109,36 @@ async def test_leaving_cancels_everything(gateway: Any, engine: Any, settle: Any
     await settle(lambda: len(engine.slots) == 8)
     client.call.cancel()
     await settle(lambda: not engine.slots)
+
+
+async def test_clients_that_leave_at_any_point_are_no_failures(
+    gateway: Any, engine: Any, settle: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.steps_per_frame = 4
+    chance = random.Random(3)
+    options = [
+        ("grpc.http2.bdp_probe", 0),
+        ("grpc.http2.lookahead_bytes", 4096),
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+
+    async def leave_early() -> None:
+        async with grpc.aio.insecure_channel(str(gateway.server.address), options=options) as channel:
+            call = type(gateway.stub)(channel).Multiplex()
+            for i in range(4):
+                await call.write(generate(i, seed=4, n=2, logprobs=20, max_tokens=900))
+            for _ in range(chance.randrange(4)):
+                await call.read()
+            await asyncio.sleep(chance.random())
+            if chance.random() < 0.5:
+                call.cancel()
+
+    for _ in range(3):
+        await asyncio.gather(*(leave_early() for _ in range(8)))
+    await settle(lambda: not engine.slots, 20)
+    gc.collect()
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert set(gateway.application.gateway.counters.by_code) <= {"OK", "CANCELLED"}
 
 
 async def test_a_live_stream_id_cannot_be_taken(gateway: Any) -> None:
