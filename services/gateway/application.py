@@ -58,6 +58,7 @@ class GatewayApplication:
                 load_assets=self.source.load,
                 on_change=self.router.on_link_change,
                 on_lost=self.router.on_lost,
+                on_busy=self.router.on_busy,
                 api_key=engine_api_key,
                 times=times or LinkTimes(dead_s=config.engine_dead_seconds),
             )

@@ -64,6 +64,7 @@ class EngineLink:
         load_assets: Callable[[engine_pb.GetInfoResponse], Awaitable[ModelAssets]],
         on_change: Callable[[EngineLink], None],
         on_lost: Callable[[LiveSample], None],
+        on_busy: Callable[[LiveSample, float], None],
         api_key: str | None = None,
         times: LinkTimes | None = None,
         credit_bytes: int = 4 << 20,
@@ -78,6 +79,7 @@ class EngineLink:
         self._load_assets = load_assets
         self._on_change = on_change
         self._on_lost = on_lost
+        self._on_busy = on_busy
         self._api_key = api_key
         self._times = times or LinkTimes()
         self._credit_bytes = credit_bytes
@@ -210,6 +212,7 @@ class EngineLink:
             hello.epoch,
             send=self._send,
             on_lost=self._on_lost,
+            on_busy=self._on_busy,
             now=self._now,
             counters=self.counters,
             credit_bytes=self._credit_bytes,

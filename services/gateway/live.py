@@ -61,6 +61,8 @@ class LiveSample:
         self.slot = -1
         self.num_placements = 0
         self.is_accepted = False
+        # Since when it has been looking for an engine again; the router's.
+        self.lost_at: float | None = None
         self.is_cancelled = False
         self.paused_at: float | None = None
         self.end: SampleEnd | None = None
@@ -86,6 +88,7 @@ class LiveSample:
     def on_accepted(self) -> None:
         """The engine has queued or started the sample."""
         self.is_accepted = True
+        self.lost_at = None
         self.request.wake()
 
     def on_rejected(self, failure: pb.Failure) -> None:

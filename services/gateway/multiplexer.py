@@ -19,6 +19,7 @@ from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1 import generation_pb2 as pb
 
 _UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
+_RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 log = logs.get_logger("gateway.link")
 
 
@@ -47,7 +48,8 @@ class LinkCounters:
 
 class Multiplexer:
     """The slots of one epoch. `send` queues a command and never blocks; `on_lost` takes a sample whose tokens
-    can no longer follow on this link.
+    can no longer follow on this link, `on_busy` one that was running, moved here, and found the queue full,
+    with the seconds after which to try again.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Multiplexer:
         *,
         send: Callable[[engine_pb.ConnectRequest], None],
         on_lost: Callable[[LiveSample], None],
+        on_busy: Callable[[LiveSample, float], None],
         now: Callable[[], float],
         counters: LinkCounters,
         credit_bytes: int,
@@ -63,6 +66,7 @@ class Multiplexer:
         self.epoch = epoch
         self._send = send
         self._on_lost = on_lost
+        self._on_busy = on_busy
         self._now = now
         self._counters = counters
         self._credit_bytes = credit_bytes
@@ -132,6 +136,9 @@ class Multiplexer:
             # It began to drain while the Submit was under way: not the request's fault.
             sample.link = None
             self._on_lost(sample)
+        elif rejected.failure.code == _RESOURCE_EXHAUSTED and sample.is_accepted:
+            sample.link = None
+            self._on_busy(sample, rejected.failure.retry_after_ms / 1000)
         else:
             sample.on_rejected(rejected.failure)
 

@@ -16,6 +16,9 @@ from services.gateway.live import LiveSample
 from weft.rpc.errors import StatusError
 
 RETRY_S = 1.0
+# How often a sample that lost its engine asks one whose queue is full.
+MIN_BUSY_S = 0.05
+MAX_BUSY_S = 1.0
 
 
 class Router:
@@ -98,17 +101,33 @@ class Router:
 
     def on_lost(self, sample: LiveSample) -> None:
         """A sample's link is gone. Go on elsewhere, wait for an engine, or end the request."""
-        if self._is_over(sample) or self._replay(sample):
-            return
-        if self._wait_s <= 0:
-            sample.request.fail(self._engine_lost("the engine was lost"))
-            return
+        if not self._is_over(sample) and not self._replay(sample):
+            self._wait(sample, self._wait_s)
+
+    def on_busy(self, sample: LiveSample, retry_s: float) -> None:
+        """An engine has no place now for a sample that lost its own. It was admitted once, so it tries again
+        instead of being refused in the middle of its text.
+        """
+        sample.num_placements -= 1  # it was not started
+        if not self._is_over(sample):
+            self._wait(sample, min(max(retry_s, MIN_BUSY_S), MAX_BUSY_S))
+
+    def _wait(self, sample: LiveSample, retry_s: float) -> None:
+        """Try again after `retry_s`, or when a link comes up; give up after `wait_s` in all."""
+        now = sample.request.now()
+        if sample.lost_at is None:
+            sample.lost_at = now
+        until = sample.lost_at + self._wait_s
         deadline = sample.request.resolved.deadline
-        wait_s = (
-            self._wait_s if deadline is None else min(self._wait_s, deadline - sample.request.now() - 0.05)
-        )
-        loop = asyncio.get_running_loop()
-        self._waiting[sample] = loop.call_later(max(0.0, wait_s), self._give_up, sample)
+        if deadline is not None:
+            until = min(until, deadline - 0.05)
+        then = self._retry if now + retry_s < until else self._give_up
+        delay_s = max(0.0, min(retry_s, until - now))
+        self._waiting[sample] = asyncio.get_running_loop().call_later(delay_s, then, sample)
+
+    def _retry(self, sample: LiveSample) -> None:
+        del self._waiting[sample]
+        self.on_lost(sample)
 
     def on_link_change(self, link: EngineLink) -> None:
         """A link came up, went down or drains."""
@@ -143,7 +162,7 @@ class Router:
         if deadline is not None and deadline - sample.request.now() < 0.1:
             sample.finish_at_deadline()
         else:
-            sample.request.fail(self._engine_lost("the engine was lost and did not come back"))
+            sample.request.fail(self._engine_lost("the engine was lost and no other took the request"))
 
     @staticmethod
     def _has_expired(sample: LiveSample) -> bool:

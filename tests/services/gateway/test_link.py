@@ -180,6 +180,42 @@ async def test_an_engine_that_stays_away_ends_its_requests(
     assert error_from_call(caught.value).retry_after_s is not None
 
 
+async def test_who_lost_an_engine_waits_for_a_place_in_a_full_one(
+    gateway: Any, engine: Any, settle: Any
+) -> None:
+    tasks = [asyncio.create_task(ids_of(gateway.stub.Generate(wanted(seed, 200)))) for seed in range(8)]
+    await settle(lambda: gateway.link.counters.tokens > 200)
+    engine.reject = gen.Failure(code=8, message="queue full", retry_after_ms=100)
+    await engine.die()
+    await engine.start()
+    # Far more refusals than a sample may be started.
+    await settle(lambda: len(engine.submits) > 8 * 8)
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await ids_of(gateway.stub.Generate(wanted()))
+    assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED, "it had no place to lose"
+    engine.reject = None
+    for seed, (ids, _) in enumerate(await asyncio.gather(*tasks)):
+        assert ids == expected(engine, seed, 200)
+
+
+async def test_waiting_for_a_place_ends(start_engine: Any, start_gateway: Any, settle: Any) -> None:
+    engine = await start_engine()
+    gateway = await start_gateway(engine, engine_wait_seconds=0.6)
+    late = asyncio.create_task(ids_of(gateway.stub.Generate(wanted(2, 900), timeout=3)))
+    task = asyncio.create_task(ids_of(gateway.stub.Generate(wanted(tokens=900))))
+    await settle(lambda: gateway.link.counters.tokens > 20)
+    engine.reject = gen.Failure(code=8, message="queue full", retry_after_ms=20)
+    await engine.die()
+    await engine.start()
+    begin = time.monotonic()
+    for call in (task, late):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+    assert 0.3 < time.monotonic() - begin < 2.0
+    assert not gateway.application.router._waiting
+
+
 async def test_a_request_that_kills_engines_is_given_up(gateway: Any, engine: Any, settle: Any) -> None:
     task = asyncio.create_task(ids_of(gateway.stub.Generate(wanted(tokens=900))))
     for number in range(1, 5):
