@@ -22,7 +22,7 @@ from weft.rpc import healthcheck
 from weft.rpc.address import Address, parse_address
 from weft.rpc.channel import open_channel
 from weft.rpc.options import channel_options, server_options
-from weft.rpc.server import BindError, Server
+from weft.rpc.server import BindError, Server, why_not_bound
 
 SERVICE = Path(__file__).with_name("fake_service.py")
 NAME = "test.v1.FakeService"
@@ -155,6 +155,28 @@ async def test_an_address_of_another_machine_cannot_be_bound():
         with pytest.raises(BindError, match="cannot listen on"):
             await server.start(address)
         await server.stop(0)
+
+
+def test_one_address_of_a_name_is_enough(monkeypatch):
+    """`localhost` is ::1 as well, in containers without IPv6 too."""
+    stream = socket.SOCK_STREAM
+    here = (socket.AF_INET, stream, 6, "", ("127.0.0.1", 0))
+    elsewhere = (socket.AF_INET, stream, 6, "", ("203.0.113.1", 0))
+    unknown = (socket.AF_MAX if hasattr(socket, "AF_MAX") else 45, stream, 0, "", ("x", 0))
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen(1)
+        busy = (socket.AF_INET, stream, 6, "", taken.getsockname())
+        for found, can_listen in (
+            ([elsewhere, here], True),
+            ([here, elsewhere], True),
+            ([unknown, here], True),
+            ([elsewhere], False),
+            ([elsewhere, unknown], False),
+            ([here, busy], False),
+        ):
+            monkeypatch.setattr(socket, "getaddrinfo", lambda *args, found=found, **kwargs: found)
+            assert (why_not_bound(Address("name", 0)) is None) is can_listen, found
 
 
 async def test_two_servers_never_share_a_port():
