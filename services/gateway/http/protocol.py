@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections that end when their headers do not come: uvicorn waits for ever. Knows no path."""
+"""HTTP/1.1 connections that end when what they announce does not come: uvicorn waits for ever. Knows no path."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ class Http11(H11Protocol):
         self._start_clock()
 
     def data_received(self, data: bytes) -> None:
-        """Headers that are whole stop the clock; a part of them starts it."""
+        """Headers that are whole stop the clock; a part of them starts it, and so does the rest of a body whose
+        request is answered already.
+        """
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE:
+        if self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE:
             self._start_clock()
         else:
             self._stop_clock()
