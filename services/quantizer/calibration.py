@@ -26,7 +26,11 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     if not path.exists():
         raise QuantizerError(f"{path}: missing; a SentencePiece model must be converted first")
     with _library_errors(str(path)):
-        return Tokenizer.from_buffer(read_regular(path, MAX_TOKENIZER_SIZE))
+        tokenizer = Tokenizer.from_buffer(read_regular(path, MAX_TOKENIZER_SIZE))
+    # Some files carry what their last user had set; it would cut the text to one window.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
 
 
 def paragraphs_on_one_line(text: str) -> str:
