@@ -118,15 +118,31 @@ async def tokenize(
         if kind == "chat":
             return await _tokenize_chat(prompt.chat, assets)
         if kind == "token_ids" and isinstance(prompt, gateway_pb.GenerateRequest):
-            violations = validate_token_ids(
-                prompt.token_ids.ids, vocab_size=info.vocab_size, field="token_ids.ids"
-            )
+            ids = prompt.token_ids.ids
+            check_length(len(ids), None, info, "token_ids")  # first: a message holds millions of ids
+            violations = validate_token_ids(ids, vocab_size=info.vocab_size, field="token_ids.ids")
             if violations:
                 raise invalid_argument(violations)
-            return list(prompt.token_ids.ids)
+            return list(ids)
     except TokenizationError as error:
         raise _as_internal("tokenizer failed", error) from error
     raise invalid_argument([("prompt", "one of text, chat, token_ids must be set")])
+
+
+def check_length(
+    num_prompt_tokens: int, max_tokens: int | None, info: engine_pb.GetInfoResponse, field: str
+) -> None:
+    """INVALID_ARGUMENT for a prompt that leaves no room, or not enough, in the model's context."""
+    violations = validate_length(
+        num_prompt_tokens=num_prompt_tokens,
+        max_tokens=max_tokens,
+        max_model_len=info.max_model_len,
+        prompt_field=field,
+    )
+    if violations:
+        error = invalid_argument(violations)
+        error.reason = "CONTEXT_LENGTH_EXCEEDED"
+        raise error
 
 
 def check_size(field: str, text: str) -> None:
@@ -195,16 +211,8 @@ async def resolve(
         raise invalid_argument([(prompt_field, "holds a token that the model does not have")])
     sampling = pb.SamplingParams()
     sampling.CopyFrom(request.sampling)
-    violations = validate_length(
-        num_prompt_tokens=len(prompt_token_ids),
-        max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
-        max_model_len=info.max_model_len,
-        prompt_field=prompt_field,
-    )
-    if violations:
-        error = invalid_argument(violations)
-        error.reason = "CONTEXT_LENGTH_EXCEEDED"
-        raise error
+    max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else None
+    check_length(len(prompt_token_ids), max_tokens, info, prompt_field)
     room = info.max_model_len - len(prompt_token_ids)
     if sampling.min_tokens > room:
         raise invalid_argument([("sampling.min_tokens", f"the context has room for {room}")])

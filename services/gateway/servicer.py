@@ -22,6 +22,9 @@ from weft.sampling import validate_token_ids
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1.gateway_service_pb2_grpc import GatewayServiceServicer
 
+# Of one Detokenize; more would hold up the event loop while they are checked.
+MAX_TOKEN_IDS = 1 << 20
+
 
 class GatewayServicer(GatewayServiceServicer):
     """The public face of the gateway."""
@@ -69,6 +72,8 @@ class GatewayServicer(GatewayServiceServicer):
         link = self._gateway.router.find(request.model)
         if link.info is None or link.assets is None:
             raise self._gateway.router.unavailable()
+        if len(request.token_ids) > MAX_TOKEN_IDS:
+            raise invalid_argument([("token_ids", f"must have at most {MAX_TOKEN_IDS} entries")])
         violations = validate_token_ids(
             request.token_ids, vocab_size=link.info.vocab_size, field="token_ids", can_be_empty=True
         )

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from google.protobuf import unknown_fields
 
-from services.gateway.resolution import refuse_unknown_fields
+from services.gateway.resolution import refuse_unknown_fields, tokenize
 from weft.rpc.auth import Authenticator, hash_key
 from weft.rpc.errors import StatusError, error_from_call
 from weft.v1 import gateway_service_pb2 as pb
@@ -151,6 +151,18 @@ async def test_millions_of_unknown_fields_hold_nobody_up(where: str) -> None:
     begin = time.process_time()
     refuse_unknown_fields(many)
     assert time.process_time() - begin < 0.2
+
+
+async def test_millions_of_token_ids_hold_nobody_up(gateway: Any) -> None:
+    request = ids(*[300] * 2_000_000)
+    begin = time.process_time()
+    with pytest.raises(StatusError) as caught:
+        await tokenize(request, gateway.link.assets, gateway.link.info)
+    assert caught.value.reason == "CONTEXT_LENGTH_EXCEEDED"
+    assert time.process_time() - begin < 0.02
+    with pytest.raises(grpc.aio.AioRpcError) as refusal:
+        await gateway.stub.Detokenize(pb.DetokenizeRequest(token_ids=[300] * 1_048_577))
+    assert refusal.value.code() == INVALID
 
 
 async def test_a_text_without_a_token(gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
