@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections that end when what they announce does not come: uvicorn waits for ever. Knows no path."""
+"""HTTP/1.1 connections that end when what was begun does not come: uvicorn waits for ever. Knows no path."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Http11(H11Protocol):
         self._start_clock()
 
     def data_received(self, data: bytes) -> None:
-        """Headers that are whole stop the clock; a part of them starts it, and so does the rest of a body whose
-        request is answered already.
+        """Headers that are whole stop the clock; a part of them starts it, and so does the rest of a body
+        that nobody waits for: its request is answered already.
         """
         super().data_received(data)
         if self.conn.their_state is h11.IDLE or self.conn.our_state is h11.DONE:
