@@ -16,9 +16,10 @@ import time
 from prometheus_client import CollectorRegistry
 
 from services.engine.config import EngineConfig, user_cache_dir
+from services.engine.core.admission import CoreLimits
 from services.engine.core.batch import Runner
 from services.engine.core.block_manager import BlockManager
-from services.engine.core.engine_core import CoreLimits, EngineCore
+from services.engine.core.engine_core import EngineCore
 from services.engine.core.errors import IntegrityError
 from services.engine.core.scheduler import Scheduler, SchedulerConfig
 from services.engine.loop import EngineLoop

@@ -12,8 +12,9 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from services.engine.core.admission import CoreLimits  # noqa: E402
 from services.engine.core.block_manager import BlockManager  # noqa: E402
-from services.engine.core.engine_core import CoreLimits, EngineCore  # noqa: E402
+from services.engine.core.engine_core import EngineCore  # noqa: E402
 from services.engine.core.scheduler import Scheduler, SchedulerConfig  # noqa: E402
 from services.engine.core.sequence import SamplingParams, Sequence  # noqa: E402
 from services.engine.runner.config import RunnerConfig  # noqa: E402

@@ -8,22 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from time import monotonic
 from typing import Any
 
+from services.engine.core.admission import Admission, CoreLimits
 from services.engine.core.batch import Chunk, Runner, SampledToken
 from services.engine.core.block_manager import BlockManager
 from services.engine.core.cost_model import CostModel
 from services.engine.core.errors import (
     DeadlineUnmet,
     DeviceFault,
-    DoesNotFit,
     Draining,
     DuplicateRequest,
     InternalFailure,
-    InvalidRequest,
-    QueueFull,
     RequestError,
 )
 from services.engine.core.events import Counters, FinishedEvent, StepReport, TokenEvent
@@ -38,15 +35,6 @@ arrives.
 """
 
 
-@dataclass(frozen=True, slots=True)
-class CoreLimits:
-    """What is refused at the door. Lengths in tokens, `max_queue_size` in sequences."""
-
-    vocab_size: int
-    max_model_len: int
-    max_queue_size: int = 512
-
-
 class EngineCore:
     """A continuous batch over one runner. `now` is a monotonic clock in seconds."""
 
@@ -59,10 +47,10 @@ class EngineCore:
         now: Callable[[], float] = monotonic,
     ) -> None:
         self.now = now
-        self.limits = limits
         self.scheduler = scheduler
         self.blocks = blocks
         self.costs = CostModel()
+        self._admission = Admission(limits, scheduler, blocks, self.costs)
         self.step_started_at: float | None = None
         self.step_bound_s = self.costs.step_bound_s(0)
         self.is_draining = False
@@ -79,7 +67,11 @@ class EngineCore:
         if not sequence.arrival:
             sequence.arrival = self.now()
         try:
-            self._check(sequence)
+            if self.is_draining:
+                raise Draining("the engine is draining")
+            if sequence.key in self._live:
+                raise DuplicateRequest(f"{sequence.key!r} is live already")
+            self._admission.check(sequence, self.now())
         except RequestError:
             raise
         except Exception as error:
@@ -363,59 +355,3 @@ class EngineCore:
                 else DeadlineUnmet("the deadline passed before the first token")
             )
             self._finish(sequence, FinishReason.DEADLINE, error)
-
-    # -- the door ------------------------------------------------------------
-
-    def _check(self, sequence: Sequence) -> None:
-        if self.is_draining:
-            raise Draining("the engine is draining")
-        if sequence.key in self._live:
-            raise DuplicateRequest(f"{sequence.key!r} is live already")
-        self._check_tokens(sequence)
-        total = len(sequence.prompt_token_ids) + sequence.params.max_tokens
-        # The last token drawn is never computed, so its K and V need no slot.
-        if self.blocks.blocks_for(total - 1) > self.blocks.num_blocks:
-            raise DoesNotFit(
-                f"prompt and max_tokens are {total} tokens; the KV cache holds "
-                f"{self.blocks.num_blocks * self.blocks.block_size}"
-            )
-        if len(self.scheduler.waiting) >= self.limits.max_queue_size:
-            raise QueueFull(f"{len(self.scheduler.waiting)} sequences are waiting", self._queue_s() or 1.0)
-        if sequence.deadline is not None:
-            self._check_deadline(sequence)
-
-    def _check_tokens(self, sequence: Sequence) -> None:
-        prompt, output = sequence.prompt_token_ids, sequence.output_token_ids
-        limit, vocabulary = self.limits.max_model_len, self.limits.vocab_size
-        if not prompt:
-            raise InvalidRequest("prompt_token_ids", "the prompt is empty")
-        for field, ids in (("prompt_token_ids", prompt), ("emitted_token_ids", output)):
-            if ids and not 0 <= min(ids) <= max(ids) < vocabulary:
-                raise InvalidRequest(field, f"a token id is outside the vocabulary of {vocabulary}")
-        if sequence.params.max_tokens < 1:
-            raise InvalidRequest("sampling.max_tokens", "must be at least 1")
-        if len(output) > sequence.params.max_tokens:
-            raise InvalidRequest("emitted_token_ids", "are more than max_tokens")
-        total = len(prompt) + sequence.params.max_tokens
-        if total > limit:
-            raise InvalidRequest(
-                "sampling.max_tokens",
-                f"prompt ({len(prompt)}) and max_tokens ({sequence.params.max_tokens}) are {total} tokens; "
-                f"the model takes {limit}",
-            )
-
-    def _check_deadline(self, sequence: Sequence) -> None:
-        """Refuse what cannot give one token in time, or all of them when it must complete."""
-        now = self.now()
-        num_cached = self.blocks.match(sequence).num_tokens(self.blocks.block_size)
-        num_before = self.scheduler.num_tokens_before(sequence, now)
-        wait = self.costs.prefill_s(num_before + len(sequence) - num_cached) + self.costs.itl_s()
-        if sequence.must_complete:
-            wait += (sequence.params.max_tokens - len(sequence.output_token_ids)) * self.costs.itl_s()
-        left = (sequence.deadline or 0.0) - now
-        if left <= 0 or wait > left:
-            raise DeadlineUnmet(f"{max(left, 0):.3f} s are left; about {wait:.3f} s are needed")
-
-    def _queue_s(self) -> float:
-        """How long the waiting prompts take to compute."""
-        return self.costs.prefill_s(sum(s.num_uncomputed_tokens for s in self.scheduler.waiting))

@@ -10,9 +10,10 @@ from __future__ import annotations
 import random
 from hashlib import blake2b
 
+from services.engine.core.admission import CoreLimits
 from services.engine.core.batch import SampledToken
 from services.engine.core.block_manager import BlockManager
-from services.engine.core.engine_core import CoreLimits, EngineCore
+from services.engine.core.engine_core import EngineCore
 from services.engine.core.scheduler import Scheduler, SchedulerConfig
 from services.engine.core.sequence import SamplingParams, Sequence
 

@@ -232,7 +232,7 @@ def test_an_exception_in_emit_ends_that_request_alone(monkeypatch):
 
 def test_an_exception_at_the_door_is_that_requests_own(monkeypatch):
     core, _ = make_core()
-    monkeypatch.setattr(core, "_check_tokens", lambda sequence: 1 / 0)
+    monkeypatch.setattr(core._admission, "_check_tokens", lambda sequence: 1 / 0)
     with pytest.raises(InternalFailure):
         core.add(make_sequence("a", [1]))
     assert core.num_live == 0

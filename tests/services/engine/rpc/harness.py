@@ -10,8 +10,9 @@ from typing import Any
 
 import grpc
 
+from services.engine.core.admission import CoreLimits
 from services.engine.core.block_manager import BlockManager
-from services.engine.core.engine_core import CoreLimits, EngineCore
+from services.engine.core.engine_core import EngineCore
 from services.engine.core.scheduler import Scheduler, SchedulerConfig
 from services.engine.loop import EngineLoop
 from services.engine.rpc.errors import engine_failed
