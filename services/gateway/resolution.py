@@ -5,6 +5,7 @@ Both faces of the gateway, gRPC and HTTP, come through here. Nothing is accepted
 
 from __future__ import annotations
 
+import asyncio
 import re
 import secrets
 from collections.abc import Iterable
@@ -17,7 +18,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from services.gateway.assets import ModelAssets
 from services.gateway.chat_template import ConversationRefused, TemplateBusy, TemplateError
 from services.gateway.request import ResolvedRequest
-from services.gateway.tokenization import TokenizationError
+from services.gateway.tokenization import INLINE_BYTES, TokenizationError
 from weft import logs
 from weft.rpc.errors import StatusError, internal_error, invalid_argument, new_error_id
 from weft.sampling import (
@@ -161,8 +162,12 @@ async def _tokenize_chat(chat: gateway_pb.ChatPrompt, assets: ModelAssets) -> li
         # A role often becomes part of a special token, so it must be a word that the template expects.
         if message.role not in USUAL_ROLES and not _is_named(message.role, template.source):
             raise invalid_argument([(f"chat.messages[{index}].role", "is no role that this model knows")])
-    check_size("chat", "".join(message.content for message in chat.messages))
-    contents, marker = assets.tokenizer.escape(message.content for message in chat.messages)
+    written = [message.content for message in chat.messages]
+    check_size("chat", "".join(written))
+    if sum(map(len, written)) > INLINE_BYTES:
+        contents, marker = await asyncio.to_thread(assets.tokenizer.escape, written)
+    else:
+        contents, marker = assets.tokenizer.escape(written)
     messages = [
         {"role": message.role, "content": content}
         for message, content in zip(chat.messages, contents, strict=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import secrets
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from services.gateway import strict_json
 
 # Above this many bytes an encode would hold the event loop for more than about 5 ms.
 INLINE_BYTES = 16 << 10
-# Private-use code points; one that no message holds marks the special tokens that a client spelled out.
+# Private-use code points; two of them mark the special tokens that a client spelled out.
 _MARKERS = range(0xF0000, 0xFFFFE)
 
 
@@ -88,7 +89,8 @@ class Tokenizer:
         spelled = [content for content in self._special if any(content in text for text in originals)]
         if not spelled:
             return originals, None
-        marker = next(chr(c) for c in _MARKERS if not any(chr(c) in text for text in originals))
+        while any((marker := _new_marker()) in text for text in originals):
+            pass
         return [_mark(text, spelled, marker) for text in originals], marker
 
     async def _run(self, size: int, function: Any, *arguments: Any) -> list[int]:
@@ -138,6 +140,11 @@ def _as_tokenization_error(error: BaseException, what: str) -> TokenizationError
     if isinstance(error, Exception) or type(error).__name__ == "PanicException":
         return TokenizationError(f"{what}: {str(error)[:200]}")
     raise error
+
+
+def _new_marker() -> str:
+    """Drawn at random: no message holds more than a sliver of all pairs, and nobody knows the next."""
+    return chr(secrets.choice(_MARKERS)) + chr(secrets.choice(_MARKERS))
 
 
 def _mark(text: str, contents: list[str], marker: str) -> str:
