@@ -8,6 +8,7 @@ whether the source is any good; an artifact that matches was made from the same 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 from services.quantizer.companions import companion_files
@@ -27,8 +28,7 @@ def draft_manifest(config: QuantizerConfig) -> Manifest:
     """The manifest of a run as far as it is known beforehand: no files, errors, quality or canary."""
     _, calibration_digest = read_texts(config.calibration or BUNDLED_CALIBRATION)
     _, evaluation_digest = read_texts(config.evaluation or BUNDLED_EVALUATION)
-    if not config.source.is_dir():
-        raise QuantizerError(f"{config.source}: no such directory")
+    _check_directory(config.source)
     companions = companion_files(config.source)
     return Manifest(
         model=config.name,
@@ -55,6 +55,15 @@ def find_current(config: QuantizerConfig, draft: Manifest) -> Artifact | None:
     except ArtifactError:
         return None
     return artifact
+
+
+def _check_directory(source: Path) -> None:
+    if not source.is_dir():
+        raise QuantizerError(f"{source}: no such directory")
+    if not os.path.lexists(source / "config.json"):
+        snapshots = source / "snapshots"
+        hint = f"; give one of the directories in {snapshots}" if snapshots.is_dir() else ""
+        raise QuantizerError(f"{source / 'config.json'}: missing, so this is no checkpoint{hint}")
 
 
 def _source_digest(directory: Path, companions: dict[str, bytes]) -> str:

@@ -227,7 +227,7 @@ def _publish(
         if name in skipped
     ]
     if full_precision:
-        _LOGGER.warning("left in full precision", linears=full_precision)
+        _LOGGER.warning("left in full precision", blocks=source.num_blocks, linears=sorted(skipped))
     write_companions(staged, companion_files(config.source))
     if "sha256:" + staged.files["tokenizer.json"].sha256 != draft.tokenizer_digest:
         raise QuantizerError(f"{config.source}: tokenizer.json changed during the run")

@@ -18,7 +18,8 @@ class ScaleGroup:
     Attributes:
         previous: the module that takes the inverse scales.
         linears: what shares the input. A serving engine may fuse them, so they are quantized together or
-        not at all. inspect: the module whose output decides between candidates.
+            not at all.
+        inspect: the module whose output decides between candidates.
         is_value: `previous` is the value projection: under grouped-query attention one of its channels feeds
             several of the group's input channels.
     """

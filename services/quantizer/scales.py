@@ -46,12 +46,12 @@ class ScaleSpace:
     Attributes:
         x_mean: fp32 [in], mean |x| over the calibration tokens.
         w_mean: fp32 [in], see `weight_means`.
-        num_repeats: how many times in a row of heads one channel of the producer is read (1 unless
-        grouped-query). head_size: channels per head, for the same purpose.
-        producer: what is divided by the scales and stored in `dtype`: a norm's weight, a bias, or None when
-        the producer is
-            quantized itself and has nothing else.
+        num_repeats: how many heads in a row read one channel of the producer (1 unless grouped-query).
+        head_size: channels per head, for the same purpose.
+        producer: what is divided by the scales and stored: a norm's weight, a bias, or None when the producer
+            is quantized itself and has nothing else.
         dtype: of the producer on disk.
+        is_norm: whether the producer is a norm's weight.
     """
 
     x_mean: Tensor
@@ -72,7 +72,7 @@ class ScaleSpace:
         scales = self._shared(scales.clamp(min=_LEAST))
         scales = scales / torch.sqrt(scales.max() * scales.min())
         scales = torch.where(torch.isfinite(scales) & (scales > 0), scales, torch.ones_like(scales))
-        return Candidate(method, ratio, self._shared(self.representable(scales)))
+        return Candidate(method, ratio, self.representable(scales))
 
     def representable(self, scales: Tensor) -> Tensor:
         """The nearest scales by which the producer can be divided exactly in its stored dtype.

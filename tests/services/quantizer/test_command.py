@@ -95,6 +95,11 @@ BAD_SOURCES = {
     "weights truncated": (truncate, "truncated"),
     "a pickle": (pickle_weights, "pickle"),
     "config missing": (lambda d: (d / "config.json").unlink(), "config.json: missing"),
+    "another directory": (lambda d: [path.unlink() for path in d.iterdir()], "config.json: missing"),
+    "the cache, not a snapshot": (
+        lambda d: [*(path.unlink() for path in d.iterdir()), (d / "snapshots").mkdir()],
+        "give one of the directories in",
+    ),
     "tokenizer missing": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json: missing"),
     "tokenizer broken": (lambda d: (d / "tokenizer.json").write_text("{}"), "tokenizer.json"),
     "architecture unknown": (
