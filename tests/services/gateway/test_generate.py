@@ -408,3 +408,30 @@ async def test_a_cancel_before_the_request_has_begun(gateway: Any, monkeypatch: 
     found = await task
     assert found[0]["finish"].reason == gen.FINISH_REASON_CANCELLED
     assert found[0]["ids"] == []
+
+
+@pytest.mark.parametrize("min_tokens", [0, 30])
+async def test_an_engine_lost_in_the_middle_changes_nothing(
+    gateway: Any, engine: Any, settle: Any, min_tokens: int
+) -> None:
+    """Text, ids, logprobs, stop string and usage of two samples, with a stop string half held back."""
+    engine.say("é€😀 she wove " * 12 + "THE END of it, and " * 3)
+    request = ask(n=2, seed=1, logprobs=2, stop=["END of it, and THE", "END of it"], min_tokens=min_tokens)
+    whole = await collect(gateway.stub.Generate(request))
+    assert whole[0]["finish"].stop_string == "END of it"
+    engine.step_s = 0.005
+    for tokens in (3, 20, 45):
+        before = gateway.link.counters.tokens
+        task = asyncio.create_task(collect(gateway.stub.Generate(request)))
+        await settle(lambda goal=before + 2 * tokens: gateway.link.counters.tokens >= goal)
+        await engine.die()
+        await engine.start()
+        found = await task
+        for index in (0, 1):
+            was, is_now = whole[index], found[index]
+            assert is_now["text"] == was["text"]
+            assert is_now["ids"] == was["ids"]
+            assert list(is_now["logprobs"]) == list(was["logprobs"])
+            assert is_now["finish"].stop_string == was["finish"].stop_string
+            assert is_now["finish"].usage == was["finish"].usage
+            assert len(is_now["logprobs"]) == is_now["finish"].usage.completion_tokens
