@@ -54,6 +54,19 @@ async def test_a_usual_template_renders() -> None:
         assert template.num_killed == 0
 
 
+async def test_what_published_templates_use_beyond_jinja() -> None:
+    source = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}<a>{% generation %}{{ m.content }}<e>"
+        "{% endgeneration %}{% else %}{{ m | tojson(separators=(',', ':'), sort_keys=True) }}{% endif %}"
+        "{% endfor %}{{ messages[0] | tojson(ensure_ascii=True) }}"
+    )
+    messages = [{"role": "user", "content": "é<"}, {"role": "assistant", "content": "yes"}]
+    async with started(source) as template:
+        assert await template.render(messages) == (
+            '{"content":"é<","role":"user"}<a>yes<e>{"role": "user", "content": "\\u00e9<"}'
+        )
+
+
 async def test_the_template_may_refuse_a_conversation() -> None:
     source = "{{ raise_exception('roles must alternate') }}"
     async with started(source) as template:
