@@ -9,21 +9,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Hashable
 from time import monotonic
-from typing import Any
 
 from services.engine.core.admission import Admission, CoreLimits
-from services.engine.core.batch import Chunk, Runner, SampledToken
+from services.engine.core.batch import Runner, SampledToken
 from services.engine.core.block_manager import BlockManager
 from services.engine.core.cost_model import CostModel
 from services.engine.core.errors import (
     DeadlineUnmet,
-    DeviceFault,
     Draining,
     DuplicateRequest,
     InternalFailure,
     RequestError,
 )
 from services.engine.core.events import Counters, FinishedEvent, StepReport, TokenEvent
+from services.engine.core.executor import Executor, Outputs
 from services.engine.core.scheduler import Batch, Scheduler
 from services.engine.core.sequence import FinishReason, Sequence
 
@@ -55,6 +54,7 @@ class EngineCore:
         self.step_bound_s = self.costs.step_bound_s(0)
         self.is_draining = False
         self._runner = runner
+        self._executor = Executor(runner)
         self._live: dict[Hashable, Sequence] = {}
         self._finished: list[FinishedEvent] = []
         self._num_steps = self._num_begun = self._num_ended = 0
@@ -168,93 +168,25 @@ class EngineCore:
         """Recount blocks and sequences. Raises IntegrityError."""
         self.blocks.check_integrity(self._live.values())
 
-    # -- execute ------------------------------------------------------------
-
-    def _execute(self, batch: Batch) -> dict[int, SampledToken | Exception | None]:
-        """Run the batch. Per chunk, by its place: the token, None when it draws none, or what went wrong."""
-        outputs: dict[int, SampledToken | Exception | None] = {}
+    def _execute(self, batch: Batch) -> Outputs:
+        """Run the batch, learn from the time it took, and let the sources of its copies go."""
         if not batch.chunks:
-            return outputs
+            return {}
         self._num_steps += 1
         self._peak_batch_size = max(self._peak_batch_size, len(batch.chunks))
         self.step_bound_s = self.costs.step_bound_s(batch.num_tokens)
         started = self.now()
         try:
-            ready = [i for i in range(len(batch.chunks)) if self._prepare(i, batch.chunks[i], outputs)]
-            self._run(batch, ready, outputs)
+            outputs = self._executor.run(batch)
         finally:
             for copy in batch.copies:
                 self.blocks.finish_copy(copy)
         self.costs.observe(batch.num_tokens, len(batch.chunks), self.now() - started)
         return outputs
 
-    def _prepare(self, i: int, chunk: Chunk, outputs: dict[int, SampledToken | Exception | None]) -> bool:
-        try:
-            self._runner.prepare(chunk)
-        except Exception as error:
-            self._raise_device_fault(error)
-            outputs[i] = InternalFailure("prepare", error)
-            return False
-        return True
-
-    def _run(
-        self, batch: Batch, ready: list[int], outputs: dict[int, SampledToken | Exception | None]
-    ) -> None:
-        """Copies, then one shared forward; if that fails, each sequence alone: only the culprit ends."""
-        try:
-            if batch.copies:
-                self._runner.copy_blocks(batch.copies)
-            if ready:
-                outputs.update(self._forward(batch.chunks, ready))
-            return
-        except Exception as error:
-            self._raise_device_fault(error)
-            log.warning("shared forward failed; running its %d sequences singly", len(ready), exc_info=error)
-        for copy in batch.copies:
-            try:
-                self._runner.copy_blocks([copy])
-            except Exception as error:
-                self._raise_device_fault(error)
-                self._fail_owner(batch, ready, copy.destination, error, outputs)
-        for i in ready:
-            if i in outputs:
-                continue
-            try:
-                outputs.update(self._forward(batch.chunks, [i]))
-            except Exception as error:
-                self._raise_device_fault(error)
-                outputs[i] = InternalFailure("forward", error)
-
-    def _forward(self, chunks: list[Chunk], places: list[int]) -> dict[int, SampledToken | Exception | None]:
-        logits: Any = self._runner.forward([chunks[i] for i in places])
-        outputs: dict[int, SampledToken | Exception | None] = dict.fromkeys(places)
-        sampling = [i for i in places if chunks[i].is_sampling]
-        if sampling:
-            rows = self._runner.sample(logits, [chunks[i] for i in sampling])
-            outputs.update(zip(sampling, rows, strict=True))
-        return outputs
-
-    @staticmethod
-    def _fail_owner(
-        batch: Batch,
-        ready: list[int],
-        block: int,
-        error: Exception,
-        outputs: dict[int, SampledToken | Exception | None],
-    ) -> None:
-        for i in ready:
-            if block in batch.chunks[i].sequence.block_table:
-                outputs[i] = InternalFailure("copy_blocks", error)
-
-    def _raise_device_fault(self, error: Exception) -> None:
-        if isinstance(error, DeviceFault):
-            raise error
-        if self._runner.is_device_fault(error):
-            raise DeviceFault(str(error)) from error
-
     # -- update ------------------------------------------------------------
 
-    def _update(self, batch: Batch, outputs: dict[int, SampledToken | Exception | None]) -> StepReport:
+    def _update(self, batch: Batch, outputs: Outputs) -> StepReport:
         """Commit what was computed, hand out tokens, end what is done."""
         now = self.now()
         tokens: list[TokenEvent] = []
