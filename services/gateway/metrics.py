@@ -64,7 +64,7 @@ class GatewayMetrics(Collector):
             value=gateway.admission.num_refused,
         )
         yield CounterMetricFamily(
-            "weft_gateway_replays", "Samples started again elsewhere.", value=gateway.router.num_replays
+            "weft_gateway_replays", "Attempts to start a sample again.", value=gateway.router.num_replays
         )
         yield from self._links()
 
