@@ -112,7 +112,9 @@ def start_services(stack: Stack, artifacts: Path, arguments: argparse.Namespace)
     grpc_port, http_port = (arguments.listen, arguments.http) if arguments.up else (0, 0)
     common = ["--artifacts", str(artifacts)]
     listen = ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
-    engine = stack.start("engine", command_of("engine", ["serve", *common, "--model", MODEL, *listen]), logs)
+    # One thread is enough for a model this small; the other cores are the gateway's and the clients'.
+    flags = ["serve", *common, "--model", MODEL, "--threads", "1", *listen]
+    engine = stack.start("engine", command_of("engine", flags), logs)
     # Bound before it is loaded: the gateway may start meanwhile and waits for it.
     address = engine.wait_for("listening", READY_TIMEOUT_S)["address"]
     listen = ["--listen", f"127.0.0.1:{grpc_port}", "--http", f"127.0.0.1:{http_port}"]
