@@ -51,7 +51,9 @@ def perplexity(windows, **source):
 
 
 def test_bfloat16_and_float32_engines_stay_near_the_source(windows, demo_model, tmp_path):
-    run(QuantizerConfig(demo_model, tmp_path, "demo", evaluation_tokens=2048, threads=2))
+    run(
+        QuantizerConfig(source=demo_model, artifacts=tmp_path, name="demo", evaluation_tokens=2048, threads=2)
+    )
     source, _ = perplexity(windows, source=demo_model, dtype="float32")
     exact, exact_info = perplexity(windows, artifacts=tmp_path, model="demo", dtype="float32")
     fast, fast_info = perplexity(windows, artifacts=tmp_path, model="demo", dtype="bfloat16")
