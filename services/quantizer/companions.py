@@ -15,7 +15,7 @@ from services.quantizer.errors import QuantizerError
 from weft.artifact.manifest import MAX_TOKENIZER_SIZE
 from weft.artifact.publish import Staging
 from weft.artifact.regular_file import FileRefusedError, read_regular
-from weft.artifact.strict_json import StrictJsonError, parse_object
+from weft.strict_json import StrictJsonError, parse_object
 
 COMPANION_NAMES = (
     "tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja",

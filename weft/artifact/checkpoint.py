@@ -23,7 +23,7 @@ from weft.artifact.regular_file import (
     read_regular,
 )
 from weft.artifact.safetensors_header import HeaderError, TensorEntry, read_header
-from weft.artifact.strict_json import StrictJsonError, parse_object
+from weft.strict_json import StrictJsonError, parse_object
 
 MAX_CONFIG_SIZE = 4 << 20
 MAX_INDEX_SIZE = 64 << 20

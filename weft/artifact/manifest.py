@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from weft.artifact.regular_file import FileRefusedError, read_regular
-from weft.artifact.strict_json import StrictJsonError, canonical_bytes, parse_object
+from weft.strict_json import StrictJsonError, canonical_bytes, parse_object
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

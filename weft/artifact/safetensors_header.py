@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from weft.artifact.regular_file import read_exactly
-from weft.artifact.strict_json import parse_object
+from weft.strict_json import parse_object
 
 MAX_HEADER_SIZE = 16 << 20
 MAX_TENSORS = 100_000

@@ -15,7 +15,7 @@ from services.engine.models.registry import model_class
 from services.engine.models.weights import WeightLoader
 from weft.artifact.checkpoint import Checkpoint, CheckpointError
 from weft.artifact.regular_file import FileRefusedError, read_regular
-from weft.artifact.strict_json import StrictJsonError, parse_object
+from weft.strict_json import StrictJsonError, parse_object
 
 _MAX_GENERATION_CONFIG_SIZE = 1 << 20
 

@@ -1,9 +1,7 @@
-"""JSON as files of a model directory may hold it: one object, no duplicate key, no NaN, bounded in size and
-depth.
+"""JSON read so that no two readers could disagree about it.
 
-The standard parser takes the last of two equal keys, accepts `NaN` and turns `1e999` into infinity; two
-readers of one file could then disagree about what it says. This module knows nothing of what the documents
-mean.
+The standard parser takes the last of two equal keys, accepts `NaN` and turns `1e999` into infinity. Used for
+the files of a model directory and for what clients send. Knows nothing of what the documents mean.
 """
 
 from __future__ import annotations
@@ -14,7 +12,7 @@ from typing import Any, NoReturn
 
 
 class StrictJsonError(ValueError):
-    """The bytes are not a JSON object that every reader would understand alike."""
+    """The bytes are not JSON that every reader would understand alike. The text is safe to show."""
 
 
 def parse_object(data: bytes, what: str) -> dict[str, Any]:
@@ -23,22 +21,37 @@ def parse_object(data: bytes, what: str) -> dict[str, Any]:
     Raises StrictJsonError for anything else, duplicate keys, non-finite numbers and absurd depth included.
     """
     try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise StrictJsonError(f"{what}: not UTF-8 at byte {error.start}") from None
-    if text.startswith("\ufeff"):
-        raise StrictJsonError(f"{what}: begins with a byte order mark")
-    try:
-        document = json.loads(
-            text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant, parse_float=_finite
-        )
-    except RecursionError:
-        raise StrictJsonError(f"{what}: nested too deeply") from None
-    except ValueError as error:
+        document = loads(decode(data))
+    except StrictJsonError as error:
         raise StrictJsonError(f"{what}: {error}") from None
     if not isinstance(document, dict):
         raise StrictJsonError(f"{what}: a JSON object is expected, found {type(document).__name__}")
     return document
+
+
+def decode(data: bytes) -> str:
+    """`data` as text: UTF-8 without a byte order mark. Raises StrictJsonError."""
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise StrictJsonError(f"not UTF-8 at byte {error.start}") from None
+    if text.startswith("\ufeff"):
+        raise StrictJsonError("begins with a byte order mark")
+    return text
+
+
+def loads(text: str) -> Any:
+    """Parse one document. Raises StrictJsonError, duplicate keys, non-finite numbers and absurd depth
+    included.
+    """
+    try:
+        return json.loads(
+            text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant, parse_float=_finite
+        )
+    except RecursionError:
+        raise StrictJsonError("nested too deeply") from None
+    except ValueError as error:
+        raise StrictJsonError(str(error)[:200]) from None
 
 
 def canonical_bytes(document: dict[str, Any]) -> bytes:
