@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import asynccontextmanager
 
 import grpc
 import pytest
@@ -289,37 +290,50 @@ CREDENTIALS = {
 }
 
 
-@pytest.mark.parametrize("credential", CREDENTIALS)
-async def test_every_method_wants_a_key_but_health(credential):
-    async with running_engine() as engine:
-        server = Server(("weft.v1.EngineService",), authenticator=Authenticator({"me": hash_key("right")}))
-        add_EngineServiceServicer_to_server(engine.servicer, server.grpc)
-        await server.start(engine.server.address._replace(port=0))
-        server.set_serving()
-        async with grpc.aio.insecure_channel(str(server.address)) as channel:
-            for service, method in METHODS:
-                is_open = service == "grpc.health.v1.Health" or credential in ("bearer", "header")
-                call = channel.stream_stream(f"/{service}/{method}")(
-                    iter([b""]), metadata=CREDENTIALS[credential], timeout=5
-                )
-                code = grpc.StatusCode.OK
-                try:
-                    if await call.read() is grpc.aio.EOF:
-                        code = await call.code()
-                except grpc.aio.AioRpcError as error:
-                    code = error.code()
-                call.cancel()
-                assert (code is grpc.StatusCode.UNAUTHENTICATED) == (not is_open), (service, method)
-                assert code is not grpc.StatusCode.UNKNOWN
+@asynccontextmanager
+async def guarded_server(engine):
+    """A second server of an engine, which wants a key."""
+    server = Server(("weft.v1.EngineService",), authenticator=Authenticator({"me": hash_key("right")}))
+    add_EngineServiceServicer_to_server(engine.servicer, server.grpc)
+    await server.start(engine.server.address._replace(port=0))
+    server.set_serving()
+    try:
+        yield server
+    finally:
         await server.stop(0)
 
 
+@pytest.mark.parametrize("credential", CREDENTIALS)
+async def test_every_method_wants_a_key_but_health(credential):
+    is_right = credential in ("bearer", "header")
+    async with running_engine() as engine, guarded_server(engine) as server:
+        async with grpc.aio.insecure_channel(str(server.address)) as channel:
+            for service, method in METHODS:
+                is_open = is_right or service == "grpc.health.v1.Health"
+                code = await code_of(channel, f"/{service}/{method}", CREDENTIALS[credential], is_open)
+                assert (code is grpc.StatusCode.UNAUTHENTICATED) == (not is_open), (service, method)
+                assert code is not grpc.StatusCode.UNKNOWN
+
+
+async def code_of(channel, method, metadata, is_open):
+    """How a call ends, or OK once it has answered. A message is sent only to a method that may read it: a
+    write that meets a refusal makes the library say INTERNAL in place of the server's own status.
+    """
+    call = channel.stream_stream(method)(metadata=metadata, timeout=5)
+    try:
+        if is_open:
+            await call.write(b"")
+        if await call.read() is grpc.aio.EOF:
+            return await call.code()
+        return grpc.StatusCode.OK
+    except grpc.aio.AioRpcError as error:
+        return error.code()
+    finally:
+        call.cancel()
+
+
 async def test_our_own_channel_carries_the_key_on_every_kind_of_call():
-    async with running_engine() as engine:
-        server = Server(("weft.v1.EngineService",), authenticator=Authenticator({"me": hash_key("right")}))
-        add_EngineServiceServicer_to_server(engine.servicer, server.grpc)
-        await server.start(engine.server.address._replace(port=0))
-        server.set_serving()
+    async with running_engine() as engine, guarded_server(engine) as server:
         async with open_channel(str(server.address), "right") as channel:
             engine.stub = EngineServiceStub(channel)
             assert await engine.stub.GetInfo(pb.GetInfoRequest()) == engine.info
@@ -330,4 +344,3 @@ async def test_our_own_channel_carries_the_key_on_every_kind_of_call():
             async with linked(engine) as gateway:
                 await gateway.call.write(submit(0, PROMPT))
                 await gateway.read_until(lambda: gateway.finished)
-        await server.stop(0)
