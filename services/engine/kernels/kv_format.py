@@ -1,7 +1,7 @@
 """How K and V lie in the cache: full precision, or codes with one scale and one minimum per token and head.
 
-Knows one layer's tensors and the rounding of a value to a code. Does not know blocks' owners, nor devices: the
-plain functions here specify what the device kernels compute, bit for bit.
+Knows one layer's tensors and the rounding of a value to a code. Does not know blocks' owners, nor devices:
+the plain functions here specify what the device kernels compute, bit for bit.
 
 A quantised vector of head_dim values is codes u and two bfloat16 numbers, scale s and minimum m:
 
@@ -10,7 +10,8 @@ A quantised vector of head_dim values is codes u and two bfloat16 numbers, scale
 
 Asymmetric, because the keys of many models sit off zero. m is rounded down and s up, so that the largest and
 smallest value stay within the codes, and u is computed from the rounded s and m, so that their rounding costs
-at most the code's own. Attention never needs x: q.x = s (q.u) + m sum(q), and sum(p x) = sum((p s) u) + sum(p m).
+at most the code's own. Attention never needs x: q.x = s (q.u) + m sum(q), and sum(p x) = sum((p s) u) + sum(p
+m).
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""What the compile lane needs to know of one launch of one kernel: enough to make its machine code without a GPU.
+"""What the compile lane needs to know of one launch of one kernel: enough to make its machine code without a
+GPU.
 
 Standard library only. Every kernel module lists its launches in `compile_cases()`, as its launcher would make
 them; `tools/kernels` compiles them and reads registers, spills and instructions off the result.
