@@ -74,6 +74,7 @@ class EngineLink:
         self.info: engine_pb.GetInfoResponse | None = None
         self.assets: ModelAssets | None = None
         self.is_draining = False
+        self.lost_at: float | None = None
         self.last_problem = "not connected yet"
         self._gateway_id = gateway_id
         self._load_assets = load_assets
@@ -225,6 +226,7 @@ class EngineLink:
         multiplexer, self._multiplexer = self._multiplexer, None
         if multiplexer is None:
             return
+        self.lost_at = self._now()
         samples = multiplexer.drop_all()
         for sample in samples:
             sample.link = None

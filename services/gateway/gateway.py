@@ -103,7 +103,7 @@ class Gateway:
                 )
             deadline = self._deadline(budget_s)
             ticket = self.admission.enter()
-            link = self.router.find(request.model)
+            link = await self.router.find_soon(request.model, deadline)
             if link.info is None or link.assets is None:
                 raise self.router.unavailable()
             check_fields(request, link.info)

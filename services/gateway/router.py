@@ -7,6 +7,7 @@ of the same artifact, or the same one after a restart, can go on where it stoppe
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 
 import grpc
@@ -35,6 +36,7 @@ class Router:
         self._max_placements = max_placements
         self._on_change = on_change
         self._waiting: dict[LiveSample, asyncio.TimerHandle] = {}
+        self._changed = asyncio.Event()
 
     @property
     def is_ready(self) -> bool:
@@ -76,6 +78,34 @@ class Router:
                 reason="MODEL_NOT_FOUND",
             )
         return link
+
+    async def find_soon(self, model: str, deadline: float | None) -> EngineLink:
+        """`find`, but a model whose engine was lost a moment ago gets `wait_s` from then to come back: a new
+        request is worth as much as one that was running. Never past `deadline`. Raises StatusError.
+        """
+        loop = asyncio.get_running_loop()
+        while True:
+            try:
+                return self.find(model)
+            except StatusError as error:
+                until = self._awaited_until(model)
+                until = until if deadline is None else min(until, deadline)
+                if error.code is not grpc.StatusCode.UNAVAILABLE or loop.time() >= until:
+                    raise
+            self._changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(until):
+                    await self._changed.wait()
+
+    def _awaited_until(self, model: str) -> float:
+        """Until when a lost engine of this model may still come back; 0 when none was lost."""
+        lost = (
+            link.lost_at + self._wait_s
+            for link in self.links
+            if link.lost_at is not None and not link.is_up and not link.is_draining
+            if not model or (link.info is not None and link.info.model_name == model)
+        )
+        return max(lost, default=0.0)
 
     @staticmethod
     def unavailable() -> StatusError:
@@ -135,6 +165,7 @@ class Router:
             for sample in list(self._waiting):
                 if self._is_over(sample) or self._replay(sample):
                     self._waiting.pop(sample).cancel()
+        self._changed.set()
         self._on_change()
 
     def _is_over(self, sample: LiveSample) -> bool:

@@ -132,7 +132,9 @@ class Stack:
 
 @pytest.fixture(scope="session")
 def shared_stack(artifacts, tmp_path_factory):
-    stack = Stack(artifacts, tmp_path_factory.mktemp("logs"))
+    # Many tests share it, and none is about a lost link: on cores that others keep busy a second's silence is
+    # no sign of death.
+    stack = Stack(artifacts, tmp_path_factory.mktemp("logs"), gateway_flags=["--engine-dead-seconds", "10"])
     yield stack
     stack.close()
 

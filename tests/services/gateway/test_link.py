@@ -180,6 +180,43 @@ async def test_an_engine_that_stays_away_ends_its_requests(
     assert error_from_call(caught.value).retry_after_s is not None
 
 
+async def test_a_new_request_waits_for_an_engine_that_was_lost_a_moment_ago(
+    start_engine: Any, start_gateway: Any, settle: Any
+) -> None:
+    engine = await start_engine()
+    gateway = await start_gateway(engine, engine_wait_seconds=5)
+    await engine.die()
+    await settle(lambda: not gateway.link.is_up)
+    task = asyncio.create_task(ids_of(gateway.stub.Generate(wanted())))
+    other = asyncio.create_task(ids_of(gateway.stub.Generate(wanted(2))))
+    unknown = wanted()
+    unknown.model = "no-such-model"
+    with pytest.raises(grpc.aio.AioRpcError):
+        await ids_of(gateway.stub.Generate(unknown))
+    await asyncio.sleep(0.2)
+    assert not task.done()
+    assert not other.done()
+    await engine.start()
+    assert (await task)[0] == expected(engine, 1, 100)
+    assert (await other)[0] == expected(engine, 2, 100)
+
+
+async def test_a_new_request_does_not_wait_longer_than_those_that_were_running(
+    start_engine: Any, start_gateway: Any, settle: Any
+) -> None:
+    engine = await start_engine()
+    gateway = await start_gateway(engine, engine_wait_seconds=0.4)
+    await engine.die()
+    await settle(lambda: not gateway.link.is_up)
+    for most_s in (2.0, 0.3):  # the second comes when the wait is over
+        begin = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await ids_of(gateway.stub.Generate(wanted()))
+        assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
+        assert error_from_call(caught.value).retry_after_s is not None
+        assert time.monotonic() - begin < most_s
+
+
 async def test_who_lost_an_engine_waits_for_a_place_in_a_full_one(
     gateway: Any, engine: Any, settle: Any
 ) -> None:

@@ -19,7 +19,7 @@ class CompileCase:
     Attributes:
         name: unique, as in "w4a16/rows16/group128".
         kernel: the `@triton.jit` function.
-        signature: Triton type of every argument that is no constexpr, by name: "*bf16", "*i32", "i32", "fp32".
+        signature: Triton type of every argument that is no constexpr, by name: "*bf16", "i32", "fp32".
         constexprs: value of every constexpr argument, by name.
         num_warps, num_stages: as launched.
         unaligned: names of arguments that need not be divisible by 16 (pointers and sizes are taken as such
