@@ -19,3 +19,11 @@ pytest.importorskip("triton")
 def device():
     """Where the kernels run."""
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poison_empty():
+    """What `torch.empty` gives holds NaN (integers their largest value), so that a slot left out shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)

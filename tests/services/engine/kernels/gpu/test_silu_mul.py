@@ -1,0 +1,48 @@
+"""silu(gate) * up against its twin, with odd widths, strides and gates at the ends of the range."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from services.engine.kernels import reference
+from services.engine.kernels.gpu.silu_mul import silu_mul
+
+
+@pytest.mark.parametrize("width", [1, 3, 63, 100, 1025])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_silu_mul_is_that_of_the_twin(
+    width: int, dtype: torch.dtype, device: str, poison_empty: None
+) -> None:
+    generator = torch.Generator().manual_seed(width)
+    gate_up = (4 * torch.randn(3, 2 * width, generator=generator)).to(device, dtype)
+    expected = reference.silu_mul(gate_up)
+    step = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    torch.testing.assert_close(silu_mul(gate_up), expected, rtol=step, atol=1e-7)
+
+
+def test_gates_at_the_ends_of_the_range(device: str) -> None:
+    infinity = float("inf")
+    gate = torch.tensor([[-200.0, -88.5, -0.0, 200.0, infinity, float("nan")]], device=device)
+    y = silu_mul(torch.cat((gate, torch.full_like(gate, 3.0)), 1))[0].tolist()
+    assert y[0] == 0.0 and -1e-35 < y[1] <= 0.0 and y[2] == 0.0 and y[3] == 600.0 and y[4] == infinity
+    assert y[5] != y[5]
+
+
+def test_rows_need_not_be_adjacent_and_have_the_bits_they_have_alone(device: str) -> None:
+    wide = torch.randn(5, 3, 2 * 77, generator=torch.Generator().manual_seed(2)).to(device)
+    x = wide[:, 1]
+    together = silu_mul(x)
+    assert torch.equal(together, silu_mul(x.contiguous()))
+    for row in range(5):
+        assert torch.equal(silu_mul(x[row : row + 1])[0], together[row])
+
+
+def test_no_rows_are_no_launch(device: str) -> None:
+    assert silu_mul(torch.empty(0, 8, device=device)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("shape", [(4,), (2, 5), (2, 0)])
+def test_what_does_not_fit_is_refused(shape: tuple[int, ...], device: str) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        silu_mul(torch.zeros(shape, device=device))
