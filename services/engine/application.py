@@ -52,6 +52,7 @@ def runner_config(config: EngineConfig) -> RunnerConfig:
         version=config.version,
         device=config.device,
         dtype=config.dtype,
+        kv_dtype=config.kv_dtype,
         is_deterministic=config.deterministic,
         block_size=config.block_size,
         num_blocks=config.num_blocks,

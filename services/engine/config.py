@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.engine.runner.config import BLOCK_SIZES, DTYPES
+from services.engine.runner.config import BLOCK_SIZES, DTYPES, KV_DTYPES
 from weft.config import ConfigError, load_config, option, parse_size
 from weft.logs import LEVELS
 from weft.rpc.address import Address, parse_address
@@ -37,6 +37,9 @@ class EngineConfig:
     )
     device: str = option("cpu", "where the model runs")
     dtype: str = option("auto", "type of the activations", choices=DTYPES)
+    kv_dtype: str = option(
+        "auto", "type of K and V in the cache; auto is that of the activations", choices=KV_DTYPES
+    )
     deterministic: bool | None = option(
         None, "bit-equal logits in any batch; unset means on for float32 on a CPU"
     )

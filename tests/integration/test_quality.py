@@ -43,7 +43,7 @@ def perplexity(windows, **source):
         inputs = make_inputs([Chunk(sequence, 0, WINDOW, False)], 128, runner.cache.scratch_block, 16)
         with torch.inference_mode():
             logits = runner.model.forward(
-                inputs.token_ids, inputs.metadata, runner.cache.data, torch.arange(WINDOW)
+                inputs.token_ids, inputs.metadata, runner.cache.layers, torch.arange(WINDOW)
             )
         targets = torch.tensor(ids[1:])
         total += torch.nn.functional.cross_entropy(logits[:-1].double(), targets).item()

@@ -99,14 +99,20 @@ def quantize(x: Tensor, kv_format: KVFormat) -> tuple[Tensor, Tensor]:
     return codes, pack_params(scale, minimum)
 
 
-def dequantize(codes: Tensor, params: Tensor, kv_format: KVFormat) -> Tensor:
-    """fp32 [..., head_dim] of what `quantize` made."""
+def dequantize(codes: Tensor, params: Tensor, kv_format: KVFormat, out: Tensor | None = None) -> Tensor:
+    """fp32 [..., head_dim] of what `quantize` made, into `out` when it is given."""
     scale, minimum = (part.unsqueeze(-1) for part in unpack_params(params))
+    if out is None:
+        width = codes.shape[-1] * kv_format.values_per_unit
+        out = torch.empty(*codes.shape[:-1], width, dtype=torch.float32, device=codes.device)
     if kv_format.max_code is None:
-        return codes.view(torch.float8_e4m3fn).float() * scale
+        return out.copy_(codes.view(torch.float8_e4m3fn)).mul_(scale)
     if kv_format.values_per_unit == 2:
-        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
-    return codes.float() * scale + minimum
+        out[..., 0::2] = codes & 15
+        out[..., 1::2] = codes >> 4
+    else:
+        out.copy_(codes)
+    return out.mul_(scale).add_(minimum)
 
 
 def pack_params(scale: Tensor, minimum: Tensor) -> Tensor:

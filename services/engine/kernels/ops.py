@@ -12,6 +12,7 @@ import logging
 from torch import Tensor
 
 from services.engine.kernels import int4pack, reference, tiled_attention
+from services.engine.kernels.kv_format import LayerCache
 from services.engine.kernels.linear import DenseLinear, Int4Linear, Linear
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
@@ -29,7 +30,9 @@ class CpuBackend:
     add_rms_norm = staticmethod(reference.add_rms_norm)
     rotary = staticmethod(reference.rotary)
     write_kv = staticmethod(reference.write_kv)
+    rotary_write_kv = staticmethod(reference.rotary_write_kv)
     silu_mul = staticmethod(reference.silu_mul)
+    linear_silu_mul = staticmethod(reference.linear_silu_mul)
     paged_attention = staticmethod(tiled_attention.paged_attention)
 
 
@@ -73,31 +76,56 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _backend(x).rotary(x, cos, sin)
 
 
-def write_kv(
-    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
-) -> None:
-    """Store [rows, kv_heads, head_dim] into one layer's caches [blocks + 1, kv_heads, block_size,
-    head_dim].
+def write_kv(key: Tensor, value: Tensor, cache: LayerCache, metadata: AttentionMetadata) -> None:
+    """Store [rows, kv_heads, head_dim] into one layer's cache, quantised if its format is."""
+    _backend(key).write_kv(key, value, cache, metadata)
+
+
+def rotary_write_kv(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    cache: LayerCache,
+    metadata: AttentionMetadata,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """From the fused projection [rows, heads + 2 * kv_heads, head_dim] to the query [rows, heads, head_dim]:
+    per-head norms if given, rotary, K and V into the cache.
     """
-    _backend(key).write_kv(key, value, k_cache, v_cache, metadata)
+    return _backend(qkv).rotary_write_kv(
+        qkv, cos, sin, num_heads, cache, metadata, q_norm=q_norm, k_norm=k_norm, eps=eps
+    )
 
 
 def paged_attention(
     query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: LayerCache,
     metadata: AttentionMetadata,
     scale: float,
     numerics: Numerics,
     scratch: Scratch,
+    *,
+    sliding_window: int | None = None,
 ) -> Tensor:
-    """Causal attention over the blocks; [rows, heads, head_dim] -> the same shape."""
-    return _backend(query).paged_attention(query, k_cache, v_cache, metadata, scale, numerics, scratch)
+    """Causal attention over the blocks; [rows, heads, head_dim] -> the same shape. With a window, the row at
+    position p sees the keys p - window + 1 .. p.
+    """
+    return _backend(query).paged_attention(
+        query, cache, metadata, scale, numerics, scratch, sliding_window=sliding_window
+    )
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
     """[rows, 2 * width] -> [rows, width]."""
     return _backend(gate_up).silu_mul(gate_up)
+
+
+def linear_silu_mul(x: Tensor, gate_up: Linear) -> Tensor:
+    """silu_mul(linear(x, gate_up)): [rows, in] -> [rows, width]."""
+    return _backend(x).linear_silu_mul(x, gate_up)
 
 
 def linear(x: Tensor, weight: Linear) -> Tensor:

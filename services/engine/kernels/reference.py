@@ -5,9 +5,10 @@ Everything here gives a row the same bits whatever other rows are beside it, wit
 `linear` (see `services.engine.kernels.linear` for the padded form) and `paged_attention` (`tiled_attention`
 is the form whose bits hold). Nothing here knows a device other than through the tensors it gets.
 
-A layer's K cache and V cache are [num_blocks + 1, kv_heads, block_size, head_dim] each: one head's share of a
-block is contiguous, so that attention over one kv head streams it without a gather per token, and a block of
-128 tokens is one key tile as it lies. The last block is scratch: rows that belong to no sequence write there.
+A layer's K and V are [num_blocks + 1, kv_heads, block_size, row_size] each (see `kv_format`): one head's
+share of a block is contiguous, so that attention over one kv head streams it without a gather per token, and
+a block of 128 tokens is one key tile as it lies. The last block is scratch: rows that belong to no sequence
+write there.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from services.engine.kernels.kv_format import LayerCache, dequantize, quantize
+from services.engine.kernels.linear import Linear
 from services.engine.kernels.metadata import AttentionMetadata
 
 
@@ -67,38 +70,90 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(x.dtype)
 
 
-def write_kv(
-    key: Tensor, value: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata
-) -> None:
-    """Store K and V [rows, kv_heads, head_dim] into their slots of one layer's caches, in place."""
+def write_kv(key: Tensor, value: Tensor, cache: LayerCache, metadata: AttentionMetadata) -> None:
+    """Store K and V [rows, kv_heads, head_dim] into their slots of one layer's cache, in place."""
     rows = metadata.cache_rows(key.shape[1])
-    head_dim = key.shape[-1]
-    k_cache.view(-1, head_dim).index_copy_(0, rows, key.reshape(-1, head_dim).to(k_cache.dtype))
-    v_cache.view(-1, head_dim).index_copy_(0, rows, value.reshape(-1, head_dim).to(v_cache.dtype))
+    for vectors, stored, params in ((key, cache.k, cache.k_params), (value, cache.v, cache.v_params)):
+        flat = vectors.reshape(-1, vectors.shape[-1])
+        if params is None:
+            stored.view(-1, stored.shape[-1]).index_copy_(0, rows, flat.to(stored.dtype))
+            continue
+        codes, packed = quantize(flat, cache.kv_format)
+        stored.view(-1, stored.shape[-1]).index_copy_(0, rows, codes)
+        params.view(-1).index_copy_(0, rows, packed)
+
+
+def rotary_write_kv(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    num_heads: int,
+    cache: LayerCache,
+    metadata: AttentionMetadata,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """All between the fused projection and attention: per-head norms, rotary, and the write of K and V.
+
+    qkv [rows, heads + 2 * kv_heads, head_dim] holds all heads of q, then of k, then of v; cos and sin [rows,
+    head_dim / 2]. `q_norm` and `k_norm` [head_dim] normalise each head of q and of k by `rms_norm` before
+    they are rotated (arXiv 2010.04245, with RMS); none leaves them. Returns the query [rows, heads,
+    head_dim].
+    """
+    rotated_heads = num_heads + cache.num_kv_heads
+    heads = qkv[:, :rotated_heads]
+    if q_norm is not None and k_norm is not None:
+        query, key = heads[:, :num_heads], heads[:, num_heads:]
+        heads = torch.cat((rms_norm(query, q_norm, eps), rms_norm(key, k_norm, eps)), 1)
+    rotated = rotary(heads, cos, sin)
+    write_kv(rotated[:, num_heads:], qkv[:, rotated_heads:], cache, metadata)
+    return rotated[:, :num_heads]
 
 
 def paged_attention(
-    query: Tensor, k_cache: Tensor, v_cache: Tensor, metadata: AttentionMetadata, scale: float
+    query: Tensor,
+    cache: LayerCache,
+    metadata: AttentionMetadata,
+    scale: float,
+    *,
+    sliding_window: int | None = None,
 ) -> Tensor:
     """Causal attention of query [rows, heads, head_dim] over its sequence's blocks; same shape.
 
-    One softmax per sequence, in fp32. Slots outside a sequence's context are never touched: they may hold
-    anything. Padding rows give zeros.
+    The row at position p sees the keys 0 .. p, or p - sliding_window + 1 .. p. One softmax per sequence, in
+    fp32. Slots outside a sequence's context are never touched: they may hold anything. Padding rows give
+    zeros.
     """
     out = torch.zeros_like(query)
-    kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
+    kv_heads, block_size = cache.num_kv_heads, cache.block_size
     groups = query.shape[1] // kv_heads
     starts = metadata.query_starts
     for index, context in enumerate(metadata.context_lens):
         rows = slice(starts[index], starts[index + 1])
         blocks = metadata.block_tables[index, : -(-context // block_size)]
-        keys = k_cache[blocks].transpose(1, 2).flatten(0, 1)[:context].float().repeat_interleave(groups, 1)
-        values = v_cache[blocks].transpose(1, 2).flatten(0, 1)[:context].float().repeat_interleave(groups, 1)
+        keys, values = (
+            wide.transpose(1, 2).flatten(0, 1)[:context].repeat_interleave(groups, 1)
+            for wide in _read_blocks(cache, blocks)
+        )
         scores = torch.einsum("qhd,khd->hqk", query[rows].float(), keys) * scale
-        is_future = torch.arange(context)[None, :] > metadata.positions[rows][:, None]
-        weights = scores.masked_fill(is_future, float("-inf")).softmax(-1)
+        distance = metadata.positions[rows][:, None] - torch.arange(context, device=query.device)[None, :]
+        is_hidden = distance < 0
+        if sliding_window is not None:
+            is_hidden |= distance >= sliding_window
+        weights = scores.masked_fill(is_hidden, float("-inf")).softmax(-1)
         out[rows] = torch.einsum("hqk,khd->qhd", weights, values).to(query.dtype)
     return out
+
+
+def _read_blocks(cache: LayerCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """(K, V) of blocks [n] in fp32, [n, kv_heads, block_size, head_dim] each."""
+    if cache.k_params is None or cache.v_params is None:
+        return cache.k[blocks].float(), cache.v[blocks].float()
+    return (
+        dequantize(cache.k[blocks], cache.k_params[blocks], cache.kv_format),
+        dequantize(cache.v[blocks], cache.v_params[blocks], cache.kv_format),
+    )
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -109,6 +164,11 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     width = gate_up.shape[-1] // 2
     gate, up = gate_up[..., :width].float(), gate_up[..., width:].float()
     return (gate / (torch.exp(-gate) + 1.0) * up).to(gate_up.dtype)
+
+
+def linear_silu_mul(x: Tensor, gate_up: Linear) -> Tensor:
+    """`silu_mul` of what the fused gate and up projection gives for x [rows, in] -> [rows, width]."""
+    return silu_mul(gate_up(x))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

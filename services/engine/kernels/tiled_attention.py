@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from services.engine.kernels.attention_plan import ChunkPlan, DecodeGroup, make_plan
+from services.engine.kernels.kv_format import KVFormat, LayerCache, dequantize
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import KEY_TILE, Numerics
 from services.engine.kernels.scratch import Scratch
@@ -28,22 +29,25 @@ _CHUNK_ROWS = 512
 
 def paged_attention(
     query: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
+    cache: LayerCache,
     metadata: AttentionMetadata,
     scale: float,
     numerics: Numerics,
     scratch: Scratch,
+    *,
+    sliding_window: int | None = None,
 ) -> Tensor:
     """As `reference.paged_attention`, with the guarantee above. Computes in fp32 whatever the dtypes."""
     _, heads, head_dim = query.shape
-    kv_heads, block_size = k_cache.shape[1], k_cache.shape[2]
+    if sliding_window is not None:
+        raise NotImplementedError("a sliding window")
+    kv_heads = cache.num_kv_heads
     plan = metadata.plan.get("tiles")
     if plan is None:
         plan = make_plan(metadata, kv_heads, head_dim)
         metadata.plan["tiles"] = plan
-    part = min(block_size, KEY_TILE)
-    keys, values = k_cache.view(-1, part, head_dim), v_cache.view(-1, part, head_dim)
+    keys = _Parts("keys", cache.k, cache.k_params, cache.kv_format, scratch)
+    values = _Parts("values", cache.v, cache.v_params, cache.kv_format, scratch)
     wide = query.float() * scale
     out = torch.zeros_like(wide)
     for group in plan.decodes:
@@ -51,7 +55,7 @@ def paged_attention(
         out.index_copy_(
             0,
             group.rows,
-            _decode(rows, keys, values, group, numerics.query_tile, scratch).reshape(-1, heads, head_dim),
+            _decode(rows, keys, values, group, numerics.query_tile).reshape(-1, heads, head_dim),
         )
     for chunk in plan.chunks:
         span = slice(chunk.start, chunk.start + chunk.length)
@@ -68,9 +72,36 @@ def paged_attention(
     return out.to(query.dtype)
 
 
-def _decode(
-    query: Tensor, keys: Tensor, values: Tensor, group: DecodeGroup, query_tile: int, scratch: Scratch
-) -> Tensor:
+class _Parts:
+    """K or V of one layer as rows of min(block_size, 128) slots, gathered to fp32 into a scratch buffer.
+
+    What is quantised is dequantised element by element, so that an element's bits depend on nothing beside
+    its own vector.
+    """
+
+    def __init__(
+        self, name: str, stored: Tensor, params: Tensor | None, kv_format: KVFormat, scratch: Scratch
+    ) -> None:
+        part = min(stored.shape[2], KEY_TILE)
+        self._name, self._format, self._scratch = name, kv_format, scratch
+        self._stored = stored.view(-1, part, stored.shape[-1])
+        self._params = None if params is None else params.view(-1, part)
+
+    def gather(self, units: Tensor) -> Tensor:
+        """The parts [n] as [n, part, head_dim]; valid until the same name is gathered again."""
+        shape = (units.shape[0], *self._stored.shape[1:])
+        gathered = self._scratch.take(self._name, shape, self._stored.dtype)
+        torch.index_select(self._stored, 0, units, out=gathered)
+        if gathered.dtype == torch.float32:
+            return gathered
+        shape = (*shape[:2], shape[2] * self._format.values_per_unit)
+        wide = self._scratch.take(self._name, shape, torch.float32)
+        if self._params is None:
+            return wide.copy_(gathered)
+        return dequantize(gathered, self._params.index_select(0, units), self._format, out=wide)
+
+
+def _decode(query: Tensor, keys: _Parts, values: _Parts, group: DecodeGroup, query_tile: int) -> Tensor:
     """Attention of one row per sequence: query [sequences, kv_heads, heads per kv head, head_dim] and
     back.
     """
@@ -80,7 +111,7 @@ def _decode(
     padded[:, :, :num_heads] = query
     num_pairs = group.ranks.shape[0]
     left = padded.index_select(0, group.ranks).view(-1, tile_rows, head_dim)
-    key_tiles = _gather(keys, group.units, "keys", scratch).view(-1, KEY_TILE, head_dim)
+    key_tiles = keys.gather(group.units).view(-1, KEY_TILE, head_dim)
     scores = torch.bmm(left, key_tiles.transpose(1, 2)).view(num_pairs, kv_heads, tile_rows, KEY_TILE)
     _bits(scores).bitwise_and_(group.keep)
     scores.add_(group.bias)
@@ -89,9 +120,7 @@ def _decode(
     for first, count in _later_tiles(group.counts):
         torch.maximum(row_max[:count], tile_max[first : first + count], out=row_max[:count])
     weights = scores.sub_(row_max.index_select(0, group.ranks).unsqueeze(-1)).exp_()
-    value_tiles = _gather(values, group.units, "values", scratch).view(
-        num_pairs, kv_heads, KEY_TILE, head_dim
-    )
+    value_tiles = values.gather(group.units).view(num_pairs, kv_heads, KEY_TILE, head_dim)
     if group.partial.numel():
         tails = value_tiles.index_select(0, group.partial)
         _bits(tails).bitwise_and_(group.keep_values)
@@ -111,16 +140,6 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.int32)
 
 
-def _gather(cache: Tensor, units: Tensor, name: str, scratch: Scratch) -> Tensor:
-    """The cache's units [n, part, head_dim] in fp32, in a scratch buffer."""
-    shape = (units.shape[0], cache.shape[1], cache.shape[2])
-    gathered = scratch.take(name, shape, cache.dtype)
-    torch.index_select(cache, 0, units, out=gathered)
-    if cache.dtype == torch.float32:
-        return gathered
-    return scratch.take(name, shape, torch.float32).copy_(gathered)
-
-
 def _later_tiles(counts: list[int]) -> Iterator[tuple[int, int]]:
     """(first pair, number of pairs) of tiles 1, 2, ..."""
     first = counts[0]
@@ -132,8 +151,8 @@ def _later_tiles(counts: list[int]) -> Iterator[tuple[int, int]]:
 def _prefill(
     query: Tensor,
     out: Tensor,
-    keys: Tensor,
-    values: Tensor,
+    keys: _Parts,
+    values: _Parts,
     positions: Tensor,
     chunk: ChunkPlan,
     kv_heads: int,
@@ -143,8 +162,8 @@ def _prefill(
     length, heads, head_dim = query.shape
     per_head = heads // kv_heads
     shape = (kv_heads, chunk.num_tiles, KEY_TILE, head_dim)
-    key_tiles = keys.index_select(0, chunk.units).view(shape).float()
-    value_tiles = values.index_select(0, chunk.units).view(shape).float()
+    key_tiles = keys.gather(chunk.units).view(shape)
+    value_tiles = values.gather(chunk.units).view(shape)
     outside = chunk.context - (chunk.num_tiles - 1) * KEY_TILE
     value_tiles[:, -1, outside:] = 0.0
     step = max(1, _CHUNK_ROWS // per_head)

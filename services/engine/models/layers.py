@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from services.engine.kernels import ops
+from services.engine.kernels.kv_format import LayerCache
 from services.engine.kernels.linear import Linear
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
@@ -29,7 +30,11 @@ class StepContext:
 
 @dataclass(slots=True)
 class Attention:
-    """Self-attention over the blocked cache. `qkv` is the fused projection: all q heads, then k, then v."""
+    """Self-attention over the blocked cache. `qkv` is the fused projection: all q heads, then k, then v.
+
+    `q_norm` and `k_norm` [head_dim], when the architecture has them, normalise each head before it is
+    rotated. A row sees `sliding_window` keys, itself among them, or all.
+    """
 
     qkv: Linear
     output: Linear
@@ -38,18 +43,34 @@ class Attention:
     head_dim: int
     numerics: Numerics
     scratch: Scratch
+    sliding_window: int | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+    eps: float = 0.0
 
-    def __call__(self, x: Tensor, step: StepContext, k_cache: Tensor, v_cache: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, step: StepContext, cache: LayerCache) -> Tensor:
         """[rows, hidden] -> [rows, hidden]; writes the rows' K and V before attending."""
         rows = x.shape[0]
-        heads = ops.linear(x, self.qkv).view(rows, -1, self.head_dim)
-        rotated = ops.rotary(heads[:, : self.num_heads + self.num_kv_heads], step.cos, step.sin)
-        query, key = rotated[:, : self.num_heads], rotated[:, self.num_heads :]
-        value = heads[:, self.num_heads + self.num_kv_heads :]
-        ops.write_kv(key, value, k_cache, v_cache, step.metadata)
-        scale = self.head_dim**-0.5
+        qkv = ops.linear(x, self.qkv).view(rows, -1, self.head_dim)
+        query = ops.rotary_write_kv(
+            qkv,
+            step.cos,
+            step.sin,
+            self.num_heads,
+            cache,
+            step.metadata,
+            q_norm=self.q_norm,
+            k_norm=self.k_norm,
+            eps=self.eps,
+        )
         mixed = ops.paged_attention(
-            query, k_cache, v_cache, step.metadata, scale, self.numerics, self.scratch
+            query,
+            cache,
+            step.metadata,
+            self.head_dim**-0.5,
+            self.numerics,
+            self.scratch,
+            sliding_window=self.sliding_window,
         )
         return ops.linear(mixed.reshape(rows, -1), self.output)
 
@@ -62,7 +83,7 @@ class GatedMlp:
     down: Linear
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.linear(ops.silu_mul(ops.linear(x, self.gate_up)), self.down)
+        return ops.linear(ops.linear_silu_mul(x, self.gate_up), self.down)
 
 
 @dataclass(slots=True)
@@ -78,13 +99,13 @@ class DecoderLayer:
     eps: float
 
     def __call__(
-        self, x: Tensor, residual: Tensor | None, step: StepContext, k_cache: Tensor, v_cache: Tensor
+        self, x: Tensor, residual: Tensor | None, step: StepContext, cache: LayerCache
     ) -> tuple[Tensor, Tensor]:
         """(the layer's last addend, the residual to add it to)."""
         if residual is None:
             normed, residual = ops.rms_norm(x, self.input_norm, self.eps), x
         else:
             normed, residual = ops.add_rms_norm(x, residual, self.input_norm, self.eps)
-        attended = self.attention(normed, step, k_cache, v_cache)
+        attended = self.attention(normed, step, cache)
         normed, residual = ops.add_rms_norm(attended, residual, self.post_attention_norm, self.eps)
         return self.mlp(normed), residual

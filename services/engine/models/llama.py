@@ -5,12 +5,13 @@ Knows the parameter names and the order of operations; weights come through `Wei
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from services.engine.kernels import ops
+from services.engine.kernels.kv_format import LayerCache
 from services.engine.kernels.linear import Linear
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
@@ -64,14 +65,18 @@ class Llama:
         return named | {"head": self.head}
 
     def forward(
-        self, token_ids: Tensor, metadata: AttentionMetadata, kv_cache: Tensor, logits_rows: Tensor
+        self,
+        token_ids: Tensor,
+        metadata: AttentionMetadata,
+        caches: Sequence[LayerCache],
+        logits_rows: Tensor,
     ) -> Tensor:
         """Compute a ragged batch.
 
         Args:
             token_ids: int64 [rows].
             metadata: its shape; positions must be below max_model_len.
-            kv_cache: [layers, 2, num_blocks + 1, kv_heads, block_size, head_dim]; written in place.
+            caches: K and V of each layer; written in place.
             logits_rows: int64 [n], the rows whose logits are wanted.
 
         Returns: fp32 logits [n, vocab].
@@ -81,8 +86,8 @@ class Llama:
             metadata, self._cos.index_select(0, positions), self._sin.index_select(0, positions)
         )
         x, residual = ops.embedding(token_ids, self.embedding), None
-        for index, layer in enumerate(self.layers):
-            x, residual = layer(x, residual, step, kv_cache[index, 0], kv_cache[index, 1])
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, residual = layer(x, residual, step, cache)
         x = ops.gather_rows(x, logits_rows)
         if residual is None:
             raise RuntimeError("a model has at least one layer")

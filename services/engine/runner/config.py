@@ -9,6 +9,7 @@ from pathlib import Path
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 DTYPES = ("auto", "float32", "bfloat16")
+KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4")
 
 
 class RunnerConfigError(ValueError):
@@ -19,10 +20,10 @@ class RunnerConfigError(ValueError):
 class RunnerConfig:
     """Either `source` (a checkpoint directory) or `artifacts` and `model` (and `version`) say what to load.
 
-    `is_deterministic` None follows the dtype: on for float32 on a CPU, off otherwise. `num_blocks` wins over
-    `kv_memory_bytes`; without both the cache holds `max_batch_size` sequences of full length, but at most 1
-    GiB. `cache_dir` keeps measurements between starts. `is_poisoned` fills the
-    cache with NaN.
+    `kv_dtype` "auto" stores K and V as the activations are. `is_deterministic` None follows the dtype: on for
+    float32 on a CPU, off otherwise. `num_blocks` wins over `kv_memory_bytes`; without both the cache holds
+    `max_batch_size` sequences of full length, but at most 1 GiB. `cache_dir` keeps measurements between
+    starts. `is_poisoned` fills the cache with NaN.
     """
 
     source: Path | None = None
@@ -31,6 +32,7 @@ class RunnerConfig:
     version: str | None = None
     device: str = "cpu"
     dtype: str = "auto"
+    kv_dtype: str = "auto"
     is_deterministic: bool | None = None
     block_size: int = 128
     num_blocks: int | None = None
@@ -49,6 +51,9 @@ class RunnerConfig:
             raise RunnerConfigError("artifacts needs a model name")
         if self.dtype not in DTYPES:
             raise RunnerConfigError(f"dtype must be one of {', '.join(DTYPES)}, found {self.dtype!r}")
+        if self.kv_dtype not in KV_DTYPES:
+            known = ", ".join(KV_DTYPES)
+            raise RunnerConfigError(f"kv_dtype must be one of {known}, found {self.kv_dtype!r}")
         if self.block_size not in BLOCK_SIZES:
             raise RunnerConfigError(f"block_size must be one of {BLOCK_SIZES}, found {self.block_size}")
         for name in ("max_batched_tokens", "max_batch_size"):

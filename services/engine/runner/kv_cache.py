@@ -1,4 +1,4 @@
-"""The memory behind the blocks: one tensor for all layers, K and V. Does not know who owns a block."""
+"""The memory behind the blocks: K and V of all layers, in one format. Does not know who owns a block."""
 
 from __future__ import annotations
 
@@ -9,16 +9,29 @@ import torch
 from torch import Tensor
 
 from services.engine.core.batch import BlockCopy
+from services.engine.kernels.kv_format import FORMATS, KVFormat, LayerCache
 from services.engine.models.config import ModelConfig
 from services.engine.runner.config import RunnerConfig, RunnerConfigError
 
 DEFAULT_KV_BYTES = 1 << 30
+_POISON_PARAMS = 0x7FC07FC0  # two bfloat16 NaNs
 _log = logging.getLogger(__name__)
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes of K and V that one token takes in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * dtype.itemsize
+def choose_kv_format(config: RunnerConfig, model: ModelConfig, dtype: torch.dtype) -> KVFormat:
+    """The format asked for; "auto" is the activations' dtype. Raises RunnerConfigError when it cannot hold
+    the model's heads.
+    """
+    name = str(dtype).removeprefix("torch.") if config.kv_dtype == "auto" else config.kv_dtype
+    kv_format = FORMATS[name]
+    if model.head_dim % kv_format.values_per_unit:
+        raise RunnerConfigError(f"kv_dtype {name} needs an even head_dim, the model has {model.head_dim}")
+    return kv_format
+
+
+def kv_bytes_per_token(config: ModelConfig, kv_format: KVFormat) -> int:
+    """Bytes of K and V that one token takes in all layers, scales and minima included."""
+    return 2 * config.num_layers * config.num_kv_heads * kv_format.bytes_per_vector(config.head_dim)
 
 
 def resolve_num_blocks(config: RunnerConfig, bytes_per_token: int, max_model_len: int) -> int:
@@ -44,7 +57,11 @@ def resolve_num_blocks(config: RunnerConfig, bytes_per_token: int, max_model_len
 
 
 class KVCache:
-    """`data` [layers, 2, num_blocks + 1, kv_heads, block_size, head_dim]; block `scratch_block` is nobody's.
+    """All layers' K and V; block `scratch_block` is nobody's.
+
+    `data` [layers, 2, num_blocks + 1, kv_heads, block_size, row_size] of the format's storage type; `params`
+    int32 [layers, 2, num_blocks + 1, kv_heads, block_size] of a quantised format, else None. `layers[i]` is
+    layer i's view of both.
 
     Contents of a block that no sequence has written are meaningless; `is_poisoned` makes them NaN, so that a
     read of one shows.
@@ -55,27 +72,57 @@ class KVCache:
         config: ModelConfig,
         num_blocks: int,
         block_size: int,
-        dtype: torch.dtype,
+        kv_format: KVFormat,
         *,
+        device: str = "cpu",
         is_poisoned: bool = False,
     ) -> None:
-        shape = (config.num_layers, 2, num_blocks + 1, config.num_kv_heads, block_size, config.head_dim)
+        slots = (config.num_layers, 2, num_blocks + 1, config.num_kv_heads, block_size)
+        self.params: Tensor | None = None
         try:
-            self.data: Tensor = torch.zeros(shape, dtype=dtype)
+            self.data = torch.zeros(
+                (*slots, kv_format.row_size(config.head_dim)), dtype=kv_format.storage, device=device
+            )
+            if kv_format.is_quantized:
+                self.params = torch.zeros(slots, dtype=torch.int32, device=device)
         except RuntimeError as error:
             raise RunnerConfigError(
                 f"no memory for {num_blocks} blocks of {block_size} tokens: {error}"
             ) from error
+        self.kv_format = kv_format
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.scratch_block = num_blocks
+        self.layers = [self._layer(index) for index in range(config.num_layers)]
         self.reset(is_poisoned=is_poisoned)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes allocated, the scratch block included."""
+        return self.data.nbytes + (0 if self.params is None else self.params.nbytes)
+
+    def layer(self, index: int) -> LayerCache:
+        """One layer's K and V."""
+        return self.layers[index]
 
     def reset(self, *, is_poisoned: bool = False) -> None:
         """Forget all contents."""
-        self.data.fill_(float("nan") if is_poisoned else 0.0)
+        if self.params is None:
+            self.data.fill_(float("nan") if is_poisoned else 0.0)
+            return
+        self.data.fill_(0xFF if is_poisoned else 0)
+        self.params.fill_(_POISON_PARAMS if is_poisoned else 0)
 
     def copy_blocks(self, copies: Iterable[BlockCopy]) -> None:
         """Copy leading slots of K and V, all layers, block to block, in order."""
         for source, destination, num_tokens in copies:
-            self.data[:, :, destination, :, :num_tokens] = self.data[:, :, source, :, :num_tokens]
+            for stored in (self.data, self.params):
+                if stored is not None:
+                    stored[:, :, destination, :, :num_tokens] = stored[:, :, source, :, :num_tokens]
+
+    def _layer(self, index: int) -> LayerCache:
+        k, v = self.data[index]
+        if self.params is None:
+            return LayerCache(self.kv_format, k, v)
+        k_params, v_params = self.params[index]
+        return LayerCache(self.kv_format, k, v, k_params, v_params)

@@ -10,6 +10,7 @@ import platform
 import torch
 
 from services.engine.kernels import int4pack, ops
+from services.engine.kernels.kv_format import KVFormat
 from services.engine.kernels.numerics import KEY_TILE, Numerics
 from services.engine.models.config import ModelConfig
 from services.engine.models.llama import Llama
@@ -64,7 +65,7 @@ def num_layer_weights(model: ModelConfig) -> int:
     return model.num_layers * (heads + 3 * model.hidden_size * model.intermediate_size)
 
 
-def numerics_id(numerics: Numerics, paths: dict[str, str], fingerprint: str) -> str:
+def numerics_id(numerics: Numerics, kv_format: KVFormat, paths: dict[str, str], fingerprint: str) -> str:
     """Equal ids mean equal bits: what was chosen, where it runs, and the fingerprint of logits that were
     computed.
     """
@@ -73,7 +74,7 @@ def numerics_id(numerics: Numerics, paths: dict[str, str], fingerprint: str) -> 
     weights = "+".join(sorted(set(paths.values())))
     mode = "deterministic" if numerics.is_deterministic else "fast"
     return (
-        f"{name}-cpu-{platform.machine()}-{capability}-{weights}-tile{KEY_TILE}v1-{mode}"
+        f"{name}-kv{kv_format.name}-cpu-{platform.machine()}-{capability}-{weights}-tile{KEY_TILE}v1-{mode}"
         f"-torch{torch.__version__.split('+')[0]}-t{torch.get_num_threads()}-{fingerprint}"
     )
 
@@ -101,12 +102,12 @@ def make_info(
         max_model_len=max_model_len,
         num_blocks=cache.num_blocks,
         block_size=cache.block_size,
-        kv_bytes_per_token=kv_bytes_per_token(model.config, cache.data.dtype),
+        kv_bytes_per_token=kv_bytes_per_token(model.config, cache.kv_format),
         weight_bytes=weight_bytes(model),
         dtype=str(numerics.dtype).removeprefix("torch."),
-        kv_dtype=str(cache.data.dtype).removeprefix("torch."),
+        kv_dtype=cache.kv_format.name,
         device=config.device,
-        numerics_id=numerics_id(numerics, paths, fingerprint),
+        numerics_id=numerics_id(numerics, cache.kv_format, paths, fingerprint),
         is_deterministic=numerics.is_deterministic,
         num_threads=torch.get_num_threads(),
         bos_token_id=model.config.bos_token_id,

@@ -21,7 +21,7 @@ from services.engine.runner.canary import replay_canary
 from services.engine.runner.config import RunnerConfig, RunnerInfo
 from services.engine.runner.crossover import set_crossover
 from services.engine.runner.inputs import check_chunk, make_inputs
-from services.engine.runner.kv_cache import KVCache, kv_bytes_per_token, resolve_num_blocks
+from services.engine.runner.kv_cache import KVCache, choose_kv_format, kv_bytes_per_token, resolve_num_blocks
 from services.engine.runner.load import choose_numerics, make_info
 from services.engine.runner.sampler import Sampler
 from services.engine.runner.self_test import settle_numerics
@@ -60,7 +60,7 @@ class ModelRunner:
         if not chunks:
             return torch.empty(0, self.info.vocab_size)
         inputs = make_inputs(chunks, self.cache.block_size, self.cache.scratch_block, self._row_tile)
-        logits = self.model.forward(inputs.token_ids, inputs.metadata, self.cache.data, inputs.logits_rows)
+        logits = self.model.forward(inputs.token_ids, inputs.metadata, self.cache.layers, inputs.logits_rows)
         return logits[: inputs.num_logits]
 
     @torch.inference_mode()
@@ -94,10 +94,9 @@ def load_runner(config: RunnerConfig) -> ModelRunner:
         source.checkpoint, model_config, numerics, max_model_len, is_artifact=source.is_artifact
     )
     crossover_rows = set_crossover(model.linears.values(), source.digest, config.cache_dir)
-    num_blocks = resolve_num_blocks(config, kv_bytes_per_token(model_config, numerics.dtype), max_model_len)
-    cache = KVCache(
-        model_config, num_blocks, config.block_size, numerics.dtype, is_poisoned=config.is_poisoned
-    )
+    kv_format = choose_kv_format(config, model_config, numerics.dtype)
+    num_blocks = resolve_num_blocks(config, kv_bytes_per_token(model_config, kv_format), max_model_len)
+    cache = KVCache(model_config, num_blocks, config.block_size, kv_format, is_poisoned=config.is_poisoned)
     numerics, fingerprint = settle_numerics(model, cache, numerics, max_model_len, config)
     if source.canary is not None:
         replay_canary(source.canary, model, cache, numerics.dtype, max_model_len)

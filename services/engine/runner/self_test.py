@@ -165,7 +165,7 @@ class _SequenceTest:
             first += chunk.length
         rows = torch.arange(first, first + chunk.length)
         padded = torch.cat([rows, rows.new_zeros(-len(rows) % self.row_tile)])
-        return self.model.forward(inputs.token_ids, inputs.metadata, self.cache.data, padded)[: len(rows)]
+        return self.model.forward(inputs.token_ids, inputs.metadata, self.cache.layers, padded)[: len(rows)]
 
 
 def _cut(length: int, step: int) -> list[int]:

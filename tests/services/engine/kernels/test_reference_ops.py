@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from services.engine.kernels import ops, reference
+from services.engine.kernels.kv_format import FORMATS, LayerCache
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.rope import RopeConfig, inverse_frequencies, rotary_tables
 
@@ -112,7 +113,7 @@ def test_write_kv_stores_each_head_in_its_slot(block_size: int) -> None:
         torch.zeros(3, dtype=torch.int64), slots, torch.zeros(1, 1), [3], [3], block_size
     )
     key, value = _rows(3, 15).view(3, 3, 5), _rows(3, 15, 1).view(3, 3, 5)
-    ops.write_kv(key, value, k_cache, v_cache, metadata)
+    ops.write_kv(key, value, LayerCache(FORMATS["float32"], k_cache, v_cache), metadata)
     for row, slot in enumerate(slots.tolist()):
         assert torch.equal(k_cache[slot // block_size, :, slot % block_size], key[row])
         assert torch.equal(v_cache[slot // block_size, :, slot % block_size], value[row])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from services.engine.kernels import attention_plan, reference, tiled_attention
+from services.engine.kernels.kv_format import FORMATS, LayerCache
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
 from services.engine.kernels.scratch import Scratch
@@ -36,7 +37,8 @@ class _World:
         order = list(range(sum(blocks) + 3))
         self.rng.shuffle(order)
         shape = (len(order) + 1, self.kv_heads, self.block_size, self.head_dim)
-        self.k_cache, self.v_cache = torch.full(shape, float("nan")), torch.full(shape, float("nan"))
+        k, v = torch.full(shape, float("nan")), torch.full(shape, float("nan"))
+        self.cache = LayerCache(FORMATS["float32"], k, v)
         self.tables = [[order.pop() for _ in range(count)] for count in blocks]
         self.queries, self.keys, self.values = [], [], []
         for table, length in zip(self.tables, self.lengths, strict=True):
@@ -45,10 +47,7 @@ class _World:
             value = torch.randn(length, self.kv_heads, self.head_dim, generator=generator)
             for position in range(length):
                 block, offset = table[position // self.block_size], position % self.block_size
-                self.k_cache[block, :, offset], self.v_cache[block, :, offset] = (
-                    key[position],
-                    value[position],
-                )
+                k[block, :, offset], v[block, :, offset] = key[position], value[position]
             self.keys.append(key)
             self.values.append(value)
 
@@ -68,7 +67,7 @@ class _World:
         query = torch.cat([self.queries[index][start:stop] for index, start, stop in spans])
         scale = self.head_dim**-0.5
         out = tiled_attention.paged_attention(
-            query, self.k_cache, self.v_cache, self.metadata(spans), scale, NUMERICS, Scratch()
+            query, self.cache, self.metadata(spans), scale, NUMERICS, Scratch()
         )
         return list(out.split([stop - start for _, start, stop in spans]))
 
@@ -101,7 +100,7 @@ def test_the_reference_twin_equals_plain_softmax(block_size: int) -> None:
     world = _World(6, 2, 10, block_size, [5, 140])
     query = torch.cat(world.queries)
     metadata = world.metadata([(0, 0, 5), (1, 0, 140)])
-    found = reference.paged_attention(query, world.k_cache, world.v_cache, metadata, 10**-0.5)
+    found = reference.paged_attention(query, world.cache, metadata, 10**-0.5)
     expected = torch.cat([world.expected(0), world.expected(1)])
     assert torch.allclose(found.double(), expected, rtol=1e-4, atol=1e-5)
 
@@ -144,6 +143,6 @@ def test_infinities_in_unowned_slots_do_not_show() -> None:
     world = _World(4, 2, 64, 128, [50, 200])
     spans = [(0, 49, 50), (1, 150, 200)]
     before = world.run(spans)
-    for cache in (world.k_cache, world.v_cache):
+    for cache in (world.cache.k, world.cache.v):
         cache[torch.isnan(cache)] = float("inf")
     assert all(torch.equal(a, b) for a, b in zip(before, world.run(spans), strict=True))
