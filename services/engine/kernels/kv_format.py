@@ -12,10 +12,15 @@ Asymmetric, because the keys of many models sit off zero. m is rounded down and 
 smallest value stay within the codes, and u is computed from the rounded s and m, so that their rounding costs
 at most the code's own. Attention never needs x: q.x = s (q.u) + m sum(q), and sum(p x) = sum((p s) u) + sum(p
 m).
+
+A vector with a value that is not finite, or whose range is not, gets the scale and minimum NaN and any codes:
+all that attends to it is NaN, as it is in full precision, and the request that wrote it ends with an error
+instead of going on with other numbers.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +42,9 @@ class KVFormat:
     max_code: int | None = None
 
     def row_size(self, head_dim: int) -> int:
-        """Elements of `storage` that one head's vector takes."""
+        """Elements of `storage` that one head's vector takes. Raises ValueError for odd heads in 4 bits."""
+        if head_dim % self.values_per_unit:
+            raise ValueError(f"{self.name} needs an even head_dim, found {head_dim}")
         return head_dim // self.values_per_unit
 
     def bytes_per_vector(self, head_dim: int) -> int:
@@ -86,12 +93,13 @@ def quantize(x: Tensor, kv_format: KVFormat) -> tuple[Tensor, Tensor]:
     """(codes uint8 [..., row_size], params int32 [...]) of vectors [..., head_dim]."""
     wide = x.float()
     if kv_format.max_code is None:
-        scale = _round_up((wide.abs().amax(-1) / FP8_MAX).clamp_min(MIN_SCALE))
+        scale = _scale(wide.abs().amax(-1), FP8_MAX)
         codes = (wide / scale.unsqueeze(-1)).to(torch.float8_e4m3fn).view(torch.uint8)
         return codes, pack_params(scale, torch.zeros_like(scale))
     low, high = torch.aminmax(wide, dim=-1)
     minimum = _round_down(low)
-    scale = _round_up(((high - minimum) / kv_format.max_code).clamp_min(MIN_SCALE))
+    scale = _scale(high - minimum, kv_format.max_code)
+    minimum = torch.where(scale.isnan(), math.nan, minimum)
     steps = ((wide - minimum.unsqueeze(-1)) / scale.unsqueeze(-1)).round()
     codes = steps.clamp(0, kv_format.max_code).to(torch.uint8)
     if kv_format.values_per_unit == 2:
@@ -113,6 +121,14 @@ def dequantize(codes: Tensor, params: Tensor, kv_format: KVFormat, out: Tensor |
     else:
         out.copy_(codes)
     return out.mul_(scale).add_(minimum)
+
+
+def _scale(extent: Tensor, max_code: float) -> Tensor:
+    """The step of codes 0 .. max_code over `extent`; NaN when that is not finite."""
+    step = extent / max_code
+    scale = _round_up(step.clamp_min(MIN_SCALE))
+    # Both are looked at: rounding up may reach infinity, and makes numbers of NaNs whose bits are all ones.
+    return torch.where(step.isfinite() & scale.isfinite(), scale, math.nan)
 
 
 def pack_params(scale: Tensor, minimum: Tensor) -> Tensor:
