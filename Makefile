@@ -16,7 +16,7 @@ SHELL := /bin/bash
 # A given PY is taken as it is; otherwise the stamp says when the environment was last brought up to date.
 STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.weft-installed,)
 
-.PHONY: help setup protos format check test test-slow demo up size
+.PHONY: help setup protos format check test test-slow kernels demo up size
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -50,6 +50,9 @@ test: $(STAMP)  ## the default tests: no GPU, no docker, no network
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(PY) -m pytest -m slow --timeout 900
+
+kernels: $(STAMP)  ## compile every GPU kernel without a GPU and hold the machine code to its gates
+	env -u TRITON_INTERPRET $(PY) -m tools.kernels
 
 demo: $(STAMP)  ## quantize the demo model, serve it, stream sixteen completions, stop
 	$(PY) -m tools.demo

@@ -63,7 +63,9 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "services/engine/runner": ("grpc", "services.engine.rpc"),
     "services/engine/loop.py": ("torch", "grpc"),
     "cli": ("torch", "triton", "transformers", "tools", "tests"),
-    "tools": ("services", "torch", "tests"),
+    "tools/demo": ("services", "torch", "tests"),
+    # Runs without grpc on a machine that has little but torch and triton.
+    "tools/kernels": ("torch", "grpc", "weft", "tests", "services.gateway", "services.quantizer"),
 }
 
 # Area -> (prefix, the only names below that prefix that the area may import).
