@@ -1,14 +1,15 @@
 """How the tiled attention of the CPU backend cuts a ragged batch: which rows share a matmul, and where tiles
 lie.
 
-Made once per step from `AttentionMetadata`, used by all layers. Knows block tables and lengths; touches no K
-or V.
+Made once per step from `AttentionMetadata`, used by all layers with the same window. Knows block tables and
+lengths; touches no K or V. Tiles that no row of a sequence sees are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +23,13 @@ GATHER_BUDGET = 1 << 19
 
 @dataclass(slots=True)
 class DecodeGroup:
-    """Sequences with one row each, longest first, as (key tile, sequence) pairs in tile order.
+    """Sequences with one row each, most visible tiles first, as (key tile, sequence) pairs: the first tile
+    that each sequence sees, then the second of those that have one, and so on.
 
     rows: batch row of each sequence. ranks: which sequence (in this order) each pair belongs to. units: rows
-    of the cache viewed as [-1, tile part, head_dim]. keep int32 and bias fp32 [pairs, 1, 1, 128]: all bits
-    and 0 for keys of the context, no bits and -inf for others. partial: the pairs that have others,
-    keep_values [partial, 1, 128, 1] their bits. counts: how many sequences reach tile 0, 1, ...
+    of the cache viewed as [-1, tile part, row_size]. keep int32 and bias fp32 [pairs, 1, 1, 128]: all bits
+    and 0 for keys that the row sees, no bits and -inf for others. partial: the pairs that have others,
+    keep_values [partial, 1, 128, 1] their bits. counts: how many sequences see a first, second, ... tile.
     """
 
     rows: Tensor
@@ -42,12 +44,13 @@ class DecodeGroup:
 
 @dataclass(slots=True)
 class ChunkPlan:
-    """One sequence with several rows: batch rows, positions, gather indices of all its key tiles [heads *
-    tiles].
+    """One sequence with several rows: batch rows, and gather indices [heads * tiles] of the key tiles from
+    `first_tile` on that its rows see.
     """
 
     start: int
     length: int
+    first_tile: int
     num_tiles: int
     context: int
     units: Tensor
@@ -61,60 +64,77 @@ class TilePlan:
     chunks: list[ChunkPlan]
 
 
-def make_plan(metadata: AttentionMetadata, kv_heads: int, head_dim: int) -> TilePlan:
+def first_visible(position: int, window: int | None) -> int:
+    """The first position that the row at `position` sees."""
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def make_plan(
+    metadata: AttentionMetadata, kv_heads: int, head_dim: int, window: int | None = None
+) -> TilePlan:
     """Cut one batch: single rows into groups of at most GATHER_BUDGET elements of K, the rest by sequence."""
     starts = metadata.query_starts
-    decodes: list[int] = []
+    decodes: list[_Decode] = []
     chunks: list[ChunkPlan] = []
     for index, length in enumerate(metadata.query_lens):
-        if length == 1:
-            decodes.append(index)
-            continue
         context = metadata.context_lens[index]
-        num_tiles = -(-context // KEY_TILE)
+        lowest = first_visible(context - length, window)
+        first_tile = lowest // KEY_TILE
+        num_tiles = -(-context // KEY_TILE) - first_tile
+        if length == 1:
+            decodes.append(_Decode(index, context, lowest, first_tile, num_tiles))
+            continue
         table = metadata.block_tables[index : index + 1]
-        tiles = torch.arange(num_tiles)
+        tiles = torch.arange(first_tile, first_tile + num_tiles)
         units = _units(table.expand(num_tiles, -1), tiles, metadata.block_size, kv_heads)
         by_head = units.view(num_tiles, kv_heads, -1).transpose(0, 1).flatten()
-        chunks.append(ChunkPlan(starts[index], length, num_tiles, context, by_head))
-    decodes.sort(key=lambda index: -metadata.context_lens[index])
+        chunks.append(ChunkPlan(starts[index], length, first_tile, num_tiles, context, by_head))
+    decodes.sort(key=lambda decode: -decode.num_tiles)
     budget = max(1, GATHER_BUDGET // (kv_heads * KEY_TILE * head_dim))
-    groups = [_decode_group(metadata, members, kv_heads) for members in _slabs(decodes, metadata, budget)]
+    groups = [_decode_group(metadata, members, kv_heads) for members in _slabs(decodes, budget)]
     return TilePlan(groups, chunks)
 
 
-def _slabs(decodes: list[int], metadata: AttentionMetadata, budget: int) -> Iterator[list[int]]:
-    """Cut the sequences, longest first, into groups of at most `budget` key tiles (or of one sequence)."""
-    members: list[int] = []
+class _Decode(NamedTuple):
+    """A sequence with one row, which sees the keys `lowest` .. context - 1, in `num_tiles` tiles."""
+
+    index: int
+    context: int
+    lowest: int
+    first_tile: int
+    num_tiles: int
+
+
+def _slabs(decodes: list[_Decode], budget: int) -> Iterator[list[_Decode]]:
+    """Cut the sequences, in order, into groups of at most `budget` key tiles (or of one sequence)."""
+    members: list[_Decode] = []
     used = 0
-    for index in decodes:
-        tiles = -(-metadata.context_lens[index] // KEY_TILE)
-        if members and used + tiles > budget:
+    for decode in decodes:
+        if members and used + decode.num_tiles > budget:
             yield members
             members, used = [], 0
-        members.append(index)
-        used += tiles
+        members.append(decode)
+        used += decode.num_tiles
     if members:
         yield members
 
 
-def _decode_group(metadata: AttentionMetadata, members: list[int], kv_heads: int) -> DecodeGroup:
+def _decode_group(metadata: AttentionMetadata, members: list[_Decode], kv_heads: int) -> DecodeGroup:
     starts = metadata.query_starts
-    contexts = torch.tensor([metadata.context_lens[index] for index in members])
-    num_tiles = -(-contexts // KEY_TILE)
-    longest = int(num_tiles[0])
+    indices, contexts, lowest, first_tiles, num_tiles = torch.tensor(members).unbind(1)
     # nonzero of [tiles, sequences] runs tile by tile, which is the order of the pairs.
-    pairs = (torch.arange(longest)[:, None] < num_tiles[None, :]).nonzero()
-    tiles, ranks = pairs[:, 0], pairs[:, 1]
-    tables = metadata.block_tables[torch.tensor(members)][ranks]
-    limits = contexts[ranks] - tiles * KEY_TILE
-    is_inside = torch.arange(KEY_TILE)[None, :] < limits[:, None]
+    pairs = (torch.arange(members[0].num_tiles)[:, None] < num_tiles[None, :]).nonzero()
+    nth, ranks = pairs.unbind(1)
+    tiles = first_tiles[ranks] + nth
+    tables = metadata.block_tables[indices][ranks]
+    positions = tiles[:, None] * KEY_TILE + torch.arange(KEY_TILE)[None, :]
+    is_inside = (positions >= lowest[ranks, None]) & (positions < contexts[ranks, None])
     keep = torch.where(is_inside, -1, 0).to(torch.int32)
     bias = torch.where(is_inside, 0.0, float("-inf"))[:, None, None, :]
-    counts = torch.bincount(tiles, minlength=longest).tolist()
-    rows = torch.tensor([starts[index] for index in members])
+    counts = torch.bincount(nth).tolist()
+    rows = torch.tensor([starts[decode.index] for decode in members])
     units = _units(tables, tiles, metadata.block_size, kv_heads)
-    partial = (limits < KEY_TILE).nonzero().flatten()
+    partial = (~is_inside).any(-1).nonzero().flatten()
     keep_values = keep[partial][:, None, :, None]
     return DecodeGroup(rows, ranks, units, keep[:, None, None, :], bias, partial, keep_values, counts)
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from services.engine.kernels.attention_plan import ChunkPlan, DecodeGroup, make_plan
+from services.engine.kernels.attention_plan import ChunkPlan, DecodeGroup, first_visible, make_plan
 from services.engine.kernels.kv_format import KVFormat, LayerCache, dequantize
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import KEY_TILE, Numerics
@@ -39,13 +39,12 @@ def paged_attention(
 ) -> Tensor:
     """As `reference.paged_attention`, with the guarantee above. Computes in fp32 whatever the dtypes."""
     _, heads, head_dim = query.shape
-    if sliding_window is not None:
-        raise NotImplementedError("a sliding window")
     kv_heads = cache.num_kv_heads
-    plan = metadata.plan.get("tiles")
+    plan_name = f"tiles-{sliding_window}"
+    plan = metadata.plan.get(plan_name)
     if plan is None:
-        plan = make_plan(metadata, kv_heads, head_dim)
-        metadata.plan["tiles"] = plan
+        plan = make_plan(metadata, kv_heads, head_dim, sliding_window)
+        metadata.plan[plan_name] = plan
     keys = _Parts("keys", cache.k, cache.k_params, cache.kv_format, scratch)
     values = _Parts("values", cache.v, cache.v_params, cache.kv_format, scratch)
     wide = query.float() * scale
@@ -68,6 +67,7 @@ def paged_attention(
             chunk,
             kv_heads,
             numerics.query_tile,
+            sliding_window,
         )
     return out.to(query.dtype)
 
@@ -157,6 +157,7 @@ def _prefill(
     chunk: ChunkPlan,
     kv_heads: int,
     query_tile: int,
+    window: int | None,
 ) -> None:
     """Attention of one sequence's chunk: query [length, heads, head_dim] -> out, in slabs of rows."""
     length, heads, head_dim = query.shape
@@ -164,21 +165,32 @@ def _prefill(
     shape = (kv_heads, chunk.num_tiles, KEY_TILE, head_dim)
     key_tiles = keys.gather(chunk.units).view(shape)
     value_tiles = values.gather(chunk.units).view(shape)
-    outside = chunk.context - (chunk.num_tiles - 1) * KEY_TILE
+    outside = chunk.context - (chunk.first_tile + chunk.num_tiles - 1) * KEY_TILE
     value_tiles[:, -1, outside:] = 0.0
     step = max(1, _CHUNK_ROWS // per_head)
     for first in range(0, length, step):
         last = min(first + step, length)
         rows = query[first:last].view(-1, kv_heads, per_head, head_dim).permute(1, 0, 2, 3).flatten(1, 2)
         row_positions = positions[first:last].repeat_interleave(per_head)
-        result = _slab(rows, key_tiles, value_tiles, row_positions, query_tile)
+        result = _slab(rows, key_tiles, value_tiles, row_positions, chunk.first_tile, query_tile, window)
         result = result.view(kv_heads, last - first, per_head, head_dim).permute(1, 0, 2, 3)
         out[first:last] = result.reshape(last - first, heads, head_dim)
 
 
-def _slab(rows: Tensor, key_tiles: Tensor, value_tiles: Tensor, positions: Tensor, query_tile: int) -> Tensor:
+def _slab(
+    rows: Tensor,
+    key_tiles: Tensor,
+    value_tiles: Tensor,
+    positions: Tensor,
+    first_tile: int,
+    query_tile: int,
+    window: int | None,
+) -> Tensor:
     """Attention of rows [kv_heads, n, head_dim] at ascending `positions` over tiles [kv_heads, tiles, 128,
-    head_dim].
+    head_dim] that begin with the sequence's tile `first_tile`.
+
+    Tiles before the window of the lowest row are skipped. Those before another row's only add zeros to its
+    sums, so that its bits are the same as when they are skipped.
     """
     kv_heads, num_rows, head_dim = rows.shape
     padded_rows = -(-num_rows // query_tile) * query_tile
@@ -186,13 +198,18 @@ def _slab(rows: Tensor, key_tiles: Tensor, value_tiles: Tensor, positions: Tenso
     padded[:, :num_rows] = rows
     limits = positions.new_full((padded_rows,), int(positions[-1]))
     limits[:num_rows] = positions
-    lowest, num_tiles = int(positions[0]), int(positions[-1]) // KEY_TILE + 1
+    lowest, highest = int(positions[0]), int(positions[-1])
+    begin = first_visible(lowest, window) // KEY_TILE - first_tile
+    num_tiles = highest // KEY_TILE + 1 - first_tile - begin
+    key_tiles, value_tiles = key_tiles[:, begin:], value_tiles[:, begin:]
     scores = rows.new_empty(num_tiles, kv_heads, padded_rows, KEY_TILE)
     for tile in range(num_tiles):
         torch.bmm(padded, key_tiles[:, tile].transpose(1, 2), out=scores[tile])
-        if (tile + 1) * KEY_TILE - 1 > lowest:
-            is_future = torch.arange(tile * KEY_TILE, (tile + 1) * KEY_TILE)[None, :] > limits[:, None]
-            scores[tile].masked_fill_(is_future, float("-inf"))
+        first = (first_tile + begin + tile) * KEY_TILE
+        if first + KEY_TILE - 1 > lowest or first < first_visible(highest, window):
+            distance = limits[:, None] - torch.arange(first, first + KEY_TILE)[None, :]
+            is_hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+            scores[tile].masked_fill_(is_hidden, float("-inf"))
     weights = scores.sub_(scores.amax((0, 3)).unsqueeze(-1)).exp_()
     sums = weights.sum(-1)
     numerator = torch.bmm(weights[0], value_tiles[:, 0])
