@@ -1,4 +1,4 @@
-"""How results are rounded: the choices that decide a row's bits on the CPU backend.
+"""How and where results are computed: the choices that decide a row's bits.
 
 Knows the choices; which of them hold on a machine is found out by `services.engine.runner.self_test`.
 """
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+CPU = torch.device("cpu")
 KEY_TILE = 128
 """Keys per attention tile. Tiles begin at absolute multiples of it, whatever the KV block size."""
 
@@ -25,12 +26,14 @@ class Numerics:
         row_tile: linears see a multiple of this many rows. torch's matmul takes other kernels, with other
             rounding, below a few rows; from this multiple on it does not.
         query_tile: the same for the (query, head) rows of attention.
+        device: where weights and activations live.
     """
 
     dtype: torch.dtype
     is_deterministic: bool
     row_tile: int = 16
     query_tile: int = 4
+    device: torch.device = CPU
 
 
 def pad_rows(x: Tensor, tile: int) -> Tensor:

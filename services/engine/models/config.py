@@ -33,7 +33,9 @@ class QuantizationConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What a decoder-only model of the Llama family is made of."""
+    """What a decoder-only model of the Llama family is made of. `layer_windows`: how many keys, itself among
+    them, a row of each layer sees; None means all.
+    """
 
     architecture: str
     vocab_size: int
@@ -50,7 +52,7 @@ class ModelConfig:
     has_qkv_bias: bool
     has_output_bias: bool
     has_mlp_bias: bool
-    sliding_window: int | None
+    layer_windows: tuple[int | None, ...]
     stored_dtype: str
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -127,9 +129,12 @@ def parse_config(
     has_qkv_bias: bool,
     has_output_bias: bool,
     has_mlp_bias: bool,
-    sliding_window: int | None,
+    layer_windows: tuple[int | None, ...] = (),
+    default_head_dim: int | None = None,
 ) -> ModelConfig:
-    """The fields common to the family; the architecture's own module has decided the keyword arguments."""
+    """The fields common to the family; the architecture's own module has decided the keyword arguments. No
+    `layer_windows` means that no layer has one.
+    """
     fields = Fields(raw)
     hidden = fields.integer("hidden_size", 1, MAX_DIMENSION)
     heads = fields.integer("num_attention_heads", 1, MAX_DIMENSION)
@@ -138,20 +143,21 @@ def parse_config(
         raise fields.error(
             "num_key_value_heads", f"must divide num_attention_heads {heads}, found {kv_heads}"
         )
-    if raw.get("head_dim") is None and hidden % heads:
+    if raw.get("head_dim") is None and default_head_dim is None and hidden % heads:
         raise fields.error("num_attention_heads", f"must divide hidden_size {hidden}, found {heads}")
-    head_dim = fields.integer("head_dim", 2, 1024, default=hidden // heads)
+    head_dim = fields.integer("head_dim", 2, 1024, default=default_head_dim or hidden // heads)
     if head_dim % 2:
         raise fields.error("head_dim", f"must be even for rotary embedding, found {head_dim}")
     activation = fields.text("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise fields.error("hidden_act", f"{activation!r} is not supported (silu is)")
     vocab_size = fields.integer("vocab_size", 2, MAX_VOCABULARY)
+    num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
     return ModelConfig(
         architecture=architecture_of(raw),
         vocab_size=vocab_size,
         hidden_size=hidden,
-        num_layers=fields.integer("num_hidden_layers", 1, MAX_LAYERS),
+        num_layers=num_layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -163,12 +169,42 @@ def parse_config(
         has_qkv_bias=has_qkv_bias,
         has_output_bias=has_output_bias,
         has_mlp_bias=has_mlp_bias,
-        sliding_window=sliding_window,
+        layer_windows=layer_windows or (None,) * num_layers,
         stored_dtype=_parse_dtype(fields),
         bos_token_id=_parse_bos(fields, vocab_size),
         eos_token_ids=parse_eos_ids(raw.get("eos_token_id"), vocab_size, "config.json"),
         quantization=_parse_quantization(raw.get("quantization_config")),
     )
+
+
+def parse_layer_windows(fields: Fields) -> tuple[int | None, ...]:
+    """The windows of the Qwen family: none unless `use_sliding_window`; then `sliding_window` in the layers
+    that `layer_types` names, or from layer `max_window_layers` on (transformers' defaults for what is
+    missing).
+    """
+    num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
+    window = None
+    if fields.boolean("use_sliding_window", False):
+        window = parse_window(fields)
+    kinds = fields.raw.get("layer_types")
+    if kinds is None:
+        first = fields.integer("max_window_layers", 0, MAX_POSITIONS, default=28)
+        return tuple(window if index >= first else None for index in range(num_layers))
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
+        raise fields.error("layer_types", f"must name {num_layers} layers, found {kinds!r:.80}")
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise fields.error("layer_types", f"{kind!r:.40} is neither full_attention nor sliding_attention")
+        if kind == "sliding_attention" and window is None:
+            raise fields.error("layer_types", "has sliding_attention, but there is no sliding_window")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def parse_window(fields: Fields) -> int | None:
+    """`sliding_window`: null is none, a missing one 4096, as in transformers."""
+    if "sliding_window" in fields.raw and fields.raw["sliding_window"] is None:
+        return None
+    return fields.integer("sliding_window", 1, MAX_POSITIONS, default=4096)
 
 
 def _parse_dtype(fields: Fields) -> str:

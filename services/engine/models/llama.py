@@ -1,4 +1,4 @@
-"""LlamaForCausalLM, and MistralForCausalLM, whose layers are the same when its attention window is not used.
+"""LlamaForCausalLM, whose layers are those of the whole family; relatives differ in how they are configured.
 
 Knows the parameter names and the order of operations; weights come through `WeightLoader`.
 """
@@ -16,13 +16,18 @@ from services.engine.kernels.linear import Linear
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
 from services.engine.kernels.rope import rotary_tables
-from services.engine.models.config import MAX_POSITIONS, Fields, ModelConfig, parse_config
+from services.engine.models.config import Fields, ModelConfig, parse_config
 from services.engine.models.layers import Attention, DecoderLayer, GatedMlp, StepContext
 from services.engine.models.weights import WeightLoader
 
 
 class Llama:
-    """The decoder: embedding, layers, final norm, and logits of the rows that are asked for."""
+    """The decoder: embedding, layers, final norm, and logits of the rows that are asked for.
+
+    `has_qk_norm`: whether each head of q and k is normalised before it is rotated.
+    """
+
+    has_qk_norm = False
 
     def __init__(self, config: ModelConfig, loader: WeightLoader, max_model_len: int) -> None:
         self.config = config
@@ -30,22 +35,19 @@ class Llama:
         self.layers = [self._load_layer(index, loader) for index in range(config.num_layers)]
         self.norm = loader.dense("model.norm.weight", (config.hidden_size,))
         self.head = loader.head(self.embedding)
-        self._cos, self._sin = rotary_tables(config.rope, config.head_dim, max_model_len)
+        tables = rotary_tables(config.rope, config.head_dim, max_model_len)
+        self._cos, self._sin = (table.to(loader.numerics.device) for table in tables)
 
     @staticmethod
     def parse(raw: Mapping[str, Any]) -> ModelConfig:
         """config.json -> ModelConfig."""
         fields = Fields(raw)
         has_bias = fields.boolean("attention_bias", False)
-        window = None
-        if raw.get("sliding_window") is not None:
-            window = fields.integer("sliding_window", 1, MAX_POSITIONS)
         return parse_config(
             raw,
             has_qkv_bias=has_bias,
             has_output_bias=has_bias,
             has_mlp_bias=fields.boolean("mlp_bias", False),
-            sliding_window=window,
         )
 
     def use(self, numerics: Numerics) -> None:
@@ -113,6 +115,10 @@ class Llama:
                 head_dim=config.head_dim,
                 numerics=loader.numerics,
                 scratch=loader.scratch,
+                sliding_window=config.layer_windows[index],
+                q_norm=self._head_norm(attention + "q_norm", loader),
+                k_norm=self._head_norm(attention + "k_norm", loader),
+                eps=config.rms_norm_eps,
             ),
             post_attention_norm=loader.dense(prefix + "post_attention_layernorm.weight", (hidden,)),
             mlp=GatedMlp(
@@ -123,3 +129,6 @@ class Llama:
             ),
             eps=config.rms_norm_eps,
         )
+
+    def _head_norm(self, name: str, loader: WeightLoader) -> Tensor | None:
+        return loader.dense(f"{name}.weight", (self.config.head_dim,)) if self.has_qk_norm else None

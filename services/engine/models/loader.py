@@ -41,15 +41,10 @@ def read_model_config(checkpoint: Checkpoint) -> ModelConfig:
 
 
 def resolve_max_model_len(config: ModelConfig, wanted: int | None) -> int:
-    """The context length to serve; refuses more than the model has, and windows that would be needed."""
+    """The context length to serve. Raises ConfigError for more than the model has."""
     length = config.max_position if wanted is None else wanted
     if not 1 <= length <= config.max_position:
         raise ConfigError(f"max_model_len must be between 1 and {config.max_position}, found {length}")
-    if config.sliding_window is not None and config.sliding_window < length:
-        raise ConfigError(
-            f"config.json: sliding_window {config.sliding_window} is not supported; "
-            f"serve at most that many tokens (max_model_len, now {length})"
-        )
     return length
 
 

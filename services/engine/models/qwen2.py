@@ -1,13 +1,11 @@
-"""Qwen2ForCausalLM: a Llama whose q, k and v have biases, always; its window is off unless the config turns
-it on.
-"""
+"""Qwen2ForCausalLM: a Llama whose q, k and v have biases, always; some layers may have a window."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from services.engine.models.config import MAX_POSITIONS, Fields, ModelConfig, parse_config
+from services.engine.models.config import Fields, ModelConfig, parse_config, parse_layer_windows
 from services.engine.models.llama import Llama
 
 
@@ -17,10 +15,10 @@ class Qwen2(Llama):
     @staticmethod
     def parse(raw: Mapping[str, Any]) -> ModelConfig:
         """config.json -> ModelConfig."""
-        fields = Fields(raw)
-        window = None
-        if fields.boolean("use_sliding_window", False) and raw.get("sliding_window") is not None:
-            window = fields.integer("sliding_window", 1, MAX_POSITIONS)
         return parse_config(
-            raw, has_qkv_bias=True, has_output_bias=False, has_mlp_bias=False, sliding_window=window
+            raw,
+            has_qkv_bias=True,
+            has_output_bias=False,
+            has_mlp_bias=False,
+            layer_windows=parse_layer_windows(Fields(raw)),
         )

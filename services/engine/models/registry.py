@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from services.engine.models.config import ConfigError
 from services.engine.models.llama import Llama
+from services.engine.models.mistral import Mistral
 from services.engine.models.qwen2 import Qwen2
+from services.engine.models.qwen3 import Qwen3
 
 ARCHITECTURES: dict[str, type[Llama]] = {
     "LlamaForCausalLM": Llama,
-    "MistralForCausalLM": Llama,
+    "MistralForCausalLM": Mistral,
     "Qwen2ForCausalLM": Qwen2,
+    "Qwen3ForCausalLM": Qwen3,
 }
 
 

@@ -36,6 +36,18 @@ QWEN2: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
 }
+MISTRAL: dict[str, Any] = {
+    **LLAMA,
+    "architectures": ["MistralForCausalLM"],
+    "model_type": "mistral",
+    "sliding_window": None,
+}
+QWEN3: dict[str, Any] = {
+    **LLAMA,
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "head_dim": 24,
+}
 
 
 def tensors_of(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
@@ -68,6 +80,9 @@ def tensors_of(config: dict[str, Any], seed: int = 0) -> dict[str, Tensor]:
             tensors[f"{prefix}{name}.weight"] = normal(rows, columns, std=0.15)
             if has_bias:
                 tensors[f"{prefix}{name}.bias"] = normal(rows, std=0.3)
+        if config["model_type"] == "qwen3":
+            tensors[f"{prefix}self_attn.q_norm.weight"] = 1 + normal(head_dim, std=0.4)
+            tensors[f"{prefix}self_attn.k_norm.weight"] = 1 + normal(head_dim, std=0.4)
         tensors[f"{prefix}input_layernorm.weight"] = 1 + normal(hidden)
         tensors[f"{prefix}post_attention_layernorm.weight"] = 1 + normal(hidden)
     return tensors

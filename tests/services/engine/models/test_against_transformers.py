@@ -17,7 +17,9 @@ from services.engine.runner.config import RunnerConfig
 from services.engine.runner.model_runner import ModelRunner, load_runner
 from tests.services.engine.models.checkpoints import (
     LLAMA,
+    MISTRAL,
     QWEN2,
+    QWEN3,
     dequantize_checkpoint,
     quantize_checkpoint,
     write_checkpoint,
@@ -48,13 +50,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "llama linear rope": {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.5}},
     "llama llama3 rope": {**LLAMA, "rope_scaling": LLAMA3_ROPE},
     "llama nested rope": {**LLAMA, "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-    "mistral": {
-        **LLAMA,
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
-        "sliding_window": 512,
-    },
+    "llama with a window, which it does not have": {**LLAMA, "sliding_window": 20},
+    "mistral": MISTRAL,
+    "mistral window 1": {**MISTRAL, "sliding_window": 1},
+    "mistral window 37": {**MISTRAL, "sliding_window": 37},
+    "mistral window 129, odd heads": {**MISTRAL, "sliding_window": 129, "head_dim": 10},
     "qwen2": QWEN2,
+    "qwen2 window in layer 1": {
+        **QWEN2,
+        "use_sliding_window": True,
+        "sliding_window": 50,
+        "max_window_layers": 1,
+    },
+    "qwen3": QWEN3,
+    "qwen3 window, biases": {
+        **QWEN3,
+        "attention_bias": True,
+        "use_sliding_window": True,
+        "sliding_window": 33,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "qwen2 tied": {**QWEN2, "tie_word_embeddings": True, "num_key_value_heads": 1},
 }
 

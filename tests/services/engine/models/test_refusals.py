@@ -12,16 +12,18 @@ import torch
 from safetensors.torch import load_file
 
 from services.engine.models.config import ConfigError
+from services.engine.models.loader import read_model_config
 from services.engine.runner.config import RunnerConfig, RunnerConfigError
 from services.engine.runner.model_runner import load_runner
 from tests.services.engine.models.checkpoints import (
     LLAMA,
-    QWEN2,
+    MISTRAL,
+    QWEN3,
     quantize_checkpoint,
     tensors_of,
     write_checkpoint,
 )
-from weft.artifact.checkpoint import CheckpointError
+from weft.artifact.checkpoint import Checkpoint, CheckpointError
 
 AWQ = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "zero_point": True}
 
@@ -61,7 +63,6 @@ def _load(directory: Path, **settings: Any) -> None:
         ({"eos_token_id": 97}, "eos_token_id"),
         ({"eos_token_id": list(range(90))}, "eos_token_id"),
         ({"bos_token_id": 1000}, "bos_token_id"),
-        ({"sliding_window": 100}, "sliding_window"),
         ({"quantization_config": {**AWQ, "bits": 3}}, "bits"),
         ({"quantization_config": {**AWQ, "group_size": 0}}, "group_size"),
         ({"quantization_config": {**AWQ, "group_size": 7}}, "group_size"),
@@ -78,14 +79,44 @@ def test_a_bad_config_names_its_field(change: dict[str, Any], named: str, tmp_pa
         _load(directory)
 
 
-def test_a_window_as_long_as_the_context_is_served(tmp_path: Path) -> None:
-    config = {**QWEN2, "use_sliding_window": True, "sliding_window": 100}
-    directory = write_checkpoint(tmp_path / "model", config)
-    with pytest.raises(ConfigError, match="sliding_window 100"):
+WINDOWED = {**QWEN3, "use_sliding_window": True, "sliding_window": 9}
+
+
+@pytest.mark.parametrize(
+    ("config", "windows"),
+    [
+        (LLAMA, (None, None)),
+        ({**MISTRAL, "sliding_window": 7}, (7, 7)),
+        ({key: value for key, value in MISTRAL.items() if key != "sliding_window"}, (4096, 4096)),
+        (WINDOWED, (None, None)),
+        ({**WINDOWED, "max_window_layers": 1}, (None, 9)),
+        ({**WINDOWED, "max_window_layers": 0, "use_sliding_window": False}, (None, None)),
+        ({**WINDOWED, "layer_types": ["sliding_attention", "full_attention"]}, (9, None)),
+    ],
+)
+def test_windows_are_read_as_transformers_reads_them(
+    config: dict[str, Any], windows: tuple[int | None, ...], tmp_path: Path
+) -> None:
+    raw = Checkpoint.open(write_checkpoint(tmp_path / "model", config))
+    assert read_model_config(raw).layer_windows == windows
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sliding_window": 0},
+        {"sliding_window": "9"},
+        {"layer_types": ["full_attention"]},
+        {"layer_types": ["full_attention", "chunked_attention"]},
+        {"layer_types": ["full_attention", "sliding_attention"], "use_sliding_window": False},
+        {"max_window_layers": -1},
+        {**MISTRAL, "layer_types": ["full_attention", "full_attention"]},
+    ],
+)
+def test_a_bad_window_names_its_field(change: dict[str, Any], tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", {**WINDOWED, **change}, tensors_of(WINDOWED))
+    with pytest.raises(ConfigError, match=r"window|layer_types"):
         _load(directory)
-    _load(directory, max_model_len=100)
-    off = write_checkpoint(tmp_path / "off", {**config, "use_sliding_window": False})
-    _load(off)
 
 
 @pytest.mark.parametrize(
