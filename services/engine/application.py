@@ -57,6 +57,8 @@ def runner_config(config: EngineConfig) -> RunnerConfig:
         block_size=config.block_size,
         num_blocks=config.num_blocks,
         kv_memory_bytes=config.kv_memory,
+        gpu_memory=config.gpu_memory,
+        has_graphs=config.cuda_graphs,
         max_batched_tokens=config.max_batched_tokens,
         max_batch_size=config.max_batch_size,
         max_model_len=config.max_model_len,

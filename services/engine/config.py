@@ -19,6 +19,13 @@ ENV_PREFIX = "WEFT_ENGINE_"
 MAX_COUNT = 1 << 20
 
 
+def parse_gpu_memory(text: str) -> float | int:
+    """A fraction of the device when it is a number up to 1, else a size in bytes."""
+    if text.strip().replace(".", "", 1).isdigit() and float(text) <= 1:
+        return float(text)
+    return parse_size(text)
+
+
 @dataclass(frozen=True)
 class EngineConfig:
     """Flags of `serve`; WEFT_ENGINE_* variables stand in for them."""
@@ -35,7 +42,7 @@ class EngineConfig:
     metrics: Address | None = option(
         None, "address to serve Prometheus metrics on", parse=parse_address, metavar="HOST:PORT"
     )
-    device: str = option("cpu", "where the model runs")
+    device: str = option("cpu", "where the model runs: cpu, cuda, or cuda:N for the Nth GPU")
     dtype: str = option("auto", "type of the activations", choices=DTYPES)
     kv_dtype: str = option(
         "auto", "type of K and V in the cache; auto is that of the activations", choices=KV_DTYPES
@@ -48,6 +55,13 @@ class EngineConfig:
     kv_memory: int | None = option(
         None, "memory of the KV cache, as in 1GiB", parse=parse_size, metavar="SIZE"
     )
+    gpu_memory: float | int | None = option(
+        None,
+        "memory of the GPU to use, weights included: 40GiB, or a fraction of it such as 0.8",
+        parse=parse_gpu_memory,
+        metavar="SIZE",
+    )
+    cuda_graphs: bool = option(True, "run decode steps as CUDA graphs, on a GPU")
     max_batch_size: int = option(64, "sequences that run at once", metavar="N")
     max_batched_tokens: int = option(2048, "tokens that one step computes", metavar="N")
     prefill_chunk: int = option(512, "prompt tokens of one sequence that one step computes", metavar="N")

@@ -54,8 +54,10 @@ def _replay(
         raise CanaryError(f"canary prompt {number}: token id {max(ids)} outside of the vocabulary")
     sequence = Sequence(key="canary", prompt_token_ids=ids, params=SamplingParams(max_tokens=1))
     sequence.block_table = list(range(-(-length // cache.block_size)))
-    inputs = make_inputs([Chunk(sequence, 0, length, False)], cache.block_size, cache.scratch_block, 16)
-    logits = model.forward(inputs.token_ids, inputs.metadata, cache.layers, torch.arange(length))
+    chunks = [Chunk(sequence, 0, length, False)]
+    inputs = make_inputs(chunks, cache.block_size, cache.scratch_block, 16, cache.device)
+    rows = torch.arange(length, device=cache.device)
+    logits = model.forward(inputs.token_ids, inputs.metadata, cache.layers, rows).cpu()
     if not bool(torch.isfinite(logits).all()):
         raise CanaryError(f"canary prompt {number}: logits are not finite")
     expected = torch.tensor(prompt.expected_token_ids[:length])

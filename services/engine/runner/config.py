@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
-DTYPES = ("auto", "float32", "bfloat16")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4")
 
 
@@ -22,7 +22,9 @@ class RunnerConfig:
 
     `kv_dtype` "auto" stores K and V as the activations are. `is_deterministic` None follows the dtype: on for
     float32 on a CPU, off otherwise. `num_blocks` wins over `kv_memory_bytes`; without both the cache holds
-    `max_batch_size` sequences of full length, but at most 1 GiB. `cache_dir` keeps measurements between
+    `max_batch_size` sequences of full length, but at most 1 GiB; on a GPU, what `gpu_memory` (bytes, or a
+    fraction of the device as a float) leaves beside weights and activations. `has_graphs`: decode steps of a
+    GPU are CUDA graphs. `cache_dir` keeps measurements between
     starts. `is_poisoned` fills the cache with NaN.
     """
 
@@ -37,6 +39,8 @@ class RunnerConfig:
     block_size: int = 128
     num_blocks: int | None = None
     kv_memory_bytes: int | None = None
+    gpu_memory: float | int | None = None
+    has_graphs: bool = True
     max_batched_tokens: int = 2048
     max_batch_size: int = 64
     max_model_len: int | None = None
@@ -54,6 +58,7 @@ class RunnerConfig:
         if self.kv_dtype not in KV_DTYPES:
             known = ", ".join(KV_DTYPES)
             raise RunnerConfigError(f"kv_dtype must be one of {known}, found {self.kv_dtype!r}")
+        self._check_gpu_memory()
         if self.block_size not in BLOCK_SIZES:
             raise RunnerConfigError(f"block_size must be one of {BLOCK_SIZES}, found {self.block_size}")
         for name in ("max_batched_tokens", "max_batch_size"):
@@ -63,6 +68,15 @@ class RunnerConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RunnerConfigError(f"{name} must be at least 1, found {value}")
+
+    def _check_gpu_memory(self) -> None:
+        wanted = self.gpu_memory
+        if wanted is None:
+            return
+        if self.device == "cpu":
+            raise RunnerConfigError("gpu_memory is for GPUs; the device is cpu (see kv_memory_bytes)")
+        if wanted <= 0 or (isinstance(wanted, float) and wanted > 1):
+            raise RunnerConfigError(f"gpu_memory must be bytes or a fraction in (0, 1], found {wanted}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from services.engine.core.batch import Chunk
 from services.engine.kernels.metadata import AttentionMetadata
+from services.engine.kernels.numerics import CPU
 
 
 class InputError(ValueError):
@@ -52,7 +53,11 @@ def check_chunk(chunk: Chunk, block_size: int, num_blocks: int, vocab_size: int,
 
 
 def make_inputs(
-    chunks: SequenceABC[Chunk], block_size: int, scratch_block: int, row_tile: int
+    chunks: SequenceABC[Chunk],
+    block_size: int,
+    scratch_block: int,
+    row_tile: int,
+    device: torch.device = CPU,
 ) -> ModelInputs:
     """Pack the chunks row after row, then padding rows up to a multiple of `row_tile`, which write to the
     scratch block.
@@ -74,9 +79,13 @@ def make_inputs(
     slots = torch.full((num_rows + num_padding,), scratch_block * block_size)
     slots[:num_rows] = tables[owners, real // block_size] * block_size + real % block_size
     slots[num_rows:] += torch.arange(num_padding) % block_size
-    metadata = AttentionMetadata(positions, slots, tables, lengths, contexts, block_size, num_padding)
     rows, num_logits = _logits_rows(chunks, row_tile)
-    return ModelInputs(torch.tensor(ids + [0] * num_padding), metadata, rows, num_logits)
+    token_ids = torch.tensor(ids + [0] * num_padding)
+    token_ids, positions, slots, tables, rows = (
+        tensor.to(device) for tensor in (token_ids, positions, slots, tables, rows)
+    )
+    metadata = AttentionMetadata(positions, slots, tables, lengths, contexts, block_size, num_padding)
+    return ModelInputs(token_ids, metadata, rows, num_logits)
 
 
 def _block_tables(chunks: SequenceABC[Chunk], contexts: list[int], block_size: int) -> Tensor:

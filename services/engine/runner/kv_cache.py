@@ -101,6 +101,11 @@ class KVCache:
         """Bytes allocated, the scratch block included."""
         return self.data.nbytes + (0 if self.params is None else self.params.nbytes)
 
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.data.device
+
     def layer(self, index: int) -> LayerCache:
         """One layer's K and V."""
         return self.layers[index]

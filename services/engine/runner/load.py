@@ -6,10 +6,11 @@ Knows configuration and hardware; `ModelRunner` is assembled from these by `load
 from __future__ import annotations
 
 import platform
+from importlib.metadata import version
 
 import torch
 
-from services.engine.kernels import int4pack, ops
+from services.engine.kernels import int4pack
 from services.engine.kernels.kv_format import KVFormat
 from services.engine.kernels.numerics import KEY_TILE, Numerics
 from services.engine.models.config import ModelConfig
@@ -27,10 +28,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_numerics(config: RunnerConfig, model: ModelConfig) -> Numerics:
-    """dtype and determinism. Raises RunnerConfigError for a device or a combination that there is not."""
-    if config.device not in ops.supported_devices():
-        supported = ", ".join(ops.supported_devices())
-        raise RunnerConfigError(f"device {config.device!r} is not supported (there are: {supported})")
+    """dtype and determinism on a CPU. Raises RunnerConfigError for a combination that there is not."""
+    if config.dtype == "float16":
+        raise RunnerConfigError("dtype float16 is for GPUs: a CPU computes it many times slower")
     if config.dtype == "auto":
         dtype = torch.float32 if config.is_deterministic else _auto_dtype(model)
     else:
@@ -70,13 +70,21 @@ def numerics_id(numerics: Numerics, kv_format: KVFormat, paths: dict[str, str], 
     computed.
     """
     name = str(numerics.dtype).removeprefix("torch.")
-    capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
     weights = "+".join(sorted(set(paths.values())))
     mode = "deterministic" if numerics.is_deterministic else "fast"
     return (
-        f"{name}-kv{kv_format.name}-cpu-{platform.machine()}-{capability}-{weights}-tile{KEY_TILE}v1-{mode}"
-        f"-torch{torch.__version__.split('+')[0]}-t{torch.get_num_threads()}-{fingerprint}"
+        f"{name}-kv{kv_format.name}-{_where(numerics.device)}-{weights}-{mode}"
+        f"-torch{torch.__version__.split('+')[0]}-{fingerprint}"
     )
+
+
+def _where(device: torch.device) -> str:
+    """The class of device, and what else there decides the order of sums."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"cuda-sm{major}{minor}-triton{version('triton')}"
+    capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
+    return f"cpu-{platform.machine()}-{capability}-t{torch.get_num_threads()}-tile{KEY_TILE}v1"
 
 
 def make_info(
@@ -113,8 +121,14 @@ def make_info(
         bos_token_id=model.config.bos_token_id,
         eos_token_ids=model.config.eos_token_ids,
         crossover_rows=crossover_rows,
-        kernel_paths={"attention": f"tiled-{KEY_TILE}", **paths},
+        kernel_paths={"attention": _attention_path(numerics), **paths},
     )
+
+
+def _attention_path(numerics: Numerics) -> str:
+    if numerics.device.type == "cpu":
+        return f"tiled-{KEY_TILE}"
+    return "triton-ragged" if numerics.is_deterministic else "triton-ragged+triton-split-kv"
 
 
 def linear_paths(model: Llama) -> dict[str, str]:

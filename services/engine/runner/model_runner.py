@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence as SequenceABC
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ from services.engine.runner.load import choose_numerics, make_info
 from services.engine.runner.sampler import Sampler
 from services.engine.runner.self_test import settle_numerics
 from services.engine.runner.source import open_source
+
+if TYPE_CHECKING:
+    from services.engine.runner.device_runner import DeviceRunner
 
 _log = logging.getLogger(__name__)
 
@@ -77,7 +81,7 @@ class ModelRunner:
         return False
 
 
-def load_runner(config: RunnerConfig) -> ModelRunner:
+def load_runner(config: RunnerConfig) -> ModelRunner | DeviceRunner:
     """Load a model, test it, and make its runner.
 
     Sets torch's thread count for the whole process when `num_threads` is given. Raises RunnerConfigError (a
@@ -86,6 +90,11 @@ def load_runner(config: RunnerConfig) -> ModelRunner:
     """
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
+    if config.device != "cpu":
+        # Imports Triton, which a CPU does without.
+        from services.engine.runner.device_load import load_device_runner
+
+        return load_device_runner(config)
     source = open_source(config)
     model_config = read_model_config(source.checkpoint)
     numerics = choose_numerics(config, model_config)

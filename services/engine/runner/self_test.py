@@ -95,9 +95,9 @@ def _check_linears(linears: dict[str, Linear], numerics: Numerics, max_rows: int
         affordable = _MAX_PRODUCT // (linear.in_features * linear.out_features)
         num_rows = max(_LEAST_ROWS, min(max_rows, affordable))
         generator = torch.Generator().manual_seed(len(seen))
-        x = torch.randn(num_rows, linear.in_features, generator=generator).to(numerics.dtype)
+        x = torch.randn(num_rows, linear.in_features, generator=generator).to(numerics.device, numerics.dtype)
         whole = linear(x)
-        order = torch.randperm(num_rows, generator=generator)
+        order = torch.randperm(num_rows, generator=generator).to(x.device)
         if not torch.equal(linear(x[order]), whole[order]):
             return f"{name}: rows in another order differ"
         for count in _ROW_COUNTS:
@@ -157,15 +157,17 @@ class _SequenceTest:
         return sequence
 
     def _step(self, chunks: list[Chunk], wanted: Sequence) -> Tensor:
-        inputs = make_inputs(chunks, self.cache.block_size, self.cache.scratch_block, self.row_tile)
+        cache = self.cache
+        inputs = make_inputs(chunks, cache.block_size, cache.scratch_block, self.row_tile, cache.device)
         first = 0
         for chunk in chunks:
             if chunk.sequence is wanted:
                 break
             first += chunk.length
         rows = torch.arange(first, first + chunk.length)
-        padded = torch.cat([rows, rows.new_zeros(-len(rows) % self.row_tile)])
-        return self.model.forward(inputs.token_ids, inputs.metadata, self.cache.layers, padded)[: len(rows)]
+        padded = torch.cat([rows, rows.new_zeros(-len(rows) % self.row_tile)]).to(cache.device)
+        logits = self.model.forward(inputs.token_ids, inputs.metadata, cache.layers, padded)
+        return logits[: len(rows)].cpu()
 
 
 def _cut(length: int, step: int) -> list[int]:

@@ -22,7 +22,16 @@ from torch import Tensor
 from services.engine.core.batch import Chunk
 
 _INT64 = ("token_ids", "input_index", "positions", "slot_mapping", "logits_rows")
-_INT32 = ("query_starts", "context_lens", "block_tables")
+_ALIGNMENT = 16
+"""Triton compiles a kernel anew for a pointer that is not a multiple of it."""
+
+
+def _width(name: str) -> int:
+    return 8 if name in _INT64 else 4
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +61,8 @@ class StepShape:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all arrays, a multiple of 8."""
-        sizes = self.sizes()
-        total = 8 * sum(sizes[name] for name in _INT64) + 4 * sum(sizes[name] for name in _INT32)
-        return -(-total // 8) * 8
+        """Bytes of all arrays, each begun at a multiple of `_ALIGNMENT`."""
+        return sum(_aligned(size * _width(name)) for name, size in self.sizes().items())
 
 
 @dataclass(slots=True)
@@ -73,12 +80,12 @@ class StepInputs:
 
 
 def split(buffer: Any, shape: StepShape, int64: Any, int32: Any) -> StepInputs:
-    """The arrays of `shape` within a byte buffer (a tensor or a numpy array) aligned to 8."""
+    """The arrays of `shape` within a byte buffer (a tensor or a numpy array) aligned to 16."""
     views, begin = [], 0
     for name, size in shape.sizes().items():
-        dtype, width = (int64, 8) if name in _INT64 else (int32, 4)
-        views.append(buffer[begin : begin + size * width].view(dtype))
-        begin += size * width
+        num_bytes = size * _width(name)
+        views.append(buffer[begin : begin + num_bytes].view(int64 if name in _INT64 else int32))
+        begin += _aligned(num_bytes)
     inputs = StepInputs(*views)
     inputs.block_tables = inputs.block_tables.reshape(shape.num_seqs, shape.table_width)
     return inputs
@@ -88,7 +95,8 @@ class StepBuffers:
     """The device side: drawn tokens in front, then one step's arrays. Sized for the largest step."""
 
     def __init__(self, largest: StepShape, device: torch.device) -> None:
-        self.num_drawn = max(largest.num_logits, 1)
+        self.largest = largest
+        self.num_drawn = _aligned(8 * max(largest.num_logits, 1)) // 8
         self._data = torch.zeros(8 * self.num_drawn + largest.num_bytes, dtype=torch.uint8, device=device)
         self._is_pinned = device.type == "cuda"
         self.drawn: Tensor = self._data[: 8 * self.num_drawn].view(torch.int64)

@@ -1,0 +1,184 @@
+"""Loads a model onto an accelerator: dtype, memory measured rather than guessed, self-test, canary, warm-up.
+
+The order matters. Weights are refused before they are loaded when they cannot fit; activations are measured
+by running the largest step there can be; what is then left becomes the KV cache. Knows CUDA's memory counters
+and nothing of kernels. On a CPU (tests, and a dry run of the device lane) the same path sizes the cache as
+the plain runner does.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+
+from services.engine.kernels.kv_format import KVFormat
+from services.engine.kernels.numerics import Numerics
+from services.engine.models.llama import Llama
+from services.engine.models.loader import load_model, read_model_config, resolve_max_model_len
+from services.engine.runner.canary import replay_canary
+from services.engine.runner.config import RunnerConfig, RunnerConfigError
+from services.engine.runner.device_runner import DeviceRunner
+from services.engine.runner.kv_cache import KVCache, choose_kv_format, kv_bytes_per_token, resolve_num_blocks
+from services.engine.runner.load import make_info, weight_bytes
+from services.engine.runner.memory_budget import MemoryBudget, blocks_that_fit, check_weights, resolve_limit
+from services.engine.runner.self_test import settle_numerics
+from services.engine.runner.source import Source, open_source
+from weft.artifact.checkpoint import Checkpoint
+
+MIN_CAPABILITY = (8, 0)
+_DTYPES = {
+    "auto": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+_BYTES = {"I32": 4, "I64": 8, "F32": 4, "F64": 8, "F16": 2, "BF16": 2}
+_log = logging.getLogger(__name__)
+
+
+def load_device_runner(config: RunnerConfig) -> DeviceRunner:
+    """Load a model, test it, warm its kernels up, and make its runner.
+
+    Raises RunnerConfigError (a setting, a device that is not there, a model that does not fit), ConfigError
+    or CheckpointError (the model directory), ArtifactError (the store; DigestMismatch, CanaryError).
+    """
+    device = open_device(config.device)
+    source = open_source(config)
+    model_config = read_model_config(source.checkpoint)
+    numerics = Numerics(_DTYPES[config.dtype], bool(config.is_deterministic), device=device)
+    max_model_len = resolve_max_model_len(model_config, config.max_model_len)
+    budget = None
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        budget = resolve_limit(config.gpu_memory, total, free)
+        check_weights(budget, stored_bytes(source.checkpoint))
+    model = load_model(
+        source.checkpoint, model_config, numerics, max_model_len, is_artifact=source.is_artifact
+    )
+    kv_format = choose_kv_format(config, model_config, numerics.dtype)
+    loading = _Loading(config, source, model, numerics, kv_format, max_model_len)
+    return loading.finish(loading.num_blocks(budget))
+
+
+def open_device(name: str) -> torch.device:
+    """The device of a name such as "cuda" or "cuda:1", made current. Raises RunnerConfigError."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RunnerConfigError(f"device {name!r} is not supported (there are: cpu, cuda)") from None
+    if device.type == "cpu":
+        return device
+    if device.type != "cuda":
+        raise RunnerConfigError(f"device {name!r} is not supported (there are: cpu, cuda)")
+    if not torch.cuda.is_available():
+        raise RunnerConfigError("device cuda: torch sees no CUDA device here")
+    index = device.index or 0
+    if index >= torch.cuda.device_count():
+        raise RunnerConfigError(f"device cuda:{index}: there are {torch.cuda.device_count()} CUDA devices")
+    if torch.cuda.get_device_capability(index) < MIN_CAPABILITY:
+        raise RunnerConfigError(
+            f"device cuda:{index} has compute capability {torch.cuda.get_device_capability(index)}, "
+            f"{MIN_CAPABILITY} is needed"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """Bytes of all tensors as stored: a floor of what they take on the device in 16 bits."""
+    return sum(
+        math.prod(checkpoint.shape(name)) * min(_BYTES.get(checkpoint.dtype(name), 1), 4)
+        for name in checkpoint.names
+    )
+
+
+class _Loading:
+    """A model that is loaded and has no cache yet."""
+
+    def __init__(
+        self,
+        config: RunnerConfig,
+        source: Source,
+        model: Llama,
+        numerics: Numerics,
+        kv_format: KVFormat,
+        max_model_len: int,
+    ) -> None:
+        self.config = config
+        self.source = source
+        self.model = model
+        self.numerics = numerics
+        self.kv_format = kv_format
+        self.max_model_len = max_model_len
+
+    def num_blocks(self, budget: MemoryBudget | None) -> int:
+        """Blocks of the cache: as told, or as many as fit. Raises RunnerConfigError."""
+        config, model = self.config, self.model
+        bytes_per_token = kv_bytes_per_token(model.config, self.kv_format)
+        if budget is None or config.num_blocks is not None or config.kv_memory_bytes is not None:
+            return resolve_num_blocks(config, bytes_per_token, self.max_model_len)
+        activations = self._measure_activations()
+        blocks = blocks_that_fit(
+            budget,
+            weight_bytes(model),
+            activations,
+            bytes_per_token * config.block_size,
+            -(-self.max_model_len // config.block_size),
+        )
+        _log.info("weights %d, activations %d bytes; %d blocks", weight_bytes(model), activations, blocks)
+        return blocks
+
+    def finish(self, num_blocks: int) -> DeviceRunner:
+        """Allocate the cache, test what is loaded, and warm up."""
+        config = self.config
+        cache = self._cache(num_blocks)
+        numerics, fingerprint = settle_numerics(self.model, cache, self.numerics, self.max_model_len, config)
+        if self.source.canary is not None:
+            replay_canary(self.source.canary, self.model, cache, numerics.dtype, self.max_model_len)
+        elif self.source.is_artifact:
+            _log.warning("the artifact has no canary: that it was loaded right is not shown")
+        runner = self._runner(cache, numerics, fingerprint)
+        runner.warm_up()
+        cache.reset(is_poisoned=config.is_poisoned)
+        return runner
+
+    def _measure_activations(self) -> int:
+        """Bytes that the largest step takes beyond weights and cache, over a cache of one block."""
+        runner = self._runner(self._cache(1), self.numerics, "")
+        runner.warm_up()
+        device = self.numerics.device
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        runner.run_dummy(self.config.max_batched_tokens, self.config.max_batch_size)
+        peak = torch.cuda.max_memory_allocated(device) - before
+        del runner
+        torch.cuda.empty_cache()
+        return peak
+
+    def _cache(self, num_blocks: int) -> KVCache:
+        return KVCache(
+            self.model.config,
+            num_blocks,
+            self.config.block_size,
+            self.kv_format,
+            device=self.numerics.device,
+            is_poisoned=self.config.is_poisoned,
+        )
+
+    def _runner(self, cache: KVCache, numerics: Numerics, fingerprint: str) -> DeviceRunner:
+        config = self.config
+        info = make_info(
+            config, self.source, self.model, cache, numerics, self.max_model_len, fingerprint, None
+        )
+        return DeviceRunner(
+            self.model,
+            cache,
+            numerics,
+            info,
+            max_batched_tokens=config.max_batched_tokens,
+            max_batch_size=config.max_batch_size,
+            has_graphs=config.has_graphs and numerics.device.type == "cuda",
+        )

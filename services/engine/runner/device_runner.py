@@ -1,0 +1,211 @@
+"""The runner of an accelerator: steps are queued on the device and their tokens fetched later.
+
+`launch` queues copies, forward and sampling without waiting for any of them; `collect` waits for the tokens.
+Between the two the host schedules and launches the next step, whose decodes take their tokens from where this
+one's sampling puts them. Decode steps replay CUDA graphs.
+
+Knows the model, the cache memory and one stream, on which all runs in order. Knows no scheduling policy
+and no transport. One thread calls it. Nothing here needs CUDA but the graphs and the fault test: on a CPU the
+same code runs, and is tested, without overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceABC
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from services.engine.core.batch import BlockCopy, Chunk, SampledToken
+from services.engine.core.sequence import SamplingParams, Sequence
+from services.engine.kernels.gpu.gpu_metadata import GpuMetadata
+from services.engine.kernels.metadata import AttentionMetadata
+from services.engine.kernels.numerics import Numerics
+from services.engine.models.llama import Llama
+from services.engine.runner.config import RunnerInfo
+from services.engine.runner.device_sampler import DeviceSampler
+from services.engine.runner.inputs import check_chunk
+from services.engine.runner.kv_cache import KVCache
+from services.engine.runner.step_graphs import CudaGraph, Graph, StepGraphs
+from services.engine.runner.step_inputs import StepBuffers, StepInputs, StepShape, fill, shape_of
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """A step on its way. `pending` is the sampler's; None when the step draws no token."""
+
+    pending: Any
+
+
+class DeviceRunner:
+    """A loaded model on an accelerator. `load_device_runner` makes one; `info` says what it is."""
+
+    def __init__(
+        self,
+        model: Llama,
+        cache: KVCache,
+        numerics: Numerics,
+        info: RunnerInfo,
+        *,
+        max_batched_tokens: int,
+        max_batch_size: int,
+        has_graphs: bool,
+    ) -> None:
+        self.model = model
+        self.cache = cache
+        self.numerics = numerics
+        self.info = info
+        self.device = cache.data.device
+        self.has_overlap = self.device.type == "cuda"
+        max_blocks = -(-info.max_model_len // cache.block_size)
+        largest = StepShape(
+            max_batched_tokens + max_batch_size,
+            max_batch_size,
+            max_batch_size,
+            max_blocks,
+            max_batched_tokens,
+        )
+        self._buffers = StepBuffers(largest, self.device)
+        self._sampler = DeviceSampler(model.config.vocab_size, max_batch_size, self.device)
+        self.graphs = StepGraphs(max_batch_size, max_blocks, self._capture) if has_graphs else None
+        self._graph_pool: Any = None
+
+    # -- the core's protocol ------------------------------------------------------------
+
+    def prepare(self, chunk: Chunk) -> None:
+        """Check one chunk against the cache, the vocabulary and the context length, and its sampling
+        parameters.
+        """
+        info = self.info
+        check_chunk(chunk, info.block_size, info.num_blocks, info.vocab_size, info.max_model_len)
+        if chunk.is_sampling:
+            self._sampler.prepare(chunk.sequence)
+
+    @torch.inference_mode()
+    def launch(self, chunks: SequenceABC[Chunk], copies: SequenceABC[BlockCopy] = ()) -> LaunchedStep:
+        """Queue one step: copies, forward, sampling. Returns before the device is done."""
+        if copies:
+            self.copy_blocks(copies)
+        if not chunks:
+            return LaunchedStep(None)
+        logits = self.forward(chunks)
+        sampling = [chunk for chunk in chunks if chunk.is_sampling]
+        if not sampling:
+            return LaunchedStep(None)
+        sequences = [chunk.sequence for chunk in sampling]
+        offsets = [chunk.output_position for chunk in sampling]
+        return LaunchedStep(self._sampler.launch(logits, sequences, offsets, out=self._buffers.drawn))
+
+    @torch.inference_mode()
+    def collect(self, launched: LaunchedStep) -> list[SampledToken | Exception]:
+        """Wait for a step's tokens: one per chunk that samples, or what went wrong with it."""
+        return [] if launched.pending is None else self._sampler.collect(launched.pending)
+
+    def copy_blocks(self, copies: SequenceABC[BlockCopy]) -> None:
+        """Queue copies of block contents, in order."""
+        self.cache.copy_blocks(copies)
+
+    @torch.inference_mode()
+    def forward(self, chunks: SequenceABC[Chunk]) -> Tensor:
+        """Queue the forward of one ragged batch; fp32 logits [number of sampling chunks, vocab], valid until
+        the next one.
+        """
+        exact = shape_of(chunks, self.cache.block_size)
+        bucket = self.graphs.bucket(exact) if self.graphs is not None else None
+        shape = bucket or exact
+        host, arrays = self._buffers.stage(shape)
+        fill(arrays, chunks, self.cache.block_size, self.cache.scratch_block, self._buffers.num_drawn)
+        self._buffers.send(host)
+        logits = self.graphs.run(shape) if self.graphs is not None and bucket is not None else None
+        if logits is None:
+            logits = self._forward(shape, chunks)
+        return logits[: exact.num_logits]
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop the sampler's state of a sequence."""
+        self._sampler.forget(sequence)
+
+    def is_device_fault(self, error: BaseException) -> bool:
+        """Whether the device's context is lost: every later call on it would fail as well."""
+        return is_device_fault(error)
+
+    # -- before serving ------------------------------------------------------------
+
+    def warm_up(self) -> None:
+        """Compile every kernel: a prefill, a large one, and decodes. Captures the graph of one sequence."""
+        tokens = self._buffers.largest.max_query_len
+        sequences = self._sampler.max_batch_size
+        for num_rows, num_seqs in ((1, 1), (sequences, sequences), (min(tokens, 64), 1), (tokens, sequences)):
+            if num_rows >= num_seqs:
+                self.run_dummy(num_rows, num_seqs)
+
+    def run_dummy(self, num_rows: int, num_seqs: int) -> None:
+        """Run a step of this many rows, spread over sequences whose blocks are all the scratch block."""
+        num_seqs = min(num_seqs, num_rows)
+        chunks = []
+        for index in range(num_seqs):
+            length = min(num_rows // num_seqs + (index < num_rows % num_seqs), self.info.max_model_len)
+            sequence = Sequence(("dummy", index), [0] * length, SamplingParams(max_tokens=1, seed=index))
+            num_blocks = -(-length // self.cache.block_size)
+            sequence.block_table = [self.cache.scratch_block] * num_blocks
+            chunks.append(Chunk(sequence, 0, length, True))
+        try:
+            for chunk in chunks:
+                self._sampler.prepare(chunk.sequence)
+            # The cache may hold anything: rows without a finite logit are none of a warm-up's business.
+            self.collect(self.launch(chunks))
+        finally:
+            for chunk in chunks:
+                self.forget(chunk.sequence)
+
+    # -- the step ------------------------------------------------------------
+
+    def _forward(self, shape: StepShape, chunks: SequenceABC[Chunk] = ()) -> Tensor:
+        """The model over the device's arrays of one shape."""
+        inputs = self._buffers.views(shape)
+        token_ids = inputs.token_ids.index_select(0, inputs.input_index)
+        return self.model.forward(
+            token_ids, self._metadata(inputs, shape, chunks), self.cache.layers, inputs.logits_rows
+        )
+
+    def _metadata(
+        self, inputs: StepInputs, shape: StepShape, chunks: SequenceABC[Chunk]
+    ) -> AttentionMetadata:
+        """What attention sees of the step: bounds on the host, lengths on the device."""
+        plan = GpuMetadata(
+            query_starts=inputs.query_starts,
+            context_lens=inputs.context_lens,
+            block_tables=inputs.block_tables,
+            max_query_len=shape.max_query_len,
+            max_context=shape.table_width * self.cache.block_size,
+        )
+        lengths = [chunk.length for chunk in chunks]
+        contexts = [chunk.start + chunk.length for chunk in chunks]
+        return AttentionMetadata(
+            inputs.positions,
+            inputs.slot_mapping,
+            inputs.block_tables,
+            lengths,
+            contexts,
+            self.cache.block_size,
+            shape.num_rows - sum(lengths),
+            {"gpu": plan},
+        )
+
+    def _capture(self, shape: StepShape) -> Graph:
+        if self._graph_pool is None:
+            self._graph_pool = torch.cuda.graph_pool_handle()
+        return CudaGraph(lambda: self._forward(shape), self._graph_pool)
+
+
+def is_device_fault(error: BaseException) -> bool:
+    """Whether an error says that the CUDA context is beyond repair. Running out of memory does not."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return False
+    accelerator_error = getattr(torch, "AcceleratorError", None)
+    if accelerator_error is not None and isinstance(error, accelerator_error):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("CUDA error" in text or "cuBLAS error" in text)
