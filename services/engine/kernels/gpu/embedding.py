@@ -13,7 +13,7 @@ _BLOCK = 2048
 _NUM_WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["index_ptr"])
 def _gather_rows_kernel(table_ptr, index_ptr, out_ptr, stride_table_n, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -24,7 +24,10 @@ def _gather_rows_kernel(table_ptr, index_ptr, out_ptr, stride_table_n, width, BL
 
 
 def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
-    """The rows [n] (int64 or int32, each within x) of x [rows, width] -> [n, width]. ValueError for shapes."""
+    """The rows [n] (int64 or int32, each within x) of x [rows, width] -> [n, width].
+
+    Raises ValueError for other shapes.
+    """
     if x.dim() != 2 or x.stride(1) != 1 or x.shape[1] < 1:
         raise ValueError(f"x must be [rows, width] with rows that lie together, found {tuple(x.shape)}")
     if rows.dim() != 1 or not rows.is_contiguous() or rows.dtype not in (torch.int32, torch.int64):
@@ -64,7 +67,9 @@ def compile_cases() -> list[CompileCase]:
             constexprs={"BLOCK": _block(width)},
             num_warps=_NUM_WARPS,
             num_stages=3,
-            unaligned=frozenset(() if width % 16 == 0 else ("stride_table_n", "width")),
+            unaligned=frozenset(
+                {"index_ptr"} if width % 16 == 0 else {"index_ptr", "stride_table_n", "width"}
+            ),
         )
         for width in (63, 4096)
     ]

@@ -53,11 +53,13 @@ def gpu_metadata(metadata: AttentionMetadata) -> GpuMetadata:
 def _derive(metadata: AttentionMetadata) -> GpuMetadata:
     device = metadata.slot_mapping.device
     starts, contexts = metadata.query_starts, metadata.context_lens
-    # One copy to the device instead of two.
-    lengths = torch.tensor([*starts, *contexts], dtype=torch.int32).to(device)
+    # One copy to the device instead of two. Both begin at a multiple of 16 bytes, because Triton compiles a
+    # kernel anew for a pointer that does not.
+    gap = -len(starts) % 4
+    lengths = torch.tensor([*starts, *[0] * gap, *contexts], dtype=torch.int32).to(device)
     return GpuMetadata(
         query_starts=lengths[: len(starts)],
-        context_lens=lengths[len(starts) :],
+        context_lens=lengths[len(starts) + gap :],
         block_tables=metadata.block_tables.to(device, torch.int32).contiguous(),
         max_query_len=max(metadata.query_lens, default=0),
         max_context=max(contexts, default=0),

@@ -154,7 +154,7 @@ def compile_cases() -> list[CompileCase]:
 
 def _case(name: str, hidden: int, kind: str, group: int) -> CompileCase:
     block = _block(hidden, group)
-    pointers = {name: "*bf16" for name in ("x_ptr", "residual_ptr", "weight_ptr", "normed_ptr", "total_ptr")}
+    pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "normed_ptr", "total_ptr"), "*bf16")
     sizes = {"stride_x_n": "i32", "stride_residual_n": "i32", "hidden": "i32"}
     return CompileCase(
         name=name,

@@ -31,7 +31,7 @@ def has_fp8_conversion(device: torch.device) -> bool:
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
     """fp32 -> DTYPE, to the nearest, ties to even. NaN stays NaN."""
-    if INTERPRET and DTYPE == tl.bfloat16:
+    if INTERPRET and tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
         # The carry of a NaN's payload would run into its exponent.

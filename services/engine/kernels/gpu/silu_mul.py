@@ -1,4 +1,4 @@
-"""silu(gate) * up, the gate of an MLP, in one pass over memory. Knows rows; not which layer they belong to."""
+"""silu(gate) * up, the gate of an MLP, in one pass over memory. Knows rows, not whose they are."""
 
 from __future__ import annotations
 

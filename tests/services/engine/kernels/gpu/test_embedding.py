@@ -30,7 +30,7 @@ def test_addresses_are_wider_than_32_bits(device: str) -> None:
     base = torch.empty((1 << 32) + 64, dtype=torch.uint8, device=device)
     table = base.as_strided(((1 << 18) + 1, 64), (1 << 14, 1))
     table[-1] = torch.arange(64, device=device)
-    rows = torch.tensor([1 << 18], device=device)
+    rows = torch.tensor([1 << 18], dtype=torch.int32, device=device)
     assert gather_rows(table, rows)[0].tolist() == list(range(64))
 
 

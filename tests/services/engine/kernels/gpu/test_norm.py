@@ -1,4 +1,4 @@
-"""RMSNorm kernels against their twins: odd widths, strided rows, poisoned outputs, group sums, a row's bits."""
+"""RMSNorm kernels against their twins: odd widths, strided rows, poisoned outputs, group sums."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _assert_close(actual: Tensor, expected: Tensor) -> None:
     step = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}[expected.dtype]
     torch.testing.assert_close(actual, expected, rtol=step, atol=step / 10)
     if expected.dtype != torch.float32:
-        # Where the twin's scale differs in its last bit, few results round the other way; truncation moves half.
+        # Where the scale differs in its last bit, few results round the other way; truncation moves half.
         assert int((actual != expected).sum()) <= max(3, expected.numel() // 50)
 
 
@@ -33,7 +33,7 @@ def _assert_close(actual: Tensor, expected: Tensor) -> None:
 def test_norm_and_sum_are_those_of_the_twin(
     hidden: int, dtype: torch.dtype, device: str, poison_empty: None
 ) -> None:
-    """bfloat16 also in the interpreter, whose own conversion truncates: the kernels round there in integers."""
+    """bfloat16 too: the interpreter's own conversion truncates, so the kernels round there in integers."""
     x, residual, weight = _inputs(3, hidden, dtype, device)
     _assert_close(norm.rms_norm(x, weight, EPS), reference.rms_norm(x, weight, EPS))
     normed, total = norm.add_rms_norm(x, residual, weight, EPS)
@@ -51,7 +51,8 @@ def test_group_sums_are_those_of_the_rounded_result(
     normed, total, sums = norm.add_rms_norm(x, residual, weight, EPS, group_size=group)
     assert torch.equal(normed, norm.rms_norm(total, weight, EPS))
     expected = normed.double().unflatten(1, (-1, group)).sum(-1)
-    assert sums.dtype == torch.float32 and sums.shape == expected.shape
+    assert sums.dtype == torch.float32
+    assert sums.shape == expected.shape
     torch.testing.assert_close(sums.double(), expected, rtol=0, atol=1e-5)
     assert torch.equal(norm.rms_norm(total, weight, EPS, group_size=group)[1], sums)
 
@@ -78,13 +79,15 @@ def test_one_value_that_is_not_finite_spoils_its_row_only(device: str) -> None:
     x, _, weight = _inputs(3, 64, torch.float32, device)
     x[1, 5] = float("nan")
     y = norm.rms_norm(x, weight, EPS)
-    assert bool(y[1].isnan().all()) and bool(y[[0, 2]].isfinite().all())
+    assert bool(y[1].isnan().all())
+    assert bool(y[[0, 2]].isfinite().all())
 
 
 def test_no_rows_are_no_launch(device: str) -> None:
     x = torch.empty(0, 64, device=device)
     normed, total, sums = norm.add_rms_norm(x, x, torch.ones(64, device=device), EPS, group_size=32)
-    assert normed.shape == total.shape == (0, 64) and sums.shape == (0, 2)
+    assert normed.shape == total.shape == (0, 64)
+    assert sums.shape == (0, 2)
 
 
 @pytest.mark.parametrize(
