@@ -2,6 +2,7 @@
 #   PYTHON       the interpreter the virtual environment is made with (3.11 to 3.13)
 #   VENV         where the environment goes
 #   TORCH_INDEX  an index to take torch from, e.g. https://download.pytorch.org/whl/cpu for the small CPU build
+#   GPU_FLAGS    more flags for make gpu, e.g. --write-results
 #   PY           another interpreter with everything installed; then nothing is set up
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ SHELL := /bin/bash
 # A given PY is taken as it is; otherwise the stamp says when the environment was last brought up to date.
 STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.weft-installed,)
 
-.PHONY: help setup protos format check test test-slow kernels demo up size
+.PHONY: help setup protos format check test test-slow kernels gpu demo up size
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -53,6 +54,9 @@ test-slow: $(STAMP)  ## the tests that take minutes
 
 kernels: $(STAMP)  ## compile every GPU kernel without a GPU and hold the machine code to its gates
 	env -u TRITON_INTERPRET $(PY) -m tools.kernels
+
+gpu: $(STAMP)  ## kernel tests, model parity and benchmarks on a CUDA device (DRY=1: tiny, on the CPU; OUT=folder)
+	$(PY) -m tools.gpu $(if $(DRY),--dry) $(if $(OUT),--out $(OUT)) $(GPU_FLAGS)
 
 demo: $(STAMP)  ## quantize the demo model, serve it, stream sixteen completions, stop
 	$(PY) -m tools.demo

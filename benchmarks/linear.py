@@ -9,15 +9,14 @@ are used in turn, so that they come from memory and not from the processor's cac
 from __future__ import annotations
 
 import argparse
-import csv
 import platform
 import statistics
 import subprocess
 import time
-from pathlib import Path
 
 import torch
 
+from benchmarks import results
 from services.engine.kernels import ops
 from services.engine.kernels.int4pack import Int4PackLinear
 from services.engine.kernels.linear import Linear
@@ -27,8 +26,6 @@ from services.engine.kernels.scratch import Scratch
 IN_FEATURES, OUT_FEATURES, GROUP, LAYERS = 2048, 5632, 128, 6
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 MIN_SECONDS = 0.6
-RESULTS = Path(__file__).with_name("results.csv")
-COLUMNS = ("benchmark", "case", "unit", "median", "p20", "p80", "machine", "git_sha")
 
 
 def variants(dtype: torch.dtype) -> dict[str, list[Linear]]:
@@ -87,13 +84,10 @@ def main() -> None:
                 case = f"{name} {str(dtype).removeprefix('torch.')} {IN_FEATURES}x{OUT_FEATURES} rows={count}"
                 median = statistics.median(rates)
                 print(f"{case:48} {median:10.0f} rows/s   p20 {p20:.0f}  p80 {p80:.0f}", flush=True)
-                rows.append(
-                    ("linear", case, "rows/s", f"{median:.0f}", f"{p20:.0f}", f"{p80:.0f}", machine, sha)
-                )
+                figures = (f"{median:.0f}", f"{p20:.0f}", f"{p80:.0f}")
+                rows.append(("linear", case, "rows/s", *figures, "", "", "", machine, sha))
     if arguments.append:
-        is_new = not RESULTS.exists()
-        with RESULTS.open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([COLUMNS, *rows] if is_new else rows)
+        results.append(rows)
 
 
 if __name__ == "__main__":

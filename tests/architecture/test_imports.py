@@ -64,6 +64,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "services/engine/loop.py": ("torch", "grpc"),
     "cli": ("torch", "triton", "transformers", "tools", "tests"),
     "tools/demo": ("services", "torch", "tests"),
+    "tools/gpu": ("services", "weft", "torch", "triton", "grpc", "tests"),
     # Runs without grpc on a machine that has little but torch and triton.
     "tools/kernels": ("torch", "grpc", "weft", "tests", "services.gateway", "services.quantizer"),
 }
