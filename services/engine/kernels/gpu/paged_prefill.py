@@ -2,11 +2,11 @@
 
 Knows rows, blocks and formats of the cache; not who owns a block, nor how the rows came to be.
 
-One program holds one kv head and BLOCK_M query vectors of one sequence: BLOCK_M // GROUP neighbouring rows, each
-with all the query heads that share the kv head, so that K and V are read once for all of them. It walks over
-the keys in tiles that begin at absolute multiples of TILE, in order, with a running softmax in fp32 (arXiv
-2205.14135). A tile that a row does not see leaves the row's sums as they were, to the bit: so for one launch
-configuration a row's result does not depend on the rows beside it.
+One program holds one kv head and BLOCK_M query vectors of one sequence: BLOCK_M // GROUP neighbouring rows,
+each with all the query heads that share the kv head, so that K and V are read once for all of them. It walks
+over the keys in tiles that begin at absolute multiples of TILE, in order, with a running softmax in fp32
+(arXiv 2205.14135). A tile that a row does not see leaves the row's sums as they were, to the bit: so for one
+launch configuration a row's result does not depend on the rows beside it.
 """
 
 from __future__ import annotations
@@ -19,20 +19,24 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.gpu.paged_prefill_config import PrefillConfig, choose_config
-from services.engine.kernels.gpu.rounding import is_interpreting
+from services.engine.kernels.gpu.paged_prefill_tiles import load_tile
+from services.engine.kernels.gpu.rounding import has_fp8_conversion, is_interpreting
 from services.engine.kernels.kv_format import LayerCache
+
+_INDEX_SPAN = 128
+"""Sequences that one step of the search looks at."""
 
 
 @triton.jit
-def _sequence_of_tile(query_starts_ptr, num_seqs, tile, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr):
+def _sequence_of_tile(query_starts_ptr, num_seqs, tile, BLOCK_Q: tl.constexpr, SPAN: tl.constexpr):
     """Which sequence a query tile belongs to: num_seqs for the rows after the last sequence.
 
-    Sequence i begins at tile query_starts[i] // BLOCK_Q + i. That leaves every sequence tiles enough,
-    needs no table from the host, and bounds the number of tiles by rows // BLOCK_Q + num_seqs + 1.
+    Sequence i begins at tile query_starts[i] // BLOCK_Q + i. That leaves every sequence tiles enough, needs
+    no table from the host, and bounds the number of tiles by rows // BLOCK_Q + num_seqs + 1.
     """
     count = 0
-    for first in range(0, num_seqs + 1, BLOCK_S):
-        index = first + tl.arange(0, BLOCK_S)
+    for first in range(0, num_seqs + 1, SPAN):
+        index = first + tl.arange(0, SPAN)
         start = tl.load(query_starts_ptr + index, mask=index <= num_seqs, other=0)
         is_before = (index <= num_seqs) & (start // BLOCK_Q + index <= tile)
         count += tl.sum(is_before.to(tl.int32), 0)
@@ -40,21 +44,33 @@ def _sequence_of_tile(query_starts_ptr, num_seqs, tile, BLOCK_Q: tl.constexpr, B
 
 
 @triton.jit
-def _load_tile(base_ptr, slots, columns, mask, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
-    """[TILE, BLOCK_D] of K or V, zero where the mask is not set, ready to be multiplied."""
-    tile = tl.load(base_ptr + slots[:, None] + columns[None, :], mask=mask, other=0.0)
-    if INTERPRET:
-        return tile.to(tl.float32)
-    else:
-        return tile.to(DTYPE)
+def _block_of(table_ptr, start, key_end, BLOCK_SIZE: tl.constexpr):
+    """Physical block of key `start`, 0 past the last key."""
+    return tl.load(table_ptr + start // BLOCK_SIZE, mask=start < key_end, other=0)
 
 
 @triton.jit
+def _softmax_step(scores, maximum, total, scale_log2):
+    """Running softmax over one more tile: (weights, factor of what was summed before, maximum, total).
+
+    Products and sums are fused by hand: which of them a compiler fuses may differ between two kernels.
+    """
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    # A row that has seen no key yet: any finite base keeps its weights at zero.
+    base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) * scale_log2
+    weights = tl.exp2(tl.fma(scores, scale_log2, -base[:, None]))
+    decay = tl.exp2(tl.fma(maximum, scale_log2, -base))
+    return weights, decay, new_maximum, tl.fma(total, decay, tl.sum(weights, 1))
+
+
+@triton.jit(do_not_specialize=["num_seqs", "num_rows", "stride_table"])
 def _paged_prefill_kernel(
     out_ptr,
     query_ptr,
     k_ptr,
     v_ptr,
+    k_params_ptr,
+    v_params_ptr,
     block_tables_ptr,
     query_starts_ptr,
     context_lens_ptr,
@@ -69,24 +85,32 @@ def _paged_prefill_kernel(
     stride_k_head,
     stride_v_block,
     stride_v_head,
+    stride_k_params_block,
+    stride_k_params_head,
+    stride_v_params_block,
+    stride_v_params_head,
     stride_table,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ROW_SIZE: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SPAN: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    FORMAT: tl.constexpr,
+    USE_CVT: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     DTYPE: tl.constexpr = query_ptr.dtype.element_ty
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
-    kv_head = tl.program_id(0)
+    kv_head = tl.program_id(0).to(tl.int64)
     # The last rows of a sequence see the most keys: they start first, so that no long program is left alone.
     tile = tl.num_programs(1) - 1 - tl.program_id(1)
-    sequence = _sequence_of_tile(query_starts_ptr, num_seqs, tile, BLOCK_Q, 128)
+    sequence = _sequence_of_tile(query_starts_ptr, num_seqs, tile, BLOCK_Q, SPAN)
     is_real = sequence < num_seqs
     row_begin = tl.load(query_starts_ptr + sequence)
     row_end = tl.load(query_starts_ptr + sequence + 1, mask=is_real, other=num_rows)
@@ -99,68 +123,89 @@ def _paged_prefill_kernel(
     row = first_row + member // GROUP
     head = kv_head * GROUP + member % GROUP
     columns = tl.arange(0, BLOCK_D)
-    is_column = columns < HEAD_DIM
-    is_member = ((member // GROUP < BLOCK_Q) & (row < row_end))[:, None] & is_column[None, :]
+    is_member = (member // GROUP < BLOCK_Q) & (row < row_end)
+    is_output = is_member[:, None] & (columns < HEAD_DIM)[None, :]
     query_rows = query_ptr + row.to(tl.int64) * stride_query_n + head * stride_query_h
-    query = tl.load(query_rows[:, None] + columns[None, :], mask=is_member, other=0.0)
+    query = tl.load(query_rows[:, None] + columns[None, :], mask=is_output, other=0.0)
     if INTERPRET:
         query = query.to(tl.float32)
 
-    offset = context - row_end
-    position = row + offset
-    first_position = first_row + offset
-    last_position = tl.minimum(first_position + BLOCK_Q, context) - 1
+    position = row + (context - row_end)
+    first_position = first_row + (context - row_end)
+    key_end = tl.minimum(first_position + BLOCK_Q, context)
     key_begin = 0
     if WINDOW > 0:
         key_begin = tl.maximum(first_position - WINDOW + 1, 0) // TILE * TILE
-    key_end = last_position + 1
-
     table_ptr = block_tables_ptr + sequence.to(tl.int64) * stride_table
-    k_head_ptr = k_ptr + kv_head.to(tl.int64) * stride_k_head
-    v_head_ptr = v_ptr + kv_head.to(tl.int64) * stride_v_head
+    k_head_ptr = k_ptr + kv_head * stride_k_head
+    v_head_ptr = v_ptr + kv_head * stride_v_head
+    k_params_head_ptr = k_params_ptr + kv_head * stride_k_params_head
+    v_params_head_ptr = v_params_ptr + kv_head * stride_v_params_head
+    units = tl.arange(0, BLOCK_ROW)
     lane = tl.arange(0, TILE)
     maximum = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    # Where a tile lies in one block, the block's number is read one tile ahead. Read when it is wanted, it
+    # would take a stage of the pipeline for itself.
+    next_block = _block_of(table_ptr, key_begin, key_end, BLOCK_SIZE)
     for start in tl.range(key_begin, key_end, TILE, num_stages=NUM_STAGES):
         key = start + lane
         is_key = key < key_end
         if BLOCK_SIZE >= TILE:
-            # The tile lies in one block.
-            block = tl.load(table_ptr + start // BLOCK_SIZE).to(tl.int64)
-            inside = (start % BLOCK_SIZE + lane) * ROW_SIZE
+            block = next_block.to(tl.int64)
+            next_block = _block_of(table_ptr, start + TILE, key_end, BLOCK_SIZE)
+            slot = start % BLOCK_SIZE + lane
         else:
             block = tl.load(table_ptr + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
-            inside = (key % BLOCK_SIZE) * ROW_SIZE
-        mask = is_key[:, None] & is_column[None, :]
-        k = _load_tile(k_head_ptr, block * stride_k_block + inside, columns, mask, DTYPE, INTERPRET)
-        v = _load_tile(v_head_ptr, block * stride_v_block + inside, columns, mask, DTYPE, INTERPRET)
+            slot = key % BLOCK_SIZE
+        mask = is_key[:, None] & (units < ROW_SIZE)[None, :]
+        k = load_tile(
+            k_head_ptr,
+            k_params_head_ptr,
+            block * stride_k_block + slot * ROW_SIZE,
+            block * stride_k_params_block + slot,
+            units,
+            mask,
+            is_key,
+            DTYPE,
+            FORMAT,
+            USE_CVT,
+            INTERPRET,
+        )
+        v = load_tile(
+            v_head_ptr,
+            v_params_head_ptr,
+            block * stride_v_block + slot * ROW_SIZE,
+            block * stride_v_params_block + slot,
+            units,
+            mask,
+            is_key,
+            DTYPE,
+            FORMAT,
+            USE_CVT,
+            INTERPRET,
+        )
         scores = tl.dot(query, k.T, input_precision="ieee")
+        # One loop with a branch that the whole program takes, not two loops: a row meets the same machine
+        # code whether its tile is masked for a neighbour's sake or not, and loads stay in flight throughout.
         is_edge = start + TILE > first_position + 1
         if WINDOW > 0:
-            is_edge = is_edge | (start <= last_position - WINDOW)
-        # One loop with a branch that a whole program takes, not two loops: every row meets the same machine
-        # code whether its tile is masked for a neighbour's sake or not, and loads stay in flight throughout.
+            is_edge = is_edge | (start <= key_end - 1 - WINDOW)
         if is_edge:
             is_seen = key[None, :] <= position[:, None]
             if WINDOW > 0:
                 is_seen = is_seen & (key[None, :] > position[:, None] - WINDOW)
             scores = tl.where(is_seen, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        # A row that has seen no key yet: any finite base keeps its weights at zero.
-        base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) * scale_log2
-        weights = tl.exp2(tl.fma(scores, scale_log2, -base[:, None]))
-        decay = tl.exp2(tl.fma(maximum, scale_log2, -base))
-        total = tl.fma(total, decay, tl.sum(weights, 1))
+        weights, decay, maximum, total = _softmax_step(scores, maximum, total, scale_log2)
         weights = weights.to(DTYPE)
         if INTERPRET:
             weights = weights.to(tl.float32)
         acc = tl.dot(weights, v, acc * decay[:, None], input_precision="ieee")
-        maximum = new_maximum
 
     acc = acc / tl.where(total > 0.0, total, 1.0)[:, None]
     out_rows = out_ptr + row.to(tl.int64) * stride_out_n + head * stride_out_h
-    tl.store(out_rows[:, None] + columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=is_member)
+    tl.store(out_rows[:, None] + columns[None, :], acc.to(out_ptr.dtype.element_ty), mask=is_output)
 
 
 def paged_prefill(
@@ -196,76 +241,103 @@ def paged_prefill(
     Rows with no key get zeros, and so do rows that belong to no sequence. Raises ValueError for tensors that
     do not fit together.
     """
-    _check(query, cache, block_tables, query_starts, context_lens, scale, sliding_window)
+    _check(query, cache, scale, sliding_window)
+    _check_batch(block_tables, query_starts, context_lens)
     rows, num_heads, head_dim = query.shape
-    num_kv_heads = cache.num_kv_heads
-    group = num_heads // num_kv_heads
+    group = num_heads // cache.num_kv_heads
     if out is None:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    if out.shape != query.shape or out.stride(2) != 1:
+        raise ValueError(f"out must be like query {tuple(query.shape)}, found {tuple(out.shape)}")
     if rows == 0:
         return out
     if config is None:
         config = choose_config(query.dtype, head_dim, group, None if deterministic else max_query_len)
+    if config.block_m < group:
+        raise ValueError(f"{group} query heads to a kv head do not fit into a tile of {config.block_m}")
+    k, v, k_params, v_params = _operands(cache)
     num_seqs = context_lens.shape[0]
-    grid = (num_kv_heads, rows // (config.block_m // group) + num_seqs + 1)
+    grid = (cache.num_kv_heads, rows // (config.block_m // group) + num_seqs + 1)
     _paged_prefill_kernel[grid](
         out,
         query,
-        cache.k,
-        cache.v,
+        k,
+        v,
+        k_params,
+        v_params,
         block_tables,
         query_starts,
         context_lens,
         num_seqs,
         rows,
         scale * math.log2(math.e),
-        out.stride(0),
-        out.stride(1),
-        query.stride(0),
-        query.stride(1),
-        cache.k.stride(0),
-        cache.k.stride(1),
-        cache.v.stride(0),
-        cache.v.stride(1),
+        *out.stride()[:2],
+        *query.stride()[:2],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        *k_params.stride()[:2],
+        *v_params.stride()[:2],
         block_tables.stride(0),
-        GROUP=group,
-        HEAD_DIM=head_dim,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        ROW_SIZE=cache.k.shape[3],
-        BLOCK_SIZE=cache.block_size,
-        BLOCK_M=config.block_m,
-        TILE=config.tile,
-        WINDOW=sliding_window or 0,
-        NUM_STAGES=config.num_stages,
+        **_constants(cache, config, group, head_dim, sliding_window),
+        USE_CVT=cache.kv_format.name == "fp8" and has_fp8_conversion(query.device),
         INTERPRET=is_interpreting(),
         num_warps=config.num_warps,
     )
     return out
 
 
-def _check(
-    query: Tensor,
-    cache: LayerCache,
-    block_tables: Tensor,
-    query_starts: Tensor,
-    context_lens: Tensor,
-    scale: float,
-    sliding_window: int | None,
-) -> None:
-    if query.dim() != 3 or query.stride(2) != 1:
-        raise ValueError(f"query must be [rows, heads, head_dim], found {tuple(query.shape)}")
-    head_dim = query.shape[2]
+def _operands(cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """K, V and their scales as the kernel reads them: codes as int32 words."""
+    if cache.k_params is None or cache.v_params is None:
+        return cache.k, cache.v, cache.k, cache.v
+    return cache.k.view(torch.int32), cache.v.view(torch.int32), cache.k_params, cache.v_params
+
+
+def _constants(
+    cache: LayerCache, config: PrefillConfig, group: int, head_dim: int, sliding_window: int | None
+) -> dict[str, int | str]:
+    """Constexpr arguments that do not depend on the device."""
+    kv_format = cache.kv_format
+    per_unit = 4 * kv_format.values_per_unit if kv_format.is_quantized else 1
+    block_d = triton.next_power_of_2(head_dim)
+    return {
+        "GROUP": group,
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": block_d,
+        "ROW_SIZE": head_dim // per_unit,
+        "BLOCK_ROW": block_d // per_unit,
+        "BLOCK_SIZE": cache.block_size,
+        "BLOCK_M": config.block_m,
+        "TILE": config.tile,
+        "WINDOW": sliding_window or 0,
+        "SPAN": _INDEX_SPAN,
+        "NUM_STAGES": config.num_stages,
+        "FORMAT": kv_format.name if kv_format.is_quantized else "float",
+    }
+
+
+def _check(query: Tensor, cache: LayerCache, scale: float, sliding_window: int | None) -> None:
+    if query.dim() != 3 or query.stride(2) != 1 or query.shape[2] % 8:
+        raise ValueError(
+            f"query must be [rows, heads, head_dim] with head_dim in eights, {tuple(query.shape)}"
+        )
     if query.shape[1] % cache.num_kv_heads:
         raise ValueError(f"{query.shape[1]} query heads over {cache.num_kv_heads} kv heads")
+    row_size = cache.kv_format.row_size(query.shape[2])
     for name, tensor in (("k", cache.k), ("v", cache.v)):
-        if tensor.shape[3] != cache.kv_format.row_size(head_dim):
-            raise ValueError(f"{name} {tuple(tensor.shape)} holds no vectors of {head_dim}")
-        if tensor.stride(3) != 1 or tensor.stride(2) != tensor.shape[3]:
-            raise ValueError(
-                f"the vectors of one head's block must lie together, {name} has {tensor.stride()}"
-            )
+        if tensor.shape[3] != row_size:
+            raise ValueError(f"{name} {tuple(tensor.shape)} holds no vectors of {query.shape[2]}")
+        if tensor.stride()[2:] != (row_size, 1):
+            raise ValueError(f"one head's vectors in a block must lie together, {name} has {tensor.stride()}")
     if cache.block_size < 16 or cache.block_size & (cache.block_size - 1):
         raise ValueError(f"block size must be a power of two from 16 on, found {cache.block_size}")
+    if not scale > 0:
+        raise ValueError(f"scale must be greater than 0, found {scale}")
+    if sliding_window is not None and sliding_window < 1:
+        raise ValueError(f"a window holds at least the row itself, found {sliding_window}")
+
+
+def _check_batch(block_tables: Tensor, query_starts: Tensor, context_lens: Tensor) -> None:
     num_seqs = context_lens.shape[0]
     if query_starts.shape != (num_seqs + 1,) or block_tables.shape[0] != num_seqs or num_seqs == 0:
         shapes = tuple(block_tables.shape), tuple(query_starts.shape), tuple(context_lens.shape)
@@ -273,7 +345,3 @@ def _check(
     for tensor in (block_tables, query_starts, context_lens):
         if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
             raise ValueError(f"tables, starts and lengths must be int32 without gaps, found {tensor.dtype}")
-    if not scale > 0:
-        raise ValueError(f"scale must be greater than 0, found {scale}")
-    if sliding_window is not None and sliding_window < 1:
-        raise ValueError(f"a window holds at least the row itself, found {sliding_window}")

@@ -136,11 +136,11 @@ def check(batch, sliding_window=None, **options):
     torch.testing.assert_close(got, expected, rtol=0, atol=4 * tolerance(batch.query.dtype))
 
 
-RAGGED = dict(query_lens=[1, 5, 0, 64, 33, 1], context_lens=[77, 5, 0, 100, 130, 1])
+RAGGED = {"query_lens": [1, 5, 0, 64, 33, 1], "context_lens": [77, 5, 0, 100, 130, 1]}
 
 
 @pytest.mark.parametrize(
-    "heads, head_dim, block_size, config",
+    ("heads", "head_dim", "block_size", "config"),
     [
         ((4, 2), 64, 16, SMALL),
         ((3, 1), 80, 128, WIDE),
@@ -167,6 +167,28 @@ def test_half_precision(device):
     for name in dtypes:
         batch = make_batch(device, [1, 40, 7], [90, 101, 7], dtype=getattr(torch, name), kv=name)
         check(batch)
+
+
+@pytest.mark.parametrize(
+    ("kv", "head_dim", "block_size"),
+    [
+        ("int8", 64, 16),
+        ("int4", 64, 128),
+        ("fp8", 64, 32),
+        ("int8", 80, 64),
+        ("int4", 80, 16),
+        ("fp8", 96, 256),
+    ],
+)
+def test_quantized_caches(device, kv, head_dim, block_size):
+    dtypes = [torch.float32, torch.float16] + ([torch.bfloat16] if device == "cuda" else [])
+    for dtype in dtypes:
+        check(
+            make_batch(
+                device, [1, 40], [90, 101], dtype=dtype, kv=kv, head_dim=head_dim, block_size=block_size
+            ),
+            config=PrefillConfig(32, 64, 4, 2),
+        )
 
 
 def test_a_full_precision_cache_under_half_precision_rows(device):
@@ -200,10 +222,10 @@ def slice_of(batch, sequence, begin, end):
     )
 
 
-@pytest.mark.parametrize("dtype, window", [("float32", None), ("float16", 37)])
+@pytest.mark.parametrize(("dtype", "window"), [("float32", None), ("float16", 37)])
 def test_deterministic_rows_have_the_same_bits_in_any_chunk_and_batch(device, dtype, window):
     batch = make_batch(device, [50, 1, 21], [140, 70, 21], dtype=getattr(torch, dtype), kv=dtype)
-    options = dict(deterministic=True, sliding_window=window)
+    options = {"deterministic": True, "sliding_window": window}
     whole = batch.run(**options)
     for size in (1, 7, 50):
         for begin in range(0, 50, size) if size > 1 else (0, 17, 49):
@@ -234,14 +256,14 @@ def test_what_does_not_fit_is_refused(device):
         batch.run(scale=0.0)
     with pytest.raises(ValueError, match="window"):
         batch.run(sliding_window=0)
+    batch.query = batch.query[..., :32]
     with pytest.raises(ValueError, match="no vectors of 32"):
-        batch.query = batch.query[..., :32]
         batch.run()
     batch = make_batch(device, [4], [20], heads=(4, 4))
+    batch.query = batch.query[:, :3].contiguous()
     with pytest.raises(ValueError, match="3 query heads over 4"):
-        batch.query = batch.query[:, :3].contiguous()
         batch.run()
     batch = make_batch(device, [4], [20])
+    batch.block_tables = batch.block_tables.long()
     with pytest.raises(ValueError, match="int32"):
-        batch.block_tables = batch.block_tables.long()
         batch.run()
