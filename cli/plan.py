@@ -65,9 +65,7 @@ def plan(
     memory_fraction: Annotated[float, typer.Option(min=0.01, max=1, help="The part of it to use.")] = 0.9,
     weight_bits: Annotated[int, typer.Option(help="4, 8, 16 or 32.")] = 4,
     group_size: Annotated[int, typer.Option(min=1, help="Weights that share a scale.")] = 128,
-    kv_dtype: Annotated[
-        str, typer.Option(help=f"One of {', '.join(KV_BITS)}; the engine stores auto today.")
-    ] = "auto",
+    kv_dtype: Annotated[str, typer.Option(help=f"One of {', '.join(KV_BITS)}; auto is 16 bits.")] = "auto",
     block_size: Annotated[int, typer.Option(help="Tokens in a block.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = TABLE_BATCH,
     context: Annotated[int, typer.Option(min=1, help="Tokens of each sequence.")] = 2048,
@@ -85,18 +83,21 @@ def plan(
     if shape is None:
         print_tables(as_json)
         return
-    result = make_plan(
-        shape,
-        device=DEVICES[device],
-        device_memory=size(device_memory),
-        memory_fraction=memory_fraction,
-        weight_bits=weight_bits,
-        group_size=group_size,
-        kv_dtype=kv_dtype,
-        block_size=block_size,
-        context=context,
-        batch=batch,
-    )
+    try:
+        result = make_plan(
+            shape,
+            device=DEVICES[device],
+            device_memory=size(device_memory),
+            memory_fraction=memory_fraction,
+            weight_bits=weight_bits,
+            group_size=group_size,
+            kv_dtype=kv_dtype,
+            block_size=block_size,
+            context=context,
+            batch=batch,
+        )
+    except ShapeError as error:
+        fail(str(error))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(result) | {"fits": result.fits}, indent=2))
     else:

@@ -20,8 +20,8 @@ GB = 10**9
 GIB = 2**30
 MIB = 2**20
 
-# Bits of one K or V value. What is below 16 bits carries one fp32 scale per token and KV head, for K and
-# for V each; fp8 scales are per tensor, too few bytes to count.
+# Bits of one K or V value. "auto" is the type of the activations, 16 bits on a GPU. What is below 16 bits
+# carries two 16-bit numbers, a scale and a minimum, per token and KV head, for K and for V each.
 KV_BITS: Mapping[str, int] = {
     "float32": 32,
     "auto": 16,
@@ -31,7 +31,7 @@ KV_BITS: Mapping[str, int] = {
     "int8": 8,
     "int4": 4,
 }
-KV_SCALE_BYTES: Mapping[str, int] = {"int8": 4, "int4": 4}
+KV_SCALE_BYTES: Mapping[str, int] = {"fp8": 4, "int8": 4, "int4": 4}
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 WEIGHT_BITS = (4, 8, 16, 32)
@@ -60,6 +60,7 @@ class ModelShape:
     vocab_size: int
     has_tied_embeddings: bool = False
     has_qkv_bias: bool = False
+    has_qk_norm: bool = False
     nominal_parameters: int | None = None
 
     @property
@@ -73,6 +74,7 @@ class ModelShape:
         """Embeddings, output head, norms and biases: what stays in 16 bits."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.has_tied_embeddings else 2)
         norms = (2 * self.num_layers + 1) * self.hidden_size
+        norms += 2 * self.num_layers * self.head_dim if self.has_qk_norm else 0
         bias = (
             self.num_layers * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
             if self.has_qkv_bias
@@ -96,6 +98,7 @@ class ModelShape:
                 raise ShapeError(f"config.json: {key} must be a positive integer, found {str(value)[:32]!r}")
             return value
 
+        is_qwen3 = config.get("model_type") == "qwen3"
         num_heads = size("num_attention_heads")
         hidden_size = size("hidden_size")
         return cls(
@@ -105,10 +108,11 @@ class ModelShape:
             num_layers=size("num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=size("num_key_value_heads", num_heads),
-            head_dim=size("head_dim", hidden_size // num_heads),
+            head_dim=size("head_dim", 128 if is_qwen3 else hidden_size // num_heads),
             vocab_size=size("vocab_size"),
             has_tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             has_qkv_bias=bool(config.get("attention_bias", config.get("model_type") == "qwen2")),
+            has_qk_norm=is_qwen3,
         )
 
     @classmethod
@@ -166,7 +170,12 @@ def weight_bytes(shape: ModelShape, weight_bits: int, group_size: int = 128) -> 
 def kv_bytes_per_token(
     num_layers: int, num_kv_heads: int, head_dim: int, kv_dtype: str = "auto", *, with_scales: bool = True
 ) -> int:
-    """Bytes of K and V of one token: 2 x layers x kv_heads x (head_dim x bits / 8 + scale)."""
+    """Bytes of K and V of one token: 2 x layers x kv_heads x (head_dim x bits / 8 + scale and minimum).
+
+    Raises ShapeError when a head does not fill whole bytes.
+    """
+    if head_dim * KV_BITS[kv_dtype] % 8:
+        raise ShapeError(f"{kv_dtype} K and V need an even head_dim, found {head_dim}")
     scale = KV_SCALE_BYTES.get(kv_dtype, 0) if with_scales else 0
     return 2 * num_layers * num_kv_heads * (head_dim * KV_BITS[kv_dtype] // 8 + scale)
 
@@ -184,7 +193,9 @@ def rows_until_compute_bound(device: Device, weight_bits: float = 16) -> float:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
-    """What fits where. `plan` makes it; every size is in bytes."""
+    """What fits where. `plan` makes it; every size is in bytes. `num_blocks` is what sequences can own; one
+    block more is allocated, where rows that belong to nobody are written.
+    """
 
     model: str
     num_parameters: int
@@ -229,7 +240,8 @@ def plan(
     """Compute how many KV blocks and whole sequences of `context` tokens fit beside the weights.
 
     `memory_fraction` of the device is used; the rest is for activations, workspace and the runtime.
-    Sequences are counted in whole blocks, none shared.
+    Sequences are counted in whole blocks, none shared. Raises ShapeError when the heads do not fit the kv
+    dtype.
     """
     memory = device.memory if device_memory is None else device_memory
     weights = weight_bytes(shape, weight_bits, group_size)
@@ -237,7 +249,7 @@ def plan(
     per_token = kv_bytes_per_token(*cache)
     block_bytes = per_token * block_size
     blocks_per_sequence = math.ceil(context / block_size)
-    num_blocks = max(0, int(memory * memory_fraction) - weights) // block_bytes
+    num_blocks = max(0, (int(memory * memory_fraction) - weights) // block_bytes - 1)
     return MemoryPlan(
         model=shape.name,
         num_parameters=shape.num_parameters,

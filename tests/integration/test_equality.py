@@ -155,6 +155,61 @@ def test_a_resume_at_any_offset_changes_no_bit(runners, alone, cut):
     assert_equal(alone, tokens, logits)
 
 
+@pytest.fixture(scope="module", params=["int8", "int4"])
+def quantized(request, rounded_demo):
+    """(runners by block size with K and V quantised, sixteen of the requests, each by itself)."""
+    loaded = {
+        size: load_runner(
+            RunnerConfig(
+                source=rounded_demo,
+                dtype="float32",
+                kv_dtype=request.param,
+                block_size=size,
+                num_blocks=64 * 512 // size,
+                max_model_len=512,
+                num_threads=2,
+                is_poisoned=True,
+            )
+        )
+        for size in (16, 128)
+    }
+    requests = make_requests()[:16]
+    tokens, logits = {}, {}
+    for own in requests:
+        own_tokens, own_logits, _ = run(loaded[128], [own], prefix_cache=False)
+        tokens.update(own_tokens)
+        logits.update(own_logits)
+    return loaded, requests, (tokens, logits)
+
+
+def test_quantised_kv_is_quantised(quantized, alone):
+    _, _, (_, logits) = quantized
+    assert all(torch.isfinite(row).all() for row in logits.values())
+    assert not any(torch.equal(row, alone[1][at]) for at, row in logits.items())
+
+
+@pytest.mark.parametrize(
+    ("block_size", "prefill_chunk", "num_blocks"), [(16, 7, None), (128, 512, None), (16, 64, 26)]
+)
+def test_quantised_kv_changes_no_bit_with_the_batch(quantized, block_size, prefill_chunk, num_blocks):
+    """Together, from a shared and partly copied prefix, in chunks, and after preemption."""
+    loaded, requests, expected = quantized
+    tokens, logits, counters = run(
+        loaded[block_size], requests, prefill_chunk=prefill_chunk, num_blocks=num_blocks
+    )
+    assert_equal(expected, tokens, logits)
+    assert counters.cache_hits > 0
+    assert (counters.preemptions > 0) == (num_blocks is not None)
+
+
+@pytest.mark.parametrize("cut", [1, 5])
+def test_quantised_kv_resumes_with_the_same_bits(quantized, cut):
+    loaded, requests, expected = quantized
+    tokens, logits, _ = run(loaded[16], requests, cut=cut, outputs=expected[0])
+    assert len(logits) == len(requests) * (MAX_TOKENS - cut)
+    assert_equal(expected, tokens, logits)
+
+
 def test_the_comparison_can_fail(rounded_demo, alone):
     """Without the deterministic mechanism the same comparison finds other bits: it is not vacuous."""
     fast = load_runner(

@@ -12,6 +12,7 @@ from services.engine.core.batch import BlockCopy
 from services.engine.kernels.kv_format import FORMATS, KVFormat, LayerCache
 from services.engine.models.config import ModelConfig
 from services.engine.runner.config import RunnerConfig, RunnerConfigError
+from weft import memory
 
 DEFAULT_KV_BYTES = 1 << 30
 _POISON_PARAMS = 0x7FC07FC0  # two bfloat16 NaNs
@@ -31,23 +32,26 @@ def choose_kv_format(config: RunnerConfig, model: ModelConfig, dtype: torch.dtyp
 
 def kv_bytes_per_token(config: ModelConfig, kv_format: KVFormat) -> int:
     """Bytes of K and V that one token takes in all layers, scales and minima included."""
-    return 2 * config.num_layers * config.num_kv_heads * kv_format.bytes_per_vector(config.head_dim)
+    return memory.kv_bytes_per_token(config.num_layers, config.num_kv_heads, config.head_dim, kv_format.name)
 
 
 def resolve_num_blocks(config: RunnerConfig, bytes_per_token: int, max_model_len: int) -> int:
-    """How many blocks to allocate. Raises RunnerConfigError when not even one fits the memory given."""
+    """How many blocks sequences can own; one more, the scratch block, is allocated within the same memory.
+    Raises RunnerConfigError when not even one fits.
+    """
     if config.num_blocks is not None:
         return config.num_blocks
     block_bytes = bytes_per_token * config.block_size
     if config.kv_memory_bytes is not None:
-        fitting = config.kv_memory_bytes // block_bytes
+        fitting = config.kv_memory_bytes // block_bytes - 1
         if fitting < 1:
             raise RunnerConfigError(
-                f"kv_memory_bytes {config.kv_memory_bytes} is less than one block ({block_bytes} bytes)"
+                f"kv_memory_bytes {config.kv_memory_bytes} is less than one block and a scratch block "
+                f"({block_bytes} bytes each)"
             )
         return fitting
     per_sequence = -(-max_model_len // config.block_size)
-    fitting = max(1, min(per_sequence * config.max_batch_size, DEFAULT_KV_BYTES // block_bytes))
+    fitting = max(1, min(per_sequence * config.max_batch_size, DEFAULT_KV_BYTES // block_bytes - 1))
     if fitting < per_sequence:
         tokens = fitting * config.block_size
         _log.warning(

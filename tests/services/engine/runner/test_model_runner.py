@@ -250,9 +250,9 @@ def _config_of(runner: ModelRunner, **changes: int) -> ModelConfig:
     ("settings", "expected"),
     [
         ({"num_blocks": 7, "kv_memory_bytes": 1}, 7),
-        ({"kv_memory_bytes": 10 * 128 * 100 + 5}, 10),
+        ({"kv_memory_bytes": 11 * 128 * 100 + 5}, 10),
         ({"max_batch_size": 3}, 3 * 8),
-        ({"max_batch_size": 10**6}, (1 << 30) // (128 * 100)),
+        ({"max_batch_size": 10**6}, (1 << 30) // (128 * 100) - 1),
     ],
 )
 def test_the_cache_is_sized_by_blocks_then_memory_then_batch(settings: dict[str, int], expected: int) -> None:
@@ -261,8 +261,8 @@ def test_the_cache_is_sized_by_blocks_then_memory_then_batch(settings: dict[str,
 
 
 def test_a_context_beyond_the_default_cache_is_said(caplog: pytest.LogCaptureFixture) -> None:
-    assert resolve_num_blocks(RunnerConfig(source=Path("x")), 1 << 20, 131072) == 8
-    assert "holds 1024 tokens, one sequence 131072" in caplog.text
+    assert resolve_num_blocks(RunnerConfig(source=Path("x")), 1 << 20, 131072) == 7
+    assert "holds 896 tokens, one sequence 131072" in caplog.text
 
 
 def test_auto_is_exact_for_small_models_and_fast_for_large_ones(
