@@ -45,12 +45,18 @@ def test_leading_slots_of_every_layer_and_head(
 
 
 def test_addresses_are_wider_than_32_bits(device: str) -> None:
-    """The last block begins beyond 2^32 words. The memory between is never touched."""
-    blocks = (1 << 32) // (16 * 256) + 2
-    stored = torch.empty(1, 2, blocks, 1, 16, 256, dtype=torch.uint8, device=device)
-    stored[:, :, 1] = _random((1, 2, 1, 16, 256), torch.uint8).to(device)
-    copy_blocks(stored, torch.tensor([[1, blocks - 1, 16]], dtype=torch.int32, device=device))
+    """The last block begins beyond 2^32 units: slots of odd size are copied by the byte. The memory between is
+    never touched.
+    """
+    blocks = (1 << 32) // (16 * 255) + 2
+    stored = torch.empty(1, 2, blocks, 1, 16, 255, dtype=torch.uint8, device=device)
+    stored[:, :, 1] = _random((1, 2, 1, 16, 255), torch.uint8).to(device)
+    stored[:, :, 2] = 1
+    copies = [[1, blocks - 1, 16], [blocks - 1, 2, 16]]
+    for copy in copies:
+        copy_blocks(stored, torch.tensor([copy], dtype=torch.int32, device=device))
     assert torch.equal(stored[:, :, -1], stored[:, :, 1])
+    assert torch.equal(stored[:, :, 2], stored[:, :, 1])
 
 
 def test_no_copies_are_no_launch(device: str) -> None:
