@@ -56,17 +56,21 @@ def _rotate(
     INTERPRET: tl.constexpr,
 ):
     """Both halves of heads [heads, pairs] in fp32, normed if there is a weight, rotated, rounded to DTYPE."""
+    # Each head's copy of what all heads share is loaded as it is used: L1 serves it, and the layout needs no
+    # exchange through shared memory.
+    shared = pairs[None, :] + tl.zeros(first.shape, tl.int32)
+    is_shared = is_pair[None, :]
     if HAS_NORM:
         mean_square = (tl.sum(first * first, 1) + tl.sum(second * second, 1)) / (2 * HALF)
         scale = tl.rsqrt(mean_square + eps)[:, None]
-        first_weight = tl.load(norm_ptr + pairs, mask=is_pair, other=0.0).to(tl.float32)[None, :]
-        second_weight = tl.load(norm_ptr + HALF + pairs, mask=is_pair, other=0.0).to(tl.float32)[None, :]
+        first_weight = tl.load(norm_ptr + shared, mask=is_shared, other=0.0).to(tl.float32)
+        second_weight = tl.load(norm_ptr + HALF + shared, mask=is_shared, other=0.0).to(tl.float32)
         first = round_to(first * scale, DTYPE, INTERPRET).to(tl.float32) * first_weight
         second = round_to(second * scale, DTYPE, INTERPRET).to(tl.float32) * second_weight
         first = round_to(first, DTYPE, INTERPRET).to(tl.float32)
         second = round_to(second, DTYPE, INTERPRET).to(tl.float32)
-    cos = tl.load(cos_ptr + row * HALF + pairs, mask=is_pair, other=0.0)[None, :]
-    sin = tl.load(sin_ptr + row * HALF + pairs, mask=is_pair, other=0.0)[None, :]
+    cos = tl.load(cos_ptr + row * HALF + shared, mask=is_shared, other=0.0)
+    sin = tl.load(sin_ptr + row * HALF + shared, mask=is_shared, other=0.0)
     return (
         round_to(first * cos - second * sin, DTYPE, INTERPRET),
         round_to(second * cos + first * sin, DTYPE, INTERPRET),

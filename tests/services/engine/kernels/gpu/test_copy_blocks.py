@@ -45,8 +45,8 @@ def test_leading_slots_of_every_layer_and_head(
 
 
 def test_addresses_are_wider_than_32_bits(device: str) -> None:
-    """The last block begins beyond 2^32 units: slots of odd size are copied by the byte. The memory between is
-    never touched.
+    """The last block begins beyond 2^32 units: slots of odd size are copied by the byte. The memory between
+    is never touched.
     """
     blocks = (1 << 32) // (16 * 255) + 2
     stored = torch.empty(1, 2, blocks, 1, 16, 255, dtype=torch.uint8, device=device)

@@ -60,8 +60,8 @@ def _assert_same_cache(actual: LayerCache, expected: LayerCache) -> None:
 def _run_both(
     name: str, qkv: Tensor, cos: Tensor, sin: Tensor, num_heads: int, kv_heads: int, device: str
 ) -> tuple[Tensor, LayerCache, Tensor, LayerCache]:
-    """(query, cache) of the kernel, then of the twin. The twin runs on the CPU: on CUDA torch multiplies by the
-    reciprocal of a constant instead of dividing by it.
+    """(query, cache) of the kernel, then of the twin. The twin runs on the CPU: on CUDA torch multiplies by
+    the reciprocal of a constant instead of dividing by it.
     """
     head_dim = qkv.shape[-1]
     ours, theirs = (_cache(FORMATS[name], kv_heads, head_dim, place) for place in (device, "cpu"))
