@@ -1,0 +1,121 @@
+"""The operations between the products: norms, silu-mul, rotary with the KV write, and sampling.
+
+Each moves a few bytes per value and computes little: what counts is the share of the copy bandwidth at many
+rows, and the microseconds at few.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.gpu_measure import Bench, Row
+from services.engine.kernels.kv_format import FORMATS, LayerCache
+
+HIDDEN, WIDTH = 4096, 14336
+HEADS, KV_HEADS, HEAD_DIM, BLOCK_SIZE = 32, 8, 128, 128
+ROWS = (1, 64, 4096)
+EPS, TOLERANCE = 1e-5, 1e-2
+VOCABULARY, SAMPLED_ROWS, SAMPLING_TARGET_US = 131072, 64, 25.0
+
+
+def run(bench: Bench) -> None:
+    """All of them; sampling first, which has a target."""
+    run_sampling(bench)
+    for rows in (3,) if bench.is_dry else ROWS:
+        with bench.case(f"add_rms_norm rows={rows}"):
+            _norm(bench, f"add_rms_norm rows={rows}", rows)
+        with bench.case(f"silu_mul rows={rows}"):
+            _silu_mul(bench, f"silu_mul rows={rows}", rows)
+        for name in (str(bench.dtype).removeprefix("torch."), "int8"):
+            with bench.case(f"rotary_write_kv {name} rows={rows}"):
+                _rotary_write(bench, f"rotary_write_kv {name} rows={rows}", name, rows)
+
+
+def _report(
+    bench: Bench, case: str, calls: list[Callable[[], object]], plain: list[Callable[[], object]], moved: int
+) -> None:
+    """Time against torch's; with many rows also bytes per second against a copy."""
+    timing = bench.time(calls)
+    bench.compare(case, timing, "torch, op by op", bench.time(plain))
+    if moved > 1 << 26 or bench.is_dry:
+        bench.share(f"{case}, bandwidth", timing, moved)
+
+
+def _norm(bench: Bench, case: str, rows: int) -> None:
+    from services.engine.kernels.gpu.norm import add_rms_norm
+
+    hidden = 100 if bench.is_dry else HIDDEN
+    copies = bench.num_copies(4 * rows * hidden * bench.dtype.itemsize)
+    xs = [bench.randn(rows, hidden) for _ in range(copies)]
+    residual, weight = bench.randn(rows, hidden), bench.randn(hidden)
+
+    def plain(x: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return F.rms_norm(total, (hidden,), weight, EPS), total
+
+    bench.close_to(case, add_rms_norm(xs[0], residual, weight, EPS)[0], plain(xs[0])[0], TOLERANCE)
+    _report(
+        bench,
+        case,
+        [lambda x=x: add_rms_norm(x, residual, weight, EPS) for x in xs],
+        [lambda x=x: plain(x) for x in xs],
+        4 * rows * hidden * bench.dtype.itemsize,
+    )
+
+
+def _silu_mul(bench: Bench, case: str, rows: int) -> None:
+    from services.engine.kernels.gpu.silu_mul import silu_mul
+
+    width = 100 if bench.is_dry else WIDTH
+    moved = 3 * rows * width * bench.dtype.itemsize
+    xs = [bench.randn(rows, 2 * width) for _ in range(bench.num_copies(moved))]
+
+    def plain(x: Tensor) -> Tensor:
+        return F.silu(x[:, :width]) * x[:, width:]
+
+    bench.close_to(case, silu_mul(xs[0]), plain(xs[0]), TOLERANCE)
+    _report(bench, case, [lambda x=x: silu_mul(x) for x in xs], [lambda x=x: plain(x) for x in xs], moved)
+
+
+def _rotary_write(bench: Bench, case: str, name: str, rows: int) -> None:
+    """q and k rotated, k and v stored; torch's side rotates and stores in full precision."""
+    from services.engine.kernels.gpu.rotary_write import rotary_write_kv
+
+    heads, kv_heads, head_dim = (4, 2, 64) if bench.is_dry else (HEADS, KV_HEADS, HEAD_DIM)
+    kv_format = FORMATS[name]
+    cache = _empty_cache(bench, name, -(-rows // BLOCK_SIZE) + 1, kv_heads, head_dim)
+    slots = torch.randperm(rows, device=bench.device)
+    angles = torch.rand(rows, head_dim // 2, device=bench.device)
+    cos, sin = angles.cos(), angles.sin()
+    moved = rows * (2 * heads + 2 * kv_heads) * head_dim * bench.dtype.itemsize
+    moved += 2 * rows * kv_heads * kv_format.bytes_per_vector(head_dim)
+    xs = [bench.randn(rows, heads + 2 * kv_heads, head_dim) for _ in range(bench.num_copies(moved))]
+    stored = torch.empty(2, rows, kv_heads, head_dim, device=bench.device, dtype=bench.dtype)
+    wide_cos, wide_sin = (torch.cat([t, t], -1)[:, None].to(bench.dtype) for t in (cos, sin))
+
+    def plain(x: Tensor) -> Tensor:
+        rotated = x[:, : heads + kv_heads]
+        first, second = rotated.chunk(2, -1)
+        rotated = rotated * wide_cos + torch.cat([-second, first], -1) * wide_sin
+        stored[0, slots], stored[1, slots] = rotated[:, heads:], x[:, heads + kv_heads :]
+        return rotated[:, :heads]
+
+    def write(x: Tensor) -> Tensor:
+        return rotary_write_kv(x, cos, sin, heads, cache, slots)
+
+    bench.close_to(case, write(xs[0]), plain(xs[0]), 2 * TOLERANCE)
+    _report(bench, case, [lambda x=x: write(x) for x in xs], [lambda x=x: plain(x) for x in xs], moved)
+
+
+def _empty_cache(bench: Bench, name: str, num_blocks: int, kv_heads: int, head_dim: int) -> LayerCache:
+    kv_format = FORMATS[name]
+    shape = (num_blocks, kv_heads, BLOCK_SIZE, kv_format.row_size(head_dim))
+    k, v = (torch.zeros(shape, dtype=kv_format.storage, device=bench.device) for _ in range(2))
+    if not kv_format.is_quantized:
+        return LayerCache(kv_format, k, v)
+    params = [torch.zeros(shape[:3], dtype=torch.int32, device=bench.device) for _ in range(2)]
+    return LayerCache(kv_format, k, v, *params)
