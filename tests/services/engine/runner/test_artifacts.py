@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from services.engine.core.batch import Chunk
 from services.engine.core.sequence import SamplingParams, Sequence
-from services.engine.runner.canary import CanaryError, replay_canary
+from services.engine.kernels.kv_format import FORMATS
+from services.engine.runner.canary import CanaryError, bounds_of, replay_canary
 from services.engine.runner.config import RunnerConfig
 from services.engine.runner.model_runner import ModelRunner, load_runner
 from tests.services.engine.models.checkpoints import dequantize_checkpoint
@@ -124,6 +125,41 @@ def test_the_replay_holds_each_position_to_its_bounds(publish: Publish, canary: 
         replay(drifted)
     with pytest.raises(CanaryError, match="outside of the vocabulary"):
         replay(replace(first, token_ids=changed(first.token_ids, 3, 4096)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype", "margin", "logprob"),
+    [
+        ("float32", "float32", 0.5, 0.001),
+        ("float32", "bfloat16", 0.5, 0.15),
+        ("bfloat16", "float32", 0.5, 0.15),
+        ("float32", "int8", 0.5, 0.3),
+        ("bfloat16", "fp8", 0.5, 0.3),
+        ("bfloat16", "int4", 1.0, 1.0),
+    ],
+)
+def test_bounds_follow_activations_and_cache(
+    dtype: str, kv_dtype: str, margin: float, logprob: float
+) -> None:
+    assert bounds_of(getattr(torch, dtype), FORMATS[kv_dtype]) == (margin, logprob)
+
+
+def test_a_quantised_cache_has_wider_bounds_and_is_named_beyond_them(
+    publish: Publish, canary: Canary
+) -> None:
+    store = publish()
+    for kv_dtype in ("fp8", "int4"):
+        assert _load(store, dtype="float32", kv_dtype=kv_dtype).info.kv_dtype == kv_dtype
+    runner = _load(store, dtype="float32", kv_dtype="int8")
+    prompt = canary.prompts[0]
+    for drift, is_accepted in ((0.2, True), (0.4, False)):
+        logprobs = (prompt.logprobs[0] + drift, *prompt.logprobs[1:])
+        drifted = Canary((replace(prompt, logprobs=logprobs),))
+        if is_accepted:
+            assert replay_canary(drifted, runner.model, runner.cache, torch.float32, 1024) == 40
+            continue
+        with pytest.raises(CanaryError, match=r"position 0: .* at most 0\.3 .* stored in int8\)"):
+            replay_canary(drifted, runner.model, runner.cache, torch.float32, 1024)
 
 
 @pytest.mark.parametrize("prompts", [(), (CanaryPrompt((), (), (), ()),)])
