@@ -20,7 +20,8 @@ from torch import Tensor
 
 from services.engine.core.batch import BlockCopy, Chunk, SampledToken
 from services.engine.core.sequence import SamplingParams, Sequence
-from services.engine.kernels.gpu.gpu_metadata import GpuMetadata
+from services.engine.kernels.gpu.copy_blocks import copy_blocks
+from services.engine.kernels.gpu.gpu_metadata import PLAN_KEY, GpuMetadata
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
 from services.engine.models.llama import Llama
@@ -104,8 +105,13 @@ class DeviceRunner:
         return [] if launched.pending is None else self._sampler.collect(launched.pending)
 
     def copy_blocks(self, copies: SequenceABC[BlockCopy]) -> None:
-        """Queue copies of block contents, in order."""
-        self.cache.copy_blocks(copies)
+        """Queue copies of block contents. No block is both a source and a destination in one step."""
+        rows = torch.tensor([tuple(copy) for copy in copies], dtype=torch.int32)
+        if self.device.type == "cuda":
+            rows = rows.pin_memory().to(self.device, non_blocking=True)
+        for stored in (self.cache.data, self.cache.params):
+            if stored is not None:
+                copy_blocks(stored, rows)
 
     @torch.inference_mode()
     def forward(self, chunks: SequenceABC[Chunk]) -> Tensor:
@@ -191,7 +197,7 @@ class DeviceRunner:
             contexts,
             self.cache.block_size,
             shape.num_rows - sum(lengths),
-            {"gpu": plan},
+            {PLAN_KEY: plan},
         )
 
     def _capture(self, shape: StepShape) -> Graph:
