@@ -2,12 +2,14 @@
 
 Each function has its twin of the same name in `reference`, which says what it computes. A backend is a
 module-like object with these operations; the CPU's is assembled below from the twins, `tiled_attention` and
-`linear`. A device without a backend is refused by name. Knows no model, no request.
+`linear`, the GPU's in `gpu.backend`, imported with the first CUDA tensor. A device without a backend is
+refused by name. Knows no model, no request.
 """
 
 from __future__ import annotations
 
 import logging
+from typing import Any
 
 from torch import Tensor
 
@@ -35,20 +37,50 @@ class CpuBackend:
     linear_silu_mul = staticmethod(reference.linear_silu_mul)
     paged_attention = staticmethod(tiled_attention.paged_attention)
 
+    @staticmethod
+    def make_dense_linear(weight: Tensor, bias: Tensor | None, numerics: Numerics) -> Linear:
+        """A matmul by torch."""
+        return DenseLinear(weight, bias, numerics)
 
-_BACKENDS = {"cpu": CpuBackend}
+    @staticmethod
+    def make_int4_linear(
+        values: Tensor,
+        zeros: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        numerics: Numerics,
+        scratch: Scratch,
+    ) -> Linear:
+        """torch's 4-bit matmul where it is fast, else dequantised for every call."""
+        in_features, out_features = values.shape
+        if int4pack.is_supported(in_features, out_features, in_features // zeros.shape[0], numerics):
+            try:
+                return int4pack.Int4PackLinear(values, zeros, scales, bias, numerics, scratch)
+            except ValueError as error:
+                _log.warning("4-bit linears are dequantised for every call: %s", error)
+        return Int4Linear(values, zeros, scales, bias, numerics, scratch)
 
 
-def _backend(tensor: Tensor) -> type[CpuBackend]:
-    try:
-        return _BACKENDS[tensor.device.type]
-    except KeyError:
-        raise NotImplementedError(f"no kernels for device {tensor.device.type!r} (there are: cpu)") from None
+_BACKENDS: dict[str, Any] = {"cpu": CpuBackend}
+
+
+def _backend(tensor: Tensor) -> Any:
+    kind = tensor.device.type
+    backend = _BACKENDS.get(kind)
+    if backend is None:
+        if kind not in supported_devices():
+            names = " and ".join(supported_devices())
+            raise NotImplementedError(f"no kernels for device {kind!r} (there are: {names})")
+        # Not before the first tensor that needs it: Triton may be missing where there is no GPU.
+        from services.engine.kernels.gpu.backend import GpuBackend
+
+        backend = _BACKENDS[kind] = GpuBackend
+    return backend
 
 
 def supported_devices() -> tuple[str, ...]:
     """Device types that have a backend."""
-    return tuple(_BACKENDS)
+    return ("cpu", "cuda")
 
 
 def embedding(token_ids: Tensor, table: Tensor) -> Tensor:
@@ -135,8 +167,7 @@ def linear(x: Tensor, weight: Linear) -> Tensor:
 
 def make_dense_linear(weight: Tensor, bias: Tensor | None, numerics: Numerics) -> Linear:
     """Ready weight [out, in] and bias [out] for their device."""
-    _backend(weight)
-    return DenseLinear(weight, bias, numerics)
+    return _backend(weight).make_dense_linear(weight, bias, numerics)
 
 
 def make_int4_linear(
@@ -145,11 +176,4 @@ def make_int4_linear(
     """Ready a 4-bit weight: values uint8 [in, out], zeros uint8 and scales [in / group, out]. Reorders
     once.
     """
-    _backend(values)
-    in_features, out_features = values.shape
-    if int4pack.is_supported(in_features, out_features, in_features // zeros.shape[0], numerics):
-        try:
-            return int4pack.Int4PackLinear(values, zeros, scales, bias, numerics, scratch)
-        except ValueError as error:
-            _log.warning("4-bit linears are dequantised for every call: %s", error)
-    return Int4Linear(values, zeros, scales, bias, numerics, scratch)
+    return _backend(values).make_int4_linear(values, zeros, scales, bias, numerics, scratch)

@@ -1,0 +1,104 @@
+"""The GPU's operations, assembled from the kernels beside this file: what `ops` sends CUDA tensors to.
+
+Adapts the operations' arguments to the launchers' and chooses between two kernels for one operation. Knows no
+model, and allocates nothing but results.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from services.engine.kernels import reference
+from services.engine.kernels.gpu import rotary_write
+from services.engine.kernels.gpu.embedding import embedding, gather_rows
+from services.engine.kernels.gpu.gpu_metadata import gpu_metadata
+from services.engine.kernels.gpu.norm import add_rms_norm, rms_norm
+from services.engine.kernels.gpu.paged_prefill import paged_prefill
+from services.engine.kernels.gpu.silu_mul import silu_mul
+from services.engine.kernels.kv_format import LayerCache
+from services.engine.kernels.linear import DenseLinear, Int4Linear, Linear
+from services.engine.kernels.metadata import AttentionMetadata
+from services.engine.kernels.numerics import Numerics
+from services.engine.kernels.scratch import Scratch
+
+
+class GpuBackend:
+    """Same operations and arguments as the CPU's backend; the twins in `reference` say what they compute."""
+
+    embedding = staticmethod(embedding)
+    gather_rows = staticmethod(gather_rows)
+    rms_norm = staticmethod(rms_norm)
+    add_rms_norm = staticmethod(add_rms_norm)
+    # Models rotate in `rotary_write_kv`; alone it is for tests and tools.
+    rotary = staticmethod(reference.rotary)
+    silu_mul = staticmethod(silu_mul)
+
+    @staticmethod
+    def write_kv(key: Tensor, value: Tensor, cache: LayerCache, metadata: AttentionMetadata) -> None:
+        """Store K and V [rows, kv_heads, head_dim] in their slots."""
+        rotary_write.write_kv(key, value, cache, metadata.slot_mapping)
+
+    @staticmethod
+    def rotary_write_kv(
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        num_heads: int,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """[rows, heads + 2 * kv_heads, head_dim] -> the query [rows, heads, head_dim]; K and V are stored."""
+        return rotary_write.rotary_write_kv(
+            qkv, cos, sin, num_heads, cache, metadata.slot_mapping, q_norm, k_norm, eps
+        )
+
+    @staticmethod
+    def paged_attention(
+        query: Tensor,
+        cache: LayerCache,
+        metadata: AttentionMetadata,
+        scale: float,
+        numerics: Numerics,
+        scratch: Scratch,
+        *,
+        sliding_window: int | None = None,
+    ) -> Tensor:
+        """Causal attention over the blocks; [rows, heads, head_dim] -> the same shape."""
+        plan = gpu_metadata(metadata)
+        return paged_prefill(
+            query,
+            cache,
+            plan.block_tables,
+            plan.query_starts,
+            plan.context_lens,
+            scale,
+            max_query_len=plan.max_query_len,
+            sliding_window=sliding_window,
+            deterministic=numerics.is_deterministic,
+        )
+
+    @staticmethod
+    def linear_silu_mul(x: Tensor, gate_up: Linear) -> Tensor:
+        """silu_mul(gate_up(x)), in one launch where the linear can."""
+        fused = getattr(gate_up, "silu_mul", None)
+        return silu_mul(gate_up(x)) if fused is None else fused(x)
+
+    @staticmethod
+    def make_dense_linear(weight: Tensor, bias: Tensor | None, numerics: Numerics) -> Linear:
+        """Ready weight [out, in] and bias [out]."""
+        return DenseLinear(weight, bias, numerics)
+
+    @staticmethod
+    def make_int4_linear(
+        values: Tensor,
+        zeros: Tensor,
+        scales: Tensor,
+        bias: Tensor | None,
+        numerics: Numerics,
+        scratch: Scratch,
+    ) -> Linear:
+        """Ready a 4-bit weight: values uint8 [in, out], zeros uint8 and scales [in / group, out]."""
+        return Int4Linear(values, zeros, scales, bias, numerics, scratch)
