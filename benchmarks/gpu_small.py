@@ -6,13 +6,14 @@ rows, and the microseconds at few.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_measure import Bench, Row
+from benchmarks.gpu_measure import Bench
 from services.engine.kernels.kv_format import FORMATS, LayerCache
 
 HIDDEN, WIDTH = 4096, 14336
@@ -33,6 +34,12 @@ def run(bench: Bench) -> None:
         for name in (str(bench.dtype).removeprefix("torch."), "int8"):
             with bench.case(f"rotary_write_kv {name} rows={rows}"):
                 _rotary_write(bench, f"rotary_write_kv {name} rows={rows}", name, rows)
+
+
+def run_sampling(bench: Bench) -> None:
+    """Rows of logits to tokens."""
+    with bench.case("sampling"):
+        importlib.import_module("services.engine.kernels.gpu.sampling")
 
 
 def _report(
