@@ -102,6 +102,19 @@ def test_int4_has_the_even_element_in_the_low_nibble() -> None:
     assert [float(part) for part in unpack_params(params)] == [1.0, 0.0]
 
 
+def test_every_float8_number_is_read_as_torch_reads_it() -> None:
+    codes = torch.tensor([code for code in range(256) if code & 0x7F != 0x7F], dtype=torch.uint8)
+    params = pack_params(torch.tensor(1.0), torch.tensor(0.0))
+    expected = codes.view(torch.float8_e4m3fn).float()
+    assert torch.equal(dequantize(codes, params, FORMATS["fp8"]), expected)
+
+
+def test_every_pair_of_nibbles_is_read_in_order() -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    found = dequantize(codes, pack_params(torch.tensor(1.0), torch.tensor(0.0)), FORMATS["int4"])
+    assert found.tolist() == [float(part) for code in range(256) for part in (code & 15, code >> 4)]
+
+
 NOT_FINITE = [math.nan, math.inf, -math.inf, 3.4e38, -3.4e38]
 NVIDIA_NAN = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
 
