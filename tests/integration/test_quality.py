@@ -1,4 +1,6 @@
-"""Perplexity through the engine: 4-bit weights in bfloat16 stay near the source on held-out text."""
+"""Perplexity through the engine on held-out text: 4-bit weights in bfloat16 stay near the source, quantised K
+and V near full precision.
+"""
 
 from __future__ import annotations
 
@@ -63,3 +65,15 @@ def test_bfloat16_and_float32_engines_stay_near_the_source(windows, demo_model, 
     assert exact <= 1.025 * source
     assert fast <= 1.03 * source
     assert fast_info.dtype == "bfloat16"
+
+
+def test_quantised_kv_stays_near_full_precision(windows, demo_model):
+    source = {"source": demo_model, "dtype": "float32"}
+    full, _ = perplexity(windows, **source)
+    found = {name: perplexity(windows, **source, kv_dtype=name) for name in ("int8", "fp8", "int4")}
+    print(f"full {full:.4f}, " + ", ".join(f"{name} {value:.4f}" for name, (value, _) in found.items()))
+    for name, bound in (("int8", 1.005), ("fp8", 1.01), ("int4", 1.02)):
+        value, info = found[name]
+        assert info.kv_dtype == name
+        assert value <= bound * full, name
+        assert value != full

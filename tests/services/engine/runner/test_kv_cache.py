@@ -160,6 +160,20 @@ def test_rows_keep_their_bits_and_unowned_memory_does_not_show(
     assert torch.equal(rows[1], expected)
 
 
+@pytest.mark.parametrize(("name", "bound"), [("int8", 1e-4), ("fp8", 2e-3), ("int4", 2e-2)])
+def test_quantised_logits_stay_near_those_of_full_precision(
+    quantized: dict[str, ModelRunner], runners: dict[int, ModelRunner], name: str, bound: float
+) -> None:
+    logits = []
+    for runner in (runners[16], quantized[name]):
+        sequence = _sequence(3, 150, 0)
+        rows = [runner.forward([Chunk(sequence, 0, 100, True)])]
+        rows += [runner.forward([Chunk(sequence, position, 1, True)]) for position in range(100, 150)]
+        logits.append(torch.cat(rows).double().log_softmax(-1))
+    divergence = (logits[0].exp() * (logits[0] - logits[1])).sum(-1).mean()
+    assert bound / 1000 < float(divergence) < bound
+
+
 @pytest.mark.parametrize("name", ["int8", "fp8"])
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_a_vector_that_is_not_finite_ends_its_sequence_alone(
