@@ -21,6 +21,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=1e9, help="start no case after so long")
     parser.add_argument("--dry", action="store_true", help="tiny, on the CPU, through the interpreter")
     arguments = parser.parse_args()
+    # transformers looks for kernels to download unless told that there is no network.
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if arguments.dry:
         # Before Triton is imported: it decides when a kernel is decorated.
         os.environ["TRITON_INTERPRET"] = "1"

@@ -24,7 +24,7 @@ def run(root: Path, *arguments: object, **environment: str) -> subprocess.Comple
         env=inherited | environment,
         capture_output=True,
         text=True,
-        timeout=115,
+        timeout=280,
     )
 
 
@@ -146,6 +146,7 @@ def test_a_compiler_that_dies_is_told_by_name(root: Path, tmp_path: Path) -> Non
     assert "1 fail" in done.stdout.splitlines()[-1]
 
 
+@pytest.mark.timeout(300)
 def test_the_kernels_hold_their_gates(root: Path) -> None:
     """Every launch of the engine, compiled for sm_90; results are kept for `make kernels`."""
     done = run(root, "--arch", 90, "--jobs", 2)
