@@ -119,8 +119,8 @@ def _launch(
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor, group_size: int | None) -> None:
     if x.dim() != 2 or not 1 <= x.shape[1] <= MAX_HIDDEN or x.stride(1) != 1:
         raise ValueError(f"x must be [rows, 1..{MAX_HIDDEN}] with rows that lie together, found {_form(x)}")
-    if weight.shape != x.shape[1:] or not weight.is_contiguous():
-        raise ValueError(f"the weight of {_form(x)} must be one row, found {_form(weight)}")
+    if weight.shape != x.shape[1:] or weight.dtype != x.dtype or not weight.is_contiguous():
+        raise ValueError(f"the weight of {_form(x)} must be one row like it, found {_form(weight)}")
     if residual is not None and (
         residual.shape != x.shape or residual.dtype != x.dtype or residual.stride(1) != 1
     ):

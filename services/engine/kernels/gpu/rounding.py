@@ -6,6 +6,8 @@ bfloat16, and no device before sm_89 converts to float8, so both are also writte
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -23,6 +25,7 @@ def is_interpreting() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@functools.cache
 def has_fp8_conversion(device: torch.device) -> bool:
     """Whether the device has an instruction for fp32 to float8 e4m3 (sm_89 and later)."""
     return not is_interpreting() and torch.cuda.get_device_capability(device) >= (8, 9)
