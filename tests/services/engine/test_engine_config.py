@@ -22,11 +22,13 @@ def test_defaults(monkeypatch):
 
 def test_flags_reach_the_runner():
     flags = "--artifacts /a --model m --version v --dtype bfloat16 --no-deterministic --block-size 16"
-    limits = "--kv-memory 1GiB --max-batch-size 8 --max-batched-tokens 256 --max-model-len 512 --threads 2"
-    config = load(f"{flags} {limits}".split())
+    cache = "--kv-dtype int8 --kv-memory 1GiB"
+    limits = "--max-batch-size 8 --max-batched-tokens 256 --max-model-len 512 --threads 2"
+    config = load(f"{flags} {cache} {limits}".split())
     runner = runner_config(config)
     assert (runner.artifacts, runner.model, runner.version) == (Path("/a"), "m", "v")
     assert (runner.dtype, runner.is_deterministic, runner.block_size) == ("bfloat16", False, 16)
+    assert runner.kv_dtype == "int8"
     assert (runner.kv_memory_bytes, runner.num_blocks) == (1 << 30, None)
     assert (runner.max_batch_size, runner.max_batched_tokens) == (8, 256)
     assert (runner.max_model_len, runner.num_threads) == (512, 2)
@@ -72,6 +74,7 @@ def test_variables(monkeypatch):
         ([], "--artifacts"),
         (["--source", "x", "--artifacts", "y", "--model", "m"], "--artifacts"),
         (["--artifacts", "y"], "--model"),
+        (["--source", "x", "--kv-dtype", "int2"], "--kv-dtype"),
         (["--source", "x", "--version", "v"], "--version"),
         (["--source", "x", "--block-size", "100"], "--block-size"),
         (["--source", "x", "--dtype", "float8"], "--dtype"),

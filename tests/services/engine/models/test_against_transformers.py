@@ -24,6 +24,7 @@ from tests.services.engine.models.checkpoints import (
     quantize_checkpoint,
     write_checkpoint,
 )
+from weft.memory import ModelShape, weight_bytes
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -128,6 +129,13 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
         _assert_close(last[0], expected[stop - 1])
     _assert_close(_by_token(runner, ids, 120), expected[119:])
     assert runner.info.is_deterministic
+
+
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL, QWEN2, QWEN3], ids=lambda config: config["model_type"])
+def test_weights_take_what_the_plan_says(config: dict[str, Any], tmp_path: Path) -> None:
+    directory = write_checkpoint(tmp_path / "model", config)
+    planned = weight_bytes(ModelShape.from_file(directory), 32)
+    assert _load(directory, 16).info.weight_bytes == planned
 
 
 @pytest.mark.parametrize("skip", [(), ("v_proj",), ("mlp",)])
