@@ -1,4 +1,4 @@
-"""The device lane's frame: time limits, what survives a phase that dies, what is written down and what not."""
+"""The device lane's frame: time limits, what survives a dying phase, what is written down and what is not."""
 
 from __future__ import annotations
 
