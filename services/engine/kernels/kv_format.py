@@ -97,7 +97,8 @@ def quantize(x: Tensor, kv_format: KVFormat) -> tuple[Tensor, Tensor]:
         codes = (wide / scale.unsqueeze(-1)).to(torch.float8_e4m3fn).view(torch.uint8)
         return codes, pack_params(scale, torch.zeros_like(scale))
     low, high = torch.aminmax(wide, dim=-1)
-    minimum = _round_down(low)
+    # Which of two zeros is the smaller one is nobody's promise: adding zero leaves the positive one.
+    minimum = _round_down(low + 0.0)
     scale = _scale(high - minimum, kv_format.max_code)
     minimum = torch.where(scale.isnan(), math.nan, minimum)
     steps = ((wide - minimum.unsqueeze(-1)) / scale.unsqueeze(-1)).round()

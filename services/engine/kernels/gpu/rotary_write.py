@@ -93,7 +93,7 @@ def _quantize_params(first, second, is_pair, FORMAT: tl.constexpr):
     else:
         lowest = tl.where(is_pair[None, :], tl.minimum(first, second), float("inf"))
         highest = tl.where(is_pair[None, :], tl.maximum(first, second), float("-inf"))
-        minimum_bits = bfloat16_below(tl.min(lowest, 1))
+        minimum_bits = bfloat16_below(tl.min(lowest, 1) + 0.0)
         extent = tl.max(highest, 1) - minimum_bits.to(tl.float32, bitcast=True)
         max_code: tl.constexpr = 255.0 if FORMAT == "int8" else 15.0
     step = tl.div_rn(extent, tl.full(extent.shape, max_code, tl.float32))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -151,6 +153,7 @@ def test_equal_values_tiny_values_and_large_ones(name: str, device: str) -> None
     heads[1, 1] = torch.linspace(-1e-30, 2e-30, 16)
     heads[2, 0] = torch.linspace(-1.5e38, 1.5e38, 16)
     heads[2, 1] = -0.0
+    heads[1, 0, 8:] = -0.0
     ours, theirs = (_cache(FORMATS[name], 2, 16, place) for place in (device, "cpu"))
     reference.write_kv(heads, heads.flip(1), theirs, _metadata(SLOTS))
     moved = heads.to(device)
@@ -195,6 +198,25 @@ def test_every_fp32_number_near_a_float8_rounds_as_torch_rounds(device: str) -> 
     stored = cache.k.view(-1, 256)[slots.to(device)].cpu()
     assert int(cache.k_params.view(-1)[slots[0]]) == 0x3F80
     assert torch.equal(stored, heads[:, 0].to(torch.float8_e4m3fn).view(torch.uint8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(60))
+def test_any_heads_any_magnitude(seed: int, device: str) -> None:
+    draw = torch.Generator().manual_seed(seed)
+
+    def pick(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), (1,), generator=draw))]
+
+    name, head_dim = pick(*FORMATS), pick(4, 12, 64, 80, 96, 128, 256)
+    dtype = pick(torch.float32, torch.float16, torch.bfloat16)
+    num_heads, kv_heads = pick(1, 3, 8, 14, 33), pick(1, 2, 5, 9)
+    qkv, cos, sin = _inputs(2, num_heads + 2 * kv_heads, head_dim, dtype)
+    exponents = torch.randint(-12, 4 if dtype == torch.float16 else 30, qkv.shape[:2], generator=draw)
+    qkv = (qkv.float() * 10.0 ** exponents[..., None]).to(dtype)
+    query, ours, expected, theirs = _run_both(name, qkv, cos, sin, num_heads, kv_heads, device)
+    assert torch.equal(_bits(query), _bits(expected))
+    _assert_same_cache(ours, theirs)
 
 
 def test_addresses_are_wider_than_32_bits(device: str) -> None:
