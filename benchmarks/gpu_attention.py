@@ -42,7 +42,7 @@ class Batch:
 def run(bench: Bench) -> None:
     """Decodes of all formats, then prefills."""
     full = str(bench.dtype).removeprefix("torch.")
-    for seqs, context in ((2, 300),) if bench.is_dry else DECODES:
+    for seqs, context in ((2, 150),) if bench.is_dry else DECODES:
         base = None
         for name in (full, *QUANTIZED):
             case = f"decode {name} seqs={seqs} context={context}"

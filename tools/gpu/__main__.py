@@ -21,7 +21,7 @@ from tools.gpu.phases import PHASES, PhaseResult, run_phase
 from tools.gpu.report import number, table, write_json
 
 MIN_SECONDS = 15
-DRY_SECONDS = 60
+DRY_SECONDS = 150
 
 
 def _arguments() -> argparse.Namespace:
