@@ -49,8 +49,8 @@ def test_addresses_are_wider_than_32_bits(device: str) -> None:
     is never touched.
     """
     blocks = (1 << 32) // (16 * 255) + 2
-    stored = torch.empty(1, 2, blocks, 1, 16, 255, dtype=torch.uint8, device=device)
-    stored[:, :, 1] = _random((1, 2, 1, 16, 255), torch.uint8).to(device)
+    stored = torch.empty(1, 1, blocks, 1, 16, 255, dtype=torch.uint8, device=device)
+    stored[:, :, 1] = _random((1, 1, 1, 16, 255), torch.uint8).to(device)
     stored[:, :, 2] = 1
     copies = [[1, blocks - 1, 16], [blocks - 1, 2, 16]]
     for copy in copies:

@@ -222,11 +222,10 @@ def test_any_heads_any_magnitude(seed: int, device: str) -> None:
 def test_addresses_are_wider_than_32_bits(device: str) -> None:
     """A slot beyond 2^32 values. The memory between is never touched."""
     blocks = (1 << 32) // (BLOCK_SIZE * 64) + 1
-    cache = LayerCache(
-        FORMATS["int8"],
-        *(torch.empty(blocks, 1, BLOCK_SIZE, 64, dtype=torch.uint8, device=device) for _ in range(2)),
-        *(torch.empty(blocks, 1, BLOCK_SIZE, dtype=torch.int32, device=device) for _ in range(2)),
-    )
+    codes = torch.empty(blocks, 1, BLOCK_SIZE, 64, dtype=torch.uint8, device=device)
+    params = torch.empty(blocks, 1, BLOCK_SIZE, dtype=torch.int32, device=device)
+    # Keys and values are equal, so they may share their memory.
+    cache = LayerCache(FORMATS["int8"], codes, codes, params, params)
     heads = torch.randn(1, 1, 64, generator=torch.Generator().manual_seed(0)).to(device)
     small = _cache(FORMATS["int8"], 1, 64, device)
     rotary_write.write_kv(heads, heads, small, torch.tensor([5], device=device))
