@@ -1,0 +1,555 @@
+"""x times a 4-bit weight, dequantised in registers on its way into the tensor core.
+
+y^T = W x^T: the weight is the left operand, which a tensor core takes from registers, so a weight goes from
+memory to registers once and never back to shared memory; x, the right operand, is read from shared memory.
+One or sixteen rows of x are the narrow side of the product, so even one row uses the tensor core.
+
+A 4-bit value v becomes a 16-bit float without a conversion: its bits OR-ed into the mantissa of 128 (bf16) or
+1024 (fp16) are the float 128 + v. Subtracting 128 + z is exact, whatever the zero point z. Then either the
+sum over a group is multiplied by the group's scale (exact weights; the work grows with the rows), or the
+weight is, before the product (one rounding of the weight; the work does not grow with the rows).
+
+The inputs may be split over several programs; each then stores an fp32 partial sum, and `w4a16_reduce` adds
+them in order. Knows one packed weight; does not choose its launch configuration.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from services.engine.kernels.gpu.compile_case import CompileCase
+from services.engine.kernels.gpu.launch_configs import (
+    LaunchConfig,
+    w4a16_deterministic_tile,
+    w4a16_tiles,
+)
+from services.engine.kernels.gpu.w4a16_reduce import w4a16_reduce
+from services.engine.kernels.gpu.w4a16_repack import PackedWeight
+
+TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@triton.jit
+def _magic_words(words, SHIFT: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr):
+    """Two 16-bit floats a word: the magic number + the nibbles at SHIFT and SHIFT + 16."""
+    shifted = words >> SHIFT if SHIFT > 0 else words
+    if ASM:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, 0x000f000f, $2, 0xEA;",
+            "=r,r,r",
+            [shifted, MAGIC],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return (shifted & 0x000F000F) | MAGIC
+
+
+@triton.jit
+def _multiply_add_pairs(a, b, c, IS_BF16: tl.constexpr):
+    """a * b + c on two 16-bit floats a word, each rounded once."""
+    if IS_BF16:
+        return tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def split_pairs(words, DTYPE: tl.constexpr):
+    """The low and the high 16-bit floats of words."""
+    low = (words & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+    high = ((words >> 16) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+    return low, high
+
+
+@triton.jit
+def join_planes(words, MAGIC: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Loaded words -> magic words [BLOCK_N, BLOCK_K / 64, 2, 2, 8], inputs in order. Moves no data."""
+    NUM_BLOCKS: tl.constexpr = BLOCK_K // 64
+    words = words.reshape(BLOCK_N // 128, NUM_BLOCKS, 2, 4, 8, 4, 2, 2)
+    words = words.permute(0, 2, 3, 7, 4, 1, 6, 5).reshape(BLOCK_N, NUM_BLOCKS, 8)
+    first = tl.join(_magic_words(words, 0, MAGIC, ASM), _magic_words(words, 8, MAGIC, ASM))
+    second = tl.join(_magic_words(words, 4, MAGIC, ASM), _magic_words(words, 12, MAGIC, ASM))
+    return tl.join(first, second).permute(0, 1, 3, 4, 2)
+
+
+@triton.jit
+def _zero_and_scale(params, IS_FP16: tl.constexpr, ASM: tl.constexpr):
+    """(-(magic + zero point), scale in fp32) of params; the former as two 16-bit floats a word with ASM."""
+    bits = (params >> 16).to(tl.int16)
+    scale = bits.to(tl.float16, bitcast=True).to(tl.float32)
+    if ASM:
+        minus = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0x1010;", "=r,r", [params], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        low = (params & 0xFFFF).to(tl.int16)
+        minus = low.to(tl.float16 if IS_FP16 else tl.bfloat16, bitcast=True).to(tl.float32)
+    return minus, scale
+
+
+@triton.jit
+def _scale_pairs(scale, params, IS_FP16: tl.constexpr):
+    """A scale, twice in a word, in the weights' 16-bit type."""
+    if IS_FP16:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, 0, 0x3232;", "=r,r", [params], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", [scale], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _per_span(x, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr):
+    """One number a span of inputs [BLOCK_N, BLOCK_K / SPAN], shaped to broadcast over magic words."""
+    if SPAN >= BLOCK_K:
+        return x.reshape(BLOCK_N, 1, 1, 1, 1)
+    elif SPAN == 64:
+        return x.reshape(BLOCK_N, BLOCK_K // 64, 1, 1, 1)
+    elif SPAN == 32:
+        return x.reshape(BLOCK_N, BLOCK_K // 64, 2, 1, 1)
+    else:
+        return x.reshape(BLOCK_N, BLOCK_K // 64, 2, 2, 1)
+
+
+@triton.jit
+def _dequantize_tile(
+    words,
+    params,
+    DTYPE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPAN: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """(weights [BLOCK_N, BLOCK_K], fp32 scales [BLOCK_N, BLOCK_K / SPAN]) of loaded words and params.
+
+    The weights are v - z, exactly, or with HAS_SCALE that times the scale. They have DTYPE with ASM; without
+    they are fp32 (rounded to DTYPE where a scale made that necessary).
+    """
+    IS_FP16: tl.constexpr = DTYPE == tl.float16
+    pairs = join_planes(words, 0x64006400 if IS_FP16 else 0x43004300, ASM, BLOCK_N, BLOCK_K)
+    minus, scale = _zero_and_scale(params, IS_FP16, ASM)
+    minus = _per_span(minus, BLOCK_N, BLOCK_K, SPAN)
+    if ASM:
+        # times 1.0: the addition of pairs alone is not in sm_80.
+        pairs = _multiply_add_pairs(pairs, 0x3C003C00 if IS_FP16 else 0x3F803F80, minus, not IS_FP16)
+        if HAS_SCALE:
+            twice = _per_span(_scale_pairs(scale, params, IS_FP16), BLOCK_N, BLOCK_K, SPAN)
+            pairs = _multiply_add_pairs(pairs, twice, 0, not IS_FP16)
+        low, high = split_pairs(pairs.reshape(BLOCK_N, BLOCK_K // 2), DTYPE)
+    else:
+        low, high = split_pairs(pairs, tl.float16 if IS_FP16 else tl.bfloat16)
+        low, high = low.to(tl.float32) + minus, high.to(tl.float32) + minus
+        if HAS_SCALE:
+            wide = _per_span(scale, BLOCK_N, BLOCK_K, SPAN)
+            low, high = (low * wide).to(DTYPE).to(tl.float32), (high * wide).to(DTYPE).to(tl.float32)
+        low, high = low.reshape(BLOCK_N, BLOCK_K // 2), high.reshape(BLOCK_N, BLOCK_K // 2)
+    weight = tl.join(low, high).reshape(BLOCK_N, BLOCK_K)
+    if ASM:
+        weight = _keep_layout(weight, IS_FP16)
+    return weight, scale
+
+
+@triton.jit
+def _keep_layout(weight, IS_FP16: tl.constexpr):
+    """The weight itself. On sm_100 the compiler would push the left operand's shared-memory layout back
+    through the reshape before it, and fail; a copy that the assembler drops stops it.
+    """
+    if IS_FP16:
+        return tl.inline_asm_elementwise(
+            "mov.b16 $0, $1;", "=h,h", [weight], dtype=tl.float16, is_pure=True, pack=1
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "mov.b16 $0, $1;", "=h,h", [weight], dtype=tl.bfloat16, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _params_pointers(
+    params_ptr,
+    tile,
+    param_rows,
+    is_whole,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Pointers [BLOCK_N, spans of a block] to the params of the first block of inputs."""
+    NUM_SPANS: tl.constexpr = BLOCK_K // SPAN if SPAN < BLOCK_K else 1
+    PER_ROW: tl.constexpr = 128 // SPAN
+    n = tl.arange(0, BLOCK_N)
+    stride_tile = param_rows * (128 * PER_ROW)
+    offsets = (n // 128) * (stride_tile * is_whole) + (n % 128) * PER_ROW
+    return params_ptr + tile * stride_tile + (offsets[:, None] + tl.arange(0, NUM_SPANS)[None, :])
+
+
+@triton.jit
+def _params_offset(block, GROUP: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr):
+    """Where the params of a block of inputs begin, after those of the first."""
+    PER_ROW: tl.constexpr = 128 // SPAN
+    if PER_ROW == 1:
+        return (block * BLOCK_K // GROUP) * 128
+    elif BLOCK_K == 128:
+        return block * (128 * PER_ROW)
+    else:
+        return (block // 2) * (128 * PER_ROW) + (block % 2) * (PER_ROW // 2)
+
+
+@triton.jit
+def _multiply(weight, x_ptrs, is_row, limit, EVEN_K: tl.constexpr, INTERPRET: tl.constexpr):
+    """weight [BLOCK_N, K] times K inputs of each row at x_ptrs [K, BLOCK_M]; inputs from `limit` on are 0."""
+    K: tl.constexpr = weight.shape[1]
+    mask = is_row if EVEN_K else is_row & (tl.arange(0, K)[:, None] < limit)
+    x = tl.load(x_ptrs, mask=mask, other=0.0)
+    if INTERPRET:
+        x = x.to(tl.float32)
+    else:
+        weight = weight.to(x.dtype)
+    return tl.dot(weight, x, input_precision="ieee")
+
+
+@triton.jit
+def _multiply_spans(
+    acc,
+    weight,
+    scale,
+    x_ptrs,
+    is_row,
+    limit,
+    NUM_SPANS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """acc + the products of NUM_SPANS equal parts of the inputs, each times its scale [BLOCK_N, NUM_SPANS].
+
+    A loop over the parts could not index registers: the parts are taken apart by halves, left first.
+    """
+    ROWS: tl.constexpr = weight.shape[0]
+    if NUM_SPANS == 1:
+        product = _multiply(weight, x_ptrs, is_row, limit, EVEN_K, INTERPRET)
+        acc += scale.reshape(ROWS, 1) * product
+        return acc
+    else:
+        PART: tl.constexpr = weight.shape[1] // 2
+        HALF: tl.constexpr = NUM_SPANS // 2
+        left, right = tl.split(weight.reshape(ROWS, 2, PART).permute(0, 2, 1))
+        left_scale, right_scale = tl.split(scale.reshape(ROWS, 2, HALF).permute(0, 2, 1))
+        acc = _multiply_spans(acc, left, left_scale, x_ptrs, is_row, limit, HALF, EVEN_K, INTERPRET)
+        x_ptrs += PART
+        limit -= PART
+        return _multiply_spans(acc, right, right_scale, x_ptrs, is_row, limit, HALF, EVEN_K, INTERPRET)
+
+
+@triton.jit
+def _output_columns(pid_n, out_features, BLOCK_N: tl.constexpr, IS_INTERLEAVED: tl.constexpr):
+    """(output, whether it exists) of each row of a tile."""
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    if IS_INTERLEAVED:
+        half = out_features // 2
+        column = (n // 16) * 8 + n % 8
+        return column + (n // 8 % 2) * half, column < half
+    else:
+        return n, n < out_features
+
+
+@triton.jit
+def _store_silu_mul(
+    acc,
+    out_ptr,
+    rows,
+    pid_n,
+    num_rows,
+    out_features,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """silu(gate) * up of an interleaved tile: a gate and its up lie 8 rows apart, in one thread."""
+    gate, up = tl.split(acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
+    y = (gate / (1.0 + tl.exp(-gate)) * up).reshape(BLOCK_N // 2, BLOCK_M)
+    width = out_features // 2
+    column = pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+    mask = (rows[None, :] < num_rows) & (column < width)[:, None]
+    pointers = out_ptr + rows[None, :].to(tl.int64) * width + column[:, None]
+    tl.store(pointers, y.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows", "param_rows", "blocks_per_split"])
+def _w4a16_kernel(
+    x_ptr,
+    words_ptr,
+    params_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_ptr,
+    num_rows,
+    in_features,
+    out_features,
+    param_rows,
+    blocks_per_split,
+    stride_x_m,
+    GROUP: tl.constexpr,
+    SPAN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
+    IS_PARTIAL: tl.constexpr,
+    IS_INTERLEAVED: tl.constexpr,
+    HAS_SILU: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    UNROLL: tl.constexpr,
+    ASM: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):
+    """One program: BLOCK_N outputs of BLOCK_M rows, over one split of the inputs."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    WORDS: tl.constexpr = BLOCK_K * 16
+    NUM_SPANS: tl.constexpr = BLOCK_K // SPAN if SPAN < BLOCK_K else 1
+    DOT_K: tl.constexpr = BLOCK_K if HAS_SCALE else BLOCK_K // NUM_SPANS
+    pid_m, pid_n, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    num_blocks = tl.cdiv(in_features, 128) * (128 // BLOCK_K)
+    start = split * blocks_per_split
+    stop = tl.minimum(start + blocks_per_split, num_blocks)
+
+    rows = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = rows[None, :] < num_rows
+    x_ptrs = x_ptr + rows[None, :].to(tl.int64) * stride_x_m + tl.arange(0, DOT_K)[:, None]
+    tile = pid_n.to(tl.int64) * (BLOCK_N // 128)
+    stride_tile = num_blocks * WORDS
+    word = tl.arange(0, BLOCK_N * BLOCK_K // 8)
+    # The second 128 outputs of a wide tile may not exist: the first are read again, and not stored.
+    num_tiles = tl.cdiv(out_features, 128)
+    if IS_INTERLEAVED:
+        num_tiles = tl.cdiv(out_features // 2, 64)
+    is_whole = (tile + BLOCK_N // 128 <= num_tiles).to(tl.int32)
+    stride_next = stride_tile * is_whole
+    words_ptrs = words_ptr + tile * stride_tile + ((word // WORDS) * stride_next + word % WORDS)
+    params_ptrs = _params_pointers(params_ptr, tile, param_rows, is_whole, BLOCK_N, BLOCK_K, SPAN)
+
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for block in tl.range(start, stop, num_stages=NUM_STAGES, loop_unroll_factor=UNROLL):
+        words = tl.load(words_ptrs + block * WORDS)
+        params = tl.load(params_ptrs + _params_offset(block, GROUP, BLOCK_K, SPAN))
+        weight, scale = _dequantize_tile(words, params, DTYPE, BLOCK_N, BLOCK_K, SPAN, HAS_SCALE, ASM)
+        x_block = x_ptrs + block * BLOCK_K
+        limit = in_features - block * BLOCK_K
+        if HAS_SCALE:
+            acc += _multiply(weight, x_block, is_row, limit, EVEN_K, INTERPRET)
+        else:
+            acc = _multiply_spans(acc, weight, scale, x_block, is_row, limit, NUM_SPANS, EVEN_K, INTERPRET)
+
+    n, is_output = _output_columns(pid_n, out_features, BLOCK_N, IS_INTERLEAVED)
+    if IS_PARTIAL:
+        base = (split.to(tl.int64) * num_rows + rows[None, :]) * out_features
+        tl.store(out_ptr + base + n[:, None], acc, mask=is_row & is_output[:, None])
+    else:
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + n, mask=is_output, other=0.0).to(tl.float32)[:, None]
+        if HAS_SILU:
+            _store_silu_mul(acc, out_ptr, rows, pid_n, num_rows, out_features, BLOCK_M, BLOCK_N)
+        else:
+            offsets = rows[None, :].to(tl.int64) * out_features + n[:, None]
+            mask = is_row & is_output[:, None]
+            if residual_ptr is not None:
+                acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+            tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def w4a16(
+    x: Tensor,
+    packed: PackedWeight,
+    tile: LaunchConfig,
+    num_splits: int,
+    *,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    has_silu: bool = False,
+    partial: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """x [rows, in] times a packed weight -> [rows, out] in x's dtype, plus bias [out], plus residual
+    [rows, out]; with `has_silu` [rows, out / 2] = silu(first half) * second half.
+
+    The inputs are cut into `num_splits` ranges; their fp32 sums go to `partial` [splits, rows, out] and are
+    added by a second launch. That is also done for one split where gate and up lie in different programs.
+    ValueError if shapes, strides or types do not fit.
+    """
+    num_rows = x.shape[0]
+    width = packed.out_features // 2 if has_silu else packed.out_features
+    _check(x, packed, bias, residual, has_silu)
+    out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device) if out is None else out
+    if num_rows == 0:
+        return out
+    is_partial = num_splits > 1 or (has_silu and not packed.is_interleaved)
+    if not is_partial:
+        _launch(x, packed, tile, 1, out, bias=bias, residual=residual, has_silu=has_silu, is_partial=False)
+        return out
+    shape = (num_splits, num_rows, packed.out_features)
+    if partial is None:
+        partial = torch.empty(shape, dtype=torch.float32, device=x.device)
+    elif partial.shape != shape or partial.dtype != torch.float32:
+        raise ValueError(f"partial sums are fp32 {shape}, not {partial.dtype} {tuple(partial.shape)}")
+    _launch(x, packed, tile, num_splits, partial, is_partial=True)
+    return w4a16_reduce(partial, out, bias=bias, residual=residual, has_silu=has_silu)
+
+
+def _check(
+    x: Tensor, packed: PackedWeight, bias: Tensor | None, residual: Tensor | None, has_silu: bool
+) -> None:
+    if packed.span is None:
+        raise ValueError(f"no kernel for groups of {packed.group_size} inputs")
+    if x.ndim != 2 or x.shape[1] != packed.in_features or x.stride(1) != 1:
+        raise ValueError(f"x {tuple(x.shape)} with strides {x.stride()} is not [rows, {packed.in_features}]")
+    if (x.dtype == torch.float16) != (packed.dtype == torch.float16) or x.dtype not in TRITON_TYPES:
+        raise ValueError(f"the weight is packed for {packed.dtype}, x is {x.dtype}")
+    if has_silu and residual is not None:
+        raise ValueError("silu(gate) * up has no residual")
+    if residual is not None and (
+        residual.shape != (x.shape[0], packed.out_features) or not residual.is_contiguous()
+    ):
+        raise ValueError(f"residual {tuple(residual.shape)} is not [{x.shape[0]}, {packed.out_features}]")
+    if bias is not None and bias.shape != (packed.out_features,):
+        raise ValueError(f"bias {tuple(bias.shape)} does not fit {packed.out_features} outputs")
+
+
+def _launch(
+    x: Tensor,
+    packed: PackedWeight,
+    tile: LaunchConfig,
+    num_splits: int,
+    out: Tensor,
+    *,
+    is_partial: bool,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    has_silu: bool = False,
+) -> None:
+    num_blocks = packed.padded_inputs // tile.block_k
+    grid = (
+        triton.cdiv(x.shape[0], tile.block_m),
+        triton.cdiv(packed.padded_outputs, tile.block_n),
+        num_splits,
+    )
+    is_interpreted = bool(triton.knobs.runtime.interpret)
+    _w4a16_kernel[grid](
+        x,
+        packed.words,
+        packed.params,
+        bias,
+        residual,
+        out,
+        x.shape[0],
+        packed.in_features,
+        packed.out_features,
+        packed.params.shape[1],
+        triton.cdiv(num_blocks, num_splits),
+        x.stride(0),
+        **_constexprs(tile, packed.group_stride, packed.span, packed.in_features),
+        IS_PARTIAL=is_partial,
+        IS_INTERLEAVED=packed.is_interleaved,
+        HAS_SILU=has_silu,
+        ASM=not is_interpreted and x.dtype != torch.float32,
+        INTERPRET=is_interpreted,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def _constexprs(tile: LaunchConfig, group: int, span: int | None, in_features: int) -> dict[str, object]:
+    return {
+        "GROUP": group,
+        "SPAN": span,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_K": tile.block_k,
+        "HAS_SCALE": tile.has_scale,
+        "EVEN_K": in_features % 128 == 0,
+        "NUM_STAGES": tile.num_stages,
+        "UNROLL": tile.unroll,
+    }
+
+
+def compile_cases() -> list[CompileCase]:
+    """Every tile for every span, and the ends of the kernel that one tile can have."""
+    cases = []
+    for rows, spans in ((8, (128, 64, 32)), (16, (128, 64, 32, 16)), (32, (128, 64, 32)), (64, (128, 32))):
+        for span in spans:
+            cases += [
+                _case(f"w4a16/rows{rows}/outputs{tile.block_n}/span{span}", tile, span)
+                for tile in w4a16_tiles(rows, span)
+            ]
+    few, many = w4a16_tiles(8, 128)[0], w4a16_tiles(128, 128)[-1]
+    fixed = w4a16_deterministic_tile(128)
+    cases += [
+        _case("w4a16/rows16/fp16", w4a16_tiles(16, 128)[0], 128, dtype="fp16"),
+        _case("w4a16/rows128/span128", many, 128),
+        _case("w4a16/rows128/span64", many, 64),
+        _case("w4a16/rows8/uneven", few, 128, is_even=False),
+        _case("w4a16/rows8/gate_up", few, 128, is_interleaved=True),
+    ]
+    for name, tile in (("rows8", few), ("rows128", many), ("fixed", fixed)):
+        cases += [
+            _case(f"w4a16/{name}/bias", tile, 128, end="bias"),
+            _case(f"w4a16/{name}/residual", tile, 128, end="residual"),
+            _case(f"w4a16/{name}/silu", tile, 128, end="silu", is_interleaved=True),
+        ]
+    return cases
+
+
+def _case(
+    name: str,
+    tile: LaunchConfig,
+    span: int,
+    *,
+    dtype: str = "bf16",
+    end: str = "partial",
+    is_interleaved: bool = False,
+    is_even: bool = True,
+) -> CompileCase:
+    sizes = ("num_rows", "in_features", "out_features", "param_rows", "blocks_per_split", "stride_x_m")
+    signature = {"x_ptr": f"*{dtype}", "words_ptr": "*i32", "params_ptr": "*i32"}
+    signature["out_ptr"] = "*fp32" if end == "partial" else f"*{dtype}"
+    signature |= dict.fromkeys(sizes, "i32")
+    constexprs = _constexprs(tile, span, span, 128 if is_even else 192)
+    constexprs |= {"IS_PARTIAL": end == "partial", "IS_INTERLEAVED": is_interleaved}
+    constexprs |= {"HAS_SILU": end == "silu", "ASM": True, "INTERPRET": False}
+    for pointer, used_by in (("bias_ptr", ("bias", "silu")), ("residual_ptr", ("residual",))):
+        if end in used_by:
+            signature[pointer] = f"*{dtype}"
+        else:
+            constexprs[pointer] = None
+    return CompileCase(
+        name=name,
+        kernel=_w4a16_kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        unaligned=frozenset({"num_rows", "param_rows", "blocks_per_split"}),
+        elements_per_iteration=tile.block_n * tile.block_k * tile.unroll,
+        max_instructions=_max_instructions(tile.block_m, span) if is_even else None,
+        has_tensor_cores=True,
+    )
+
+
+def _max_instructions(rows: int, span: int) -> float:
+    """Gate for the machine instructions per weight: a short span has more scales, and more bytes to hide."""
+    if rows <= 16:
+        return 3.0 if span >= 32 else 4.0
+    if rows <= 32:
+        return 3.5 if span >= 32 else 4.0
+    return 4.0 if span >= 32 else 4.7
