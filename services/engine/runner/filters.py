@@ -24,9 +24,10 @@ def rank_keys(logits: Tensor) -> Tensor:
     The high half is the float's bits mapped to integers of the same order, the low half the complement of the
     id: no two keys are equal, so every selection algorithm picks the same ids.
     """
+    ids = torch.arange(logits.shape[1], device=logits.device)
     bits = (logits + 0.0).view(torch.int32)  # -0.0 becomes 0.0
     bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)  # negative floats sort by falling magnitude
-    return bits.to(torch.int64).bitwise_left_shift_(32).add_(_ID_MASK - torch.arange(logits.shape[1]))
+    return bits.to(torch.int64).bitwise_left_shift_(32).add_(_ID_MASK - ids)
 
 
 def ids_of(keys: Tensor) -> Tensor:

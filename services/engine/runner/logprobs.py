@@ -4,6 +4,8 @@ only.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
 from services.engine.core.batch import SampledToken
@@ -23,19 +25,37 @@ def row_logsumexp(logits: Tensor) -> Tensor:
     return row_sum(wide.sub_(highest).exp_()).log_() + highest
 
 
+class RowLogprobs(NamedTuple):
+    """fp64 tensors: `chosen` [n], and `values` [n, k] of the likeliest `ids` int64 [n, k]."""
+
+    chosen: Tensor
+    ids: Tensor
+    values: Tensor
+
+
+def measure_logprobs(logits: Tensor, tokens: Tensor, most: int) -> RowLogprobs:
+    """Logprobs for fp32 logits [n, vocab], chosen ids [n] and the `most` likeliest ids; does not wait for a
+    device.
+    """
+    normalizer = row_logsumexp(logits)
+    chosen = (logits.gather(1, tokens[:, None]).double() - normalizer).squeeze(1)
+    ids = tokens.new_empty(len(tokens), 0)
+    if most:
+        ids = ids_of(rank_keys(logits).topk(min(most, logits.shape[1]), dim=-1).values)
+    return RowLogprobs(chosen, ids, logits.gather(1, ids).double() - normalizer)
+
+
+def sampled_tokens(tokens: list[int], found: RowLogprobs, counts: list[int]) -> list[SampledToken]:
+    """The rows as the core takes them; row i gets its counts[i] likeliest."""
+    rows = zip(tokens, found.chosen.tolist(), found.ids.tolist(), found.values.tolist(), counts, strict=True)
+    return [
+        SampledToken(token, logprob, tuple(zip(ids[:count], values[:count], strict=True)))
+        for token, logprob, ids, values, count in rows
+    ]
+
+
 def logprobs_of(logits: Tensor, tokens: Tensor, counts: list[int]) -> list[SampledToken]:
     """SampledToken with logprobs for fp32 logits [n, vocab] and chosen ids [n]; row i gets its counts[i]
     likeliest.
     """
-    normalizer = row_logsumexp(logits)
-    chosen = (logits.gather(1, tokens[:, None]).double() - normalizer).squeeze(1).tolist()
-    most = min(max(counts), logits.shape[1])
-    if not most:
-        return [SampledToken(token, logprob) for token, logprob in zip(tokens.tolist(), chosen, strict=True)]
-    ids = ids_of(rank_keys(logits).topk(most, dim=-1).values)
-    values = (logits.gather(1, ids).double() - normalizer).tolist()
-    rows = zip(tokens.tolist(), chosen, ids.tolist(), values, counts, strict=True)
-    return [
-        SampledToken(token, logprob, tuple(zip(row_ids[:count], row_values[:count], strict=True)))
-        for token, logprob, row_ids, row_values, count in rows
-    ]
+    return sampled_tokens(tokens.tolist(), measure_logprobs(logits, tokens, max(counts)), counts)

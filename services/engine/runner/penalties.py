@@ -21,7 +21,7 @@ class RowState:
 
     def __init__(self, sequence: Sequence, vocab_size: int) -> None:
         params = sequence.params
-        _check(params, vocab_size)
+        check_params(params, vocab_size)
         self.sequence = sequence
         self.params = params
         self.vocab_size = vocab_size
@@ -90,7 +90,7 @@ def _penalize(logits: Tensor, states: list[RowState]) -> Tensor:
     return logits - presence * in_output
 
 
-def _check(params: SamplingParams, vocab_size: int) -> None:
+def check_params(params: SamplingParams, vocab_size: int) -> None:
     """What would make a row's arithmetic meaningless. The servers check requests; this keeps a slip to one
     row.
     """
