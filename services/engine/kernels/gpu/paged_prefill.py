@@ -18,10 +18,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from services.engine.kernels.gpu.compile_case import CompileCase
 from services.engine.kernels.gpu.paged_prefill_config import PrefillConfig, choose_config
 from services.engine.kernels.gpu.paged_prefill_tiles import load_tile
 from services.engine.kernels.gpu.rounding import has_fp8_conversion, is_interpreting
-from services.engine.kernels.kv_format import LayerCache
+from services.engine.kernels.kv_format import FORMATS, KVFormat, LayerCache
 
 _INDEX_SPAN = 128
 """Sequences that one step of the search looks at."""
@@ -252,7 +253,14 @@ def paged_prefill(
     if rows == 0:
         return out
     if config is None:
-        config = choose_config(query.dtype, head_dim, group, None if deterministic else max_query_len)
+        config = choose_config(
+            query.dtype,
+            head_dim,
+            group,
+            None if deterministic else max_query_len,
+            cache.block_size,
+            is_sm90=is_interpreting() or torch.cuda.get_device_capability(query.device) >= (9, 0),
+        )
     if config.block_m < group:
         raise ValueError(f"{group} query heads to a kv head do not fit into a tile of {config.block_m}")
     k, v, k_params, v_params = _operands(cache)
@@ -278,7 +286,7 @@ def paged_prefill(
         *k_params.stride()[:2],
         *v_params.stride()[:2],
         block_tables.stride(0),
-        **_constants(cache, config, group, head_dim, sliding_window),
+        **_constants(cache.kv_format, cache.block_size, config, group, head_dim, sliding_window),
         USE_CVT=cache.kv_format.name == "fp8" and has_fp8_conversion(query.device),
         INTERPRET=is_interpreting(),
         num_warps=config.num_warps,
@@ -293,20 +301,29 @@ def _operands(cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return cache.k.view(torch.int32), cache.v.view(torch.int32), cache.k_params, cache.v_params
 
 
+def _codes_per_word(kv_format: KVFormat) -> int:
+    """Values in what the kernel loads at a time; 1 for full precision."""
+    return 4 * kv_format.values_per_unit if kv_format.is_quantized else 1
+
+
 def _constants(
-    cache: LayerCache, config: PrefillConfig, group: int, head_dim: int, sliding_window: int | None
+    kv_format: KVFormat,
+    block_size: int,
+    config: PrefillConfig,
+    group: int,
+    head_dim: int,
+    sliding_window: int | None,
 ) -> dict[str, int | str]:
     """Constexpr arguments that do not depend on the device."""
-    kv_format = cache.kv_format
-    per_unit = 4 * kv_format.values_per_unit if kv_format.is_quantized else 1
-    block_d = triton.next_power_of_2(head_dim)
+    per_unit = _codes_per_word(kv_format)
+    block_d = max(16, triton.next_power_of_2(head_dim))
     return {
         "GROUP": group,
         "HEAD_DIM": head_dim,
         "BLOCK_D": block_d,
         "ROW_SIZE": head_dim // per_unit,
         "BLOCK_ROW": block_d // per_unit,
-        "BLOCK_SIZE": cache.block_size,
+        "BLOCK_SIZE": block_size,
         "BLOCK_M": config.block_m,
         "TILE": config.tile,
         "WINDOW": sliding_window or 0,
@@ -323,6 +340,9 @@ def _check(query: Tensor, cache: LayerCache, scale: float, sliding_window: int |
         )
     if query.shape[1] % cache.num_kv_heads:
         raise ValueError(f"{query.shape[1]} query heads over {cache.num_kv_heads} kv heads")
+    per_word = _codes_per_word(cache.kv_format)
+    if query.shape[2] % per_word:
+        raise ValueError(f"{cache.kv_format.name} wants head_dim in {per_word}s, found {query.shape[2]}")
     row_size = cache.kv_format.row_size(query.shape[2])
     for name, tensor in (("k", cache.k), ("v", cache.v)):
         if tensor.shape[3] != row_size:
@@ -345,3 +365,75 @@ def _check_batch(block_tables: Tensor, query_starts: Tensor, context_lens: Tenso
     for tensor in (block_tables, query_starts, context_lens):
         if tensor.dtype != torch.int32 or tensor.stride(-1) != 1:
             raise ValueError(f"tables, starts and lengths must be int32 without gaps, found {tensor.dtype}")
+
+
+_MAX_INSTRUCTIONS = {"bfloat16": 6.0, "int8": 10.5, "int4": 9.8, "fp8": 9.5}
+"""For 128 query vectors of 128; what masks a tile at the edge is counted although most tiles pass it by."""
+
+
+def compile_cases() -> list[CompileCase]:
+    """Chunks and narrow batches of every format, by head_dim; then what else changes the machine code."""
+    cases = [
+        _case(head_dim, kv_name, rows)
+        for head_dim in (64, 128, 256)
+        for kv_name in ("bfloat16", "int8", "int4", "fp8")
+        for rows in (1024, 4)
+    ]
+    cases += [
+        _case(128, "bfloat16", 1024, block_size=16),
+        _case(128, "int8", 1024, block_size=16),
+        _case(128, "bfloat16", 1024, window=4096),
+        _case(96, "bfloat16", 1024),
+        _case(80, "int8", 1024),
+        _case(128, "float32", 1024),
+    ]
+    return cases + [
+        _case(head_dim, kv_name, 1024, is_sm90=False)
+        for head_dim in (128, 256)
+        for kv_name in ("bfloat16", "int8", "fp8")
+    ]
+
+
+def _case(
+    head_dim: int,
+    kv_name: str,
+    rows: int,
+    *,
+    block_size: int = 128,
+    window: int | None = None,
+    is_sm90: bool = True,
+) -> CompileCase:
+    """Four query heads to a kv head, bfloat16 rows (fp32 over an fp32 cache)."""
+    group = 4
+    kv_format = FORMATS[kv_name]
+    dtype, query = (torch.float32, "*fp32") if kv_name == "float32" else (torch.bfloat16, "*bf16")
+    config = choose_config(dtype, head_dim, group, rows, block_size, is_sm90=is_sm90)
+    stored = "*i32" if kv_format.is_quantized else query
+    pointers = dict.fromkeys(("out_ptr", "query_ptr"), query)
+    pointers |= dict.fromkeys(("k_ptr", "v_ptr", "k_params_ptr", "v_params_ptr"), stored)
+    pointers |= dict.fromkeys(("block_tables_ptr", "query_starts_ptr", "context_lens_ptr"), "*i32")
+    constants = _constants(kv_format, block_size, config, group, head_dim, window)
+    constants |= {"USE_CVT": kv_name == "fp8" and is_sm90, "INTERPRET": False}
+    numbers = [
+        name for name in _paged_prefill_kernel.arg_names if name not in pointers and name not in constants
+    ]
+    name = f"paged_prefill/{kv_name}/head{head_dim}/m{config.block_m}"
+    name += f"/block{block_size}" * (block_size != 128) + f"/window{window}" * (window is not None)
+    if is_sm90:
+        notes = {"sm_80": "launched otherwise"} if config.block_m == 128 or kv_name == "fp8" else {}
+    else:
+        name += "/sm80"
+        notes = {"sm_90": "launched otherwise", "sm_100": "launched otherwise"}
+    return CompileCase(
+        name=name,
+        kernel=_paged_prefill_kernel,
+        signature=pointers | {name: "fp32" if name == "scale_log2" else "i32" for name in numbers},
+        constexprs=constants,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        unaligned=frozenset({"num_seqs", "num_rows", "stride_table", "scale_log2", "context_lens_ptr"}),
+        elements_per_iteration=2 * config.tile * head_dim,
+        max_instructions=_MAX_INSTRUCTIONS.get(kv_name) if name.endswith("head128/m128") else None,
+        has_tensor_cores=kv_name != "float32",
+        notes=notes,
+    )

@@ -1,13 +1,16 @@
 """How prefill attention is launched: tile sizes, warps and stages for each shape.
 
-Knows dtypes and sizes known on the host. Does not know the kernel.
+Knows dtypes, sizes known on the host and the device's generation. Does not know the kernel. Chosen by what
+the machine code says (registers without spills, shared memory, instructions for a tile), not by timing.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+
+MAX_HEAD_DIM = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,17 +29,62 @@ class PrefillConfig:
     num_stages: int
 
 
-def choose_config(dtype: torch.dtype, head_dim: int, group: int, max_query_len: int | None) -> PrefillConfig:
-    """The configuration for chunks of at most `max_query_len` rows; None asks for the one for all chunks."""
-    wanted = 128 if max_query_len is None else max_query_len * group
+# By the largest head_dim: 128 query vectors fill two warp groups, which multiply straight from shared memory.
+_WIDE = {
+    64: PrefillConfig(128, 64, 8, 3),
+    128: PrefillConfig(128, 128, 8, 3),
+    256: PrefillConfig(128, 32, 8, 3),
+}
+# Before sm_90: 163 KiB of shared memory, and operands pass through registers.
+_WIDE_BEFORE_SM90 = {
+    64: PrefillConfig(128, 64, 8, 3),
+    128: PrefillConfig(128, 64, 8, 3),
+    256: PrefillConfig(64, 32, 8, 3),
+}
+# 16 or 32 query vectors: as many bytes of K and V, little to multiply.
+_NARROW = {128: PrefillConfig(16, 64, 4, 3), 256: PrefillConfig(16, 32, 4, 3)}
+_NARROW_ROWS = (16, 32)
+
+
+def choose_config(
+    dtype: torch.dtype,
+    head_dim: int,
+    group: int,
+    max_query_len: int | None,
+    block_size: int,
+    *,
+    is_sm90: bool,
+) -> PrefillConfig:
+    """The configuration for chunks of at most `max_query_len` rows; None asks for the one for all chunks.
+
+    Neither `block_size` nor the stages it chooses change a bit of the result. Raises ValueError for heads
+    longer than MAX_HEAD_DIM.
+    """
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"head_dim is at most {MAX_HEAD_DIM}, found {head_dim}")
     if dtype == torch.float32:
         # No tensor cores: registers bound the tile.
-        return PrefillConfig(max(16, _power_above(group)), 32, 4, 2)
-    if wanted <= 16 and group <= 16:
-        return PrefillConfig(16, 64, 4, 3)
-    if head_dim > 128:
-        return PrefillConfig(128, 64, 8, 2)
-    return PrefillConfig(128, 128, 8, 3)
+        config = PrefillConfig(max(16, _power_above(group)), 32, 4, 2)
+    else:
+        config = _wide(head_dim, is_sm90)
+        vectors = config.block_m if max_query_len is None else max_query_len * group
+        for block_m in _NARROW_ROWS:
+            if vectors <= block_m:
+                config = replace(_by_head_dim(_NARROW, head_dim), block_m=block_m)
+                break
+    if block_size < config.tile:
+        # The numbers of the blocks that a tile spans are fetched through the pipeline too, ahead of what lies
+        # in them, and the compiler gives each of the two loads half of the stages.
+        config = replace(config, num_stages=2 * config.num_stages - 1)
+    return config
+
+
+def _wide(head_dim: int, is_sm90: bool) -> PrefillConfig:
+    return _by_head_dim(_WIDE if is_sm90 else _WIDE_BEFORE_SM90, head_dim)
+
+
+def _by_head_dim(table: dict[int, PrefillConfig], head_dim: int) -> PrefillConfig:
+    return table[min(limit for limit in table if head_dim <= limit)]
 
 
 def _power_above(n: int) -> int:
