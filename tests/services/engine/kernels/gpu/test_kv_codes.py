@@ -7,41 +7,43 @@ import torch
 import triton
 import triton.language as tl
 
-from services.engine.kernels.gpu import kv_codes
 from services.engine.kernels.gpu.kv_codes import (
-    code_tile,
-    column_factor,
+    codes_per_word,
     num_planes,
     operand_unit,
+    pair_row,
+    pair_tile,
     plane_column,
     plane_factor,
     plane_tile,
-    tile_column,
+    row_factor,
 )
-from services.engine.kernels.gpu.rounding import has_fp8_conversion
+from services.engine.kernels.gpu.rounding import has_fp8_conversion, is_interpreting
 
 ROWS = 64
 
 
 @triton.jit
-def _tile_kernel(
+def _pair_kernel(
     words_ptr,
     tile_ptr,
-    columns_ptr,
-    factors_ptr,
-    ROWS: tl.constexpr,
+    rows_ptr,
+    TOKENS: tl.constexpr,
     WORDS: tl.constexpr,
     FORMAT: tl.constexpr,
     USE_CVT: tl.constexpr,
+    USE_PERMUTE: tl.constexpr,
 ):
-    per_word: tl.constexpr = kv_codes.codes_per_word(FORMAT)
-    width: tl.constexpr = per_word * WORDS
-    row, word, column = tl.arange(0, ROWS), tl.arange(0, WORDS), tl.arange(0, width)
-    words = tl.load(words_ptr + row[:, None] * WORDS + word[None, :])
-    tile = code_tile(words, FORMAT, USE_CVT).to(tl.float32) * operand_unit(FORMAT, USE_CVT)
-    tl.store(tile_ptr + row[:, None] * width + column[None, :], tile)
-    tl.store(columns_ptr + column, tile_column(column, FORMAT))
-    tl.store(factors_ptr + column, column_factor(column, FORMAT))
+    width: tl.constexpr = codes_per_word(FORMAT) * WORDS
+    pair, word, row = tl.arange(0, TOKENS // 2), tl.arange(0, WORDS), tl.arange(0, width)
+    even_ptr = words_ptr + pair[None, :, None] * 2 * WORDS + word[None, None, :]
+    even, odd = tl.load(even_ptr), tl.load(even_ptr + WORDS)
+    tile = pair_tile(even, odd, tl.float16, FORMAT, USE_CVT, USE_PERMUTE)
+    factor = row_factor(row, WORDS, FORMAT, USE_CVT)
+    tile = tile.to(tl.float32) * factor[None, :, None]
+    at = row[None, :, None] * TOKENS + tl.arange(0, TOKENS)[None, None, :]
+    tl.store(tile_ptr + at, tile)
+    tl.store(rows_ptr + row, pair_row(row, WORDS, FORMAT))
 
 
 @triton.jit
@@ -54,18 +56,19 @@ def _plane_kernel(
     J: tl.constexpr,
     FORMAT: tl.constexpr,
     USE_CVT: tl.constexpr,
+    USE_PERMUTE: tl.constexpr,
 ):
     row, word, column = tl.arange(0, ROWS), tl.arange(0, WORDS), tl.arange(0, 2 * WORDS)
     words = tl.load(words_ptr + row[None, :, None] * WORDS + word[None, None, :])
     unit: tl.constexpr = operand_unit(FORMAT, USE_CVT) * plane_factor(J, FORMAT)
-    plane = plane_tile(words, J, FORMAT, USE_CVT).to(tl.float32) * unit
+    plane = plane_tile(words, J, FORMAT, USE_CVT, USE_PERMUTE).to(tl.float32) * unit
     at = row[None, :, None] * 2 * WORDS + column[None, None, :]
     tl.store(plane_ptr + at, plane)
     tl.store(columns_ptr + column, plane_column(column, J, FORMAT))
 
 
 def _codes(kv_format, device):
-    """(words int32 [ROWS, words], values fp32 [ROWS, head_dim]): all codes but fp8's NaNs, in random places."""
+    """(words int32 [ROWS, words], values fp32 [ROWS, head_dim]): all codes but the NaNs of fp8."""
     generator = torch.Generator().manual_seed(5)
     head_dim = 64
     codes = torch.randint(0, 256, (ROWS, head_dim // (2 if kv_format == "int4" else 1)), generator=generator)
@@ -81,33 +84,40 @@ def _codes(kv_format, device):
     return codes.view(torch.int32).to(device), values.to(device)
 
 
-def _conversions(kv_format, device):
-    return [False, True] if kv_format == "fp8" and has_fp8_conversion(torch.device(device)) else [False]
+def _ways(kv_format, device):
+    """(use_cvt, use_permute) as far as the device goes."""
+    ways = [(False, False)]
+    if not is_interpreting():
+        ways.append((False, True))
+        if kv_format == "fp8" and has_fp8_conversion(torch.device(device)):
+            ways.append((True, True))
+    return ways
 
 
 @pytest.mark.parametrize("kv_format", ["int8", "int4", "fp8"])
-def test_a_tile_of_codes_holds_every_code_at_its_column(kv_format, device):
+def test_a_tile_of_token_pairs_holds_every_code_at_its_row(kv_format, device):
     words, values = _codes(kv_format, device)
     head_dim = values.shape[1]
-    for use_cvt in _conversions(kv_format, device):
-        tile = torch.full((ROWS, head_dim), float("nan"), device=device)
-        columns = torch.full((head_dim,), -1, dtype=torch.int32, device=device)
-        factors = torch.full((head_dim,), float("nan"), device=device)
-        _tile_kernel[(1,)](words, tile, columns, factors, ROWS, words.shape[1], kv_format, use_cvt)
-        assert sorted(columns.tolist()) == list(range(head_dim))
-        assert torch.equal(tile * factors, values[:, columns.long()])
+    for use_cvt, use_permute in _ways(kv_format, device):
+        tile = torch.full((head_dim, ROWS), float("nan"), device=device)
+        rows = torch.full((head_dim,), -1, dtype=torch.int32, device=device)
+        _pair_kernel[(1,)](words, tile, rows, ROWS, words.shape[1], kv_format, use_cvt, use_permute)
+        assert sorted(rows.tolist()) == list(range(head_dim))
+        assert torch.equal(tile, values[:, rows.long()].T)
 
 
 @pytest.mark.parametrize("kv_format", ["int8", "int4", "fp8"])
 def test_planes_of_codes_hold_every_code_at_their_columns(kv_format, device):
     words, values = _codes(kv_format, device)
     width = 2 * words.shape[1]
-    for use_cvt in _conversions(kv_format, device):
+    for use_cvt, use_permute in _ways(kv_format, device):
         seen = []
         for plane in range(num_planes(kv_format)):
             tile = torch.full((ROWS, width), float("nan"), device=device)
             columns = torch.full((width,), -1, dtype=torch.int32, device=device)
-            _plane_kernel[(1,)](words, tile, columns, ROWS, words.shape[1], plane, kv_format, use_cvt)
+            _plane_kernel[(1,)](
+                words, tile, columns, ROWS, words.shape[1], plane, kv_format, use_cvt, use_permute
+            )
             assert torch.equal(tile, values[:, columns.long()])
             seen += columns.tolist()
         assert sorted(seen) == list(range(values.shape[1]))
