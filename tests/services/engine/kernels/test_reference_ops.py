@@ -13,6 +13,7 @@ from torch import Tensor
 from services.engine.kernels import ops, reference
 from services.engine.kernels.kv_format import FORMATS, LayerCache
 from services.engine.kernels.metadata import AttentionMetadata
+from services.engine.kernels.numerics import Numerics
 from services.engine.kernels.rope import RopeConfig, inverse_frequencies, rotary_tables
 
 
@@ -118,6 +119,64 @@ def test_write_kv_stores_each_head_in_its_slot(block_size: int) -> None:
         assert torch.equal(k_cache[slot // block_size, :, slot % block_size], key[row])
         assert torch.equal(v_cache[slot // block_size, :, slot % block_size], value[row])
     assert int(torch.isfinite(k_cache).sum()) == int(torch.isfinite(v_cache).sum()) == 3 * 15
+
+
+def _qkv_step(
+    rows: int, kv_dtype: str = "float32"
+) -> tuple[Tensor, Tensor, Tensor, LayerCache, AttentionMetadata]:
+    """(qkv of 4 heads, 2 kv heads of 6, cos, sin, an empty cache of blocks of 16, slots 3, 4, ...)."""
+    kv_format = FORMATS[kv_dtype]
+    k = torch.zeros(8, 2, 16, kv_format.row_size(6), dtype=kv_format.storage)
+    params = torch.zeros(8, 2, 16, dtype=torch.int32) if kv_format.is_quantized else None
+    cache = LayerCache(kv_format, k, k.clone(), params, None if params is None else params.clone())
+    slots = torch.arange(3, 3 + rows)
+    metadata = AttentionMetadata(slots, slots, torch.zeros(1, 1, dtype=torch.int64), [rows], [3 + rows], 16)
+    cos, sin = rotary_tables(RopeConfig(theta=100.0), 6, 128)
+    return _rows(rows, 48).view(rows, 8, 6), cos[slots], sin[slots], cache, metadata
+
+
+@pytest.mark.parametrize("has_norms", [False, True])
+def test_rotary_write_kv_is_norm_then_rotary_then_write(has_norms: bool) -> None:
+    qkv, cos, sin, cache, metadata = _qkv_step(5)
+    norms = [_rows(1, 6, seed)[0] for seed in (3, 4)] if has_norms else [None, None]
+    query = ops.rotary_write_kv(qkv, cos, sin, 4, cache, metadata, q_norm=norms[0], k_norm=norms[1], eps=1e-5)
+    for row in range(5):
+        for head in range(8):
+            vector = qkv[row, head]
+            if has_norms and head < 6:
+                weight = norms[0 if head < 4 else 1]
+                vector = vector / torch.sqrt(vector.square().mean() + 1e-5) * weight
+            if head < 6:
+                first, second = vector[:3], vector[3:]
+                turned = (first * cos[row] - second * sin[row], second * cos[row] + first * sin[row])
+                vector = torch.cat(turned)
+            found = query[row, head] if head < 4 else (cache.k, cache.v)[head // 6][0, head % 2, 3 + row]
+            assert torch.allclose(found, vector, atol=1e-5), (row, head)
+    assert not bool(cache.k[1:].any())
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "int8", "int4", "fp8"])
+def test_rows_written_alone_have_the_bits_of_those_written_together(kv_dtype: str) -> None:
+    norms = {"q_norm": _rows(1, 6, 3)[0], "k_norm": _rows(1, 6, 4)[0], "eps": 1e-6}
+    qkv, cos, sin, together, metadata = _qkv_step(67, kv_dtype)
+    query = ops.rotary_write_kv(qkv, cos, sin, 4, together, metadata, **norms)  # type: ignore[arg-type]
+    alone = _qkv_step(67, kv_dtype)[3]
+    for row in range(67):
+        slots = metadata.slot_mapping[row : row + 1]
+        one = AttentionMetadata(slots, slots, metadata.block_tables, [1], [4], 16)
+        span = slice(row, row + 1)
+        found = ops.rotary_write_kv(qkv[span], cos[span], sin[span], 4, alone, one, **norms)  # type: ignore[arg-type]
+        assert torch.equal(found, query[span])
+    for name in ("k", "v", "k_params", "v_params"):
+        first, second = getattr(together, name), getattr(alone, name)
+        assert (first is None and second is None) or torch.equal(first, second)
+
+
+def test_linear_silu_mul_is_one_after_the_other() -> None:
+    numerics = Numerics(torch.float32, is_deterministic=True)
+    gate_up = ops.make_dense_linear(_rows(14, 10, 1), None, numerics)
+    x = _rows(3, 10)
+    assert torch.equal(ops.linear_silu_mul(x, gate_up), ops.silu_mul(ops.linear(x, gate_up)))
 
 
 def test_a_device_without_kernels_is_named() -> None:

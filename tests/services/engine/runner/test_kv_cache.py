@@ -4,6 +4,7 @@ errors to themselves.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,12 @@ def test_auto_is_the_type_of_the_activations() -> None:
     settings = RunnerConfig(source=Path("x"))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert choose_kv_format(settings, _config(), dtype).storage == dtype
+
+
+def test_an_odd_head_in_four_bits_is_refused() -> None:
+    settings = RunnerConfig(source=Path("x"), kv_dtype="int4")
+    with pytest.raises(RunnerConfigError, match="int4 needs an even head_dim, the model has 63"):
+        choose_kv_format(settings, replace(_config(), head_dim=63), torch.float32)
 
 
 def test_a_format_that_there_is_not_is_named() -> None:
