@@ -6,13 +6,15 @@ model, and allocates nothing but results.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from services.engine.kernels import reference
 from services.engine.kernels.gpu import rotary_write
 from services.engine.kernels.gpu.embedding import embedding, gather_rows
-from services.engine.kernels.gpu.gpu_metadata import gpu_metadata
+from services.engine.kernels.gpu.gpu_metadata import GpuMetadata, gpu_metadata
 from services.engine.kernels.gpu.norm import add_rms_norm, rms_norm
+from services.engine.kernels.gpu.paged_decode import paged_decode
 from services.engine.kernels.gpu.paged_prefill import paged_prefill
 from services.engine.kernels.gpu.silu_mul import silu_mul
 from services.engine.kernels.kv_format import LayerCache
@@ -66,8 +68,14 @@ class GpuBackend:
         *,
         sliding_window: int | None = None,
     ) -> Tensor:
-        """Causal attention over the blocks; [rows, heads, head_dim] -> the same shape."""
+        """Causal attention over the blocks; [rows, heads, head_dim] -> the same shape.
+
+        Decodes split a sequence's keys over programs; a deterministic engine goes without, so that a row has
+        the bits of a decode and of a chunk alike.
+        """
         plan = gpu_metadata(metadata)
+        if plan.is_decode and not numerics.is_deterministic:
+            return _decode(query, cache, plan, scale, sliding_window)
         return paged_prefill(
             query,
             cache,
@@ -102,3 +110,23 @@ class GpuBackend:
     ) -> Linear:
         """Ready a 4-bit weight: values uint8 [in, out], zeros uint8 and scales [in / group, out]."""
         return Int4Linear(values, zeros, scales, bias, numerics, scratch)
+
+
+def _decode(
+    query: Tensor, cache: LayerCache, plan: GpuMetadata, scale: float, sliding_window: int | None
+) -> Tensor:
+    """Attention of a batch whose row i is sequence i. Rows behind the last sequence are padding: zeros."""
+    num_seqs = plan.context_lens.shape[0]
+    is_padded = query.shape[0] > num_seqs
+    out = torch.zeros_like(query) if is_padded else torch.empty_like(query)
+    paged_decode(
+        query[:num_seqs],
+        cache,
+        plan.block_tables,
+        plan.context_lens,
+        scale,
+        max_context=plan.max_context,
+        sliding_window=sliding_window,
+        out=out[:num_seqs],
+    )
+    return out

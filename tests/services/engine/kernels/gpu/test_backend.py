@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from services.engine.kernels import ops
+from services.engine.kernels import ops, reference
 from services.engine.kernels.gpu.backend import GpuBackend
 from services.engine.kernels.gpu.gpu_metadata import PLAN_KEY, GpuMetadata, gpu_metadata
-from services.engine.kernels.kv_format import FORMATS
+from services.engine.kernels.kv_format import FORMATS, LayerCache
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
+from services.engine.kernels.scratch import Scratch
 from services.engine.models.llama import Llama
 from services.engine.models.loader import load_model, read_model_config
 from services.engine.runner.kv_cache import KVCache
@@ -165,6 +166,31 @@ def test_a_row_has_the_same_bits_in_every_batch_and_chunk(
         cuts = [0, 4, 5, end] if end > 5 else [0, end]
         chunks = [alone.step({name: span}) for span in pairwise(cuts)]
         assert torch.equal(torch.cat(chunks), torch.cat(parts)), name
+
+
+@pytest.mark.parametrize("is_deterministic", [False, True])
+def test_decodes_of_a_captured_shape(is_deterministic: bool, device: str, poison_empty: None) -> None:
+    """More sequences, a wider table and a longer bound than the batch has, as in a CUDA graph."""
+    generator = torch.Generator().manual_seed(2)
+    k, v = torch.randn(2, 5, 2, BLOCK_SIZE, 16, generator=generator)
+    k[4], v[4] = float("nan"), float("nan")
+    cache = LayerCache(FORMATS["float32"], k.to(device), v.to(device))
+    query = torch.randn(4, 4, 16, generator=generator).to(device)
+    tables, contexts = [[2, 0], [3, 4]], [19, 16]
+    slots = torch.zeros(4, dtype=torch.int64)
+    exact = AttentionMetadata(torch.tensor([18, 15]), slots[:2], torch.tensor(tables), [1, 1], contexts, 16)
+    expected = reference.paged_attention(query[:2].cpu(), LayerCache(cache.kv_format, k, v), exact, 0.25)
+
+    def int32(values: list[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    wide = [[*table, 4, 4] for table in tables] + [[4] * 4] * 2
+    plan = GpuMetadata(int32([0, 1, 2, 2, 2]), int32([*contexts, 0, 0]), int32(wide), 1, 64)
+    metadata = AttentionMetadata(slots, slots.to(device), int32(wide), [], [], 16, 4, {PLAN_KEY: plan})
+    numerics = Numerics(torch.float32, is_deterministic, device=torch.device(device))
+    actual = GpuBackend.paged_attention(query, cache, metadata, 0.25, numerics, Scratch()).cpu()
+    torch.testing.assert_close(actual[:2], expected, rtol=0, atol=1e-5)
+    assert torch.equal(actual[2:], torch.zeros(2, 4, 16))
 
 
 def test_metadata_of_the_runner_is_taken_as_it_is(device: str) -> None:
