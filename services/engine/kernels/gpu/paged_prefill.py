@@ -108,9 +108,10 @@ def _paged_prefill_kernel(
 ):
     DTYPE: tl.constexpr = query_ptr.dtype.element_ty
     BLOCK_Q: tl.constexpr = BLOCK_M // GROUP
-    kv_head = tl.program_id(0).to(tl.int64)
-    # The last rows of a sequence see the most keys: they start first, so that no long program is left alone.
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    # Programs that run together share a kv head, so that its K and V are found in the L2. The last rows of a
+    # sequence see the most keys: they start first, so that no long program is left alone at the end.
+    kv_head = tl.program_id(1).to(tl.int64)
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
     sequence = _sequence_of_tile(query_starts_ptr, num_seqs, tile, BLOCK_Q, SPAN)
     is_real = sequence < num_seqs
     row_begin = tl.load(query_starts_ptr + sequence)
@@ -265,7 +266,7 @@ def paged_prefill(
         raise ValueError(f"{group} query heads to a kv head do not fit into a tile of {config.block_m}")
     k, v, k_params, v_params = _operands(cache)
     num_seqs = context_lens.shape[0]
-    grid = (cache.num_kv_heads, rows // (config.block_m // group) + num_seqs + 1)
+    grid = (rows // (config.block_m // group) + num_seqs + 1, cache.num_kv_heads)
     _paged_prefill_kernel[grid](
         out,
         query,

@@ -241,6 +241,24 @@ def test_many_sequences(device):
     check(make_batch(device, query_lens, context_lens, heads=(1, 1)), config=SMALL)
 
 
+def test_rows_of_an_empty_context_are_zero(device):
+    """As the padding of a captured batch has them: a row, but no key."""
+    batch = make_batch(device, [1, 1, 1], [20, 0, 0])
+    out = batch.run()
+    assert out[1:].eq(0).all()
+    torch.testing.assert_close(out[:1], slice_of(batch, 0, 0, 1).expected(), rtol=0, atol=1e-5)
+
+
+def test_a_row_does_not_read_past_its_neighbours(device):
+    """Chunks of one cached sequence: what later rows' keys hold, here NaN, is not read for earlier rows."""
+    batch = make_batch(device, [20], [60])
+    expected = slice_of(batch, 0, 0, 5).run()
+    block = batch.block_tables[0, 45 // 16]
+    batch.cache.k[block, :, 45 % 16 :] = torch.nan
+    batch.cache.v[block, :, 45 % 16 :] = torch.nan
+    assert torch.equal(slice_of(batch, 0, 0, 5).run(), expected)
+
+
 def test_query_and_out_of_other_strides(device):
     batch = make_batch(device, [4, 1], [20, 33])
     expected = batch.run()
