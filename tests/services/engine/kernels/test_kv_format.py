@@ -13,6 +13,7 @@ from torch import Tensor
 from services.engine.kernels.kv_format import (
     FORMATS,
     MIN_SCALE,
+    _scale,
     dequantize,
     pack_params,
     quantize,
@@ -135,6 +136,13 @@ def test_what_is_not_finite_makes_its_vector_nan_and_no_other(name: str, at: int
     assert bool(found[:-1].isnan().all())
     assert bool(scale[:-1].isnan().all())
     assert torch.equal(found[-1], _round_trip(beside, name)[0])
+
+
+def test_a_nan_of_all_ones_is_not_rounded_to_a_number() -> None:
+    """The NaN that NVIDIA's arithmetic makes; reductions on a CPU make another one."""
+    extents = torch.cat([NVIDIA_NAN, torch.tensor([math.nan, math.inf, 3.4e38 * 255, 510.0])])
+    assert _scale(extents, 255)[:-1].isnan().all()
+    assert float(_scale(extents, 255)[-1]) == 2
 
 
 @pytest.mark.parametrize(("name", "expected"), [("float32", 400), ("bfloat16", 200), ("float16", 200)])
