@@ -69,6 +69,7 @@ class EngineLoop:
         self._link_ids = itertools.count(1)
         self._report = core.report()
         self._drain_at: float | None = None
+        self._is_idle = True
         self._is_stopped = threading.Event()
         self._fault: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name="engine-loop", daemon=True)
@@ -167,6 +168,7 @@ class EngineLoop:
             while self._take_commands():
                 self._turn()
             self._core.abort_all(FinishReason.CANCELLED)
+            self._core.settle()
             self._publish(self._core.report())
         except BaseException as error:
             log.critical("the engine loop died", exc_info=error)
@@ -175,21 +177,27 @@ class EngineLoop:
             self._is_stopped.set()
 
     def _turn(self) -> None:
-        """One step, if anything can run; otherwise only what commands and deadlines have brought about."""
+        """Launch a step if anything can run, and collect one.
+
+        Over a runner that can overlap, the events of the step collected last go out while the one launched
+        now is on the device.
+        """
         if self._drain_at is not None and self.now() >= self._drain_at and self._core.num_live:
             self._core.abort_all(FinishReason.CANCELLED)
-        report = self._core.step() if self._core.num_live else self._core.report()
-        self._publish(report)
-        if self._observe is not None and (report.num_batched_tokens or report.finished):
-            self._observe(report)
+        is_at_work = self._core.launch()
+        if is_at_work:
+            self._publish(self._core.report())
+        self._core.collect()
+        if not is_at_work:
+            self._publish(self._core.report())
+        # What cannot be placed now is tried again after a while, or a command.
+        self._is_idle = not (is_at_work or self._report.num_batched_tokens or self._report.finished)
 
     def _take_commands(self) -> bool:
         """Run the commands in the inbox; with nothing to do, wait for one. False: stop."""
         timeout: float | None = 0.0
-        if not self._core.has_work() and not self._pending:
+        if self._is_idle and not self._pending:
             timeout = IDLE_POLL_S if self._core.num_live else None
-        elif not self._report.num_batched_tokens and self._report.num_running + self._report.num_waiting:
-            timeout = IDLE_POLL_S  # Work that cannot be placed now: do not spin.
         while True:
             try:
                 command = self._inbox.get(block=timeout != 0.0, timeout=timeout or None)
@@ -213,15 +221,15 @@ class EngineLoop:
         events.accepted.append(slot)
 
     def _events(self, link_id: int) -> LinkEvents:
-        return self._pending.setdefault(link_id, LinkEvents(self._report.step))
+        events = self._pending.get(link_id)
+        if events is None:
+            events = self._pending[link_id] = LinkEvents(self._report.step)
+        return events
 
     def _publish(self, report: StepReport) -> None:
         """Sort a report's events by link and deliver them."""
         self._report = report
-        for token in report.tokens:
-            link_id, slot = _link_and_slot(token.key)
-            if link_id in self._deliver:
-                self._events(link_id).tokens.append((slot, token))
+        self._sort_tokens(report.tokens)
         for end in report.finished:
             link_id, slot = _link_and_slot(end.key)
             if link_id in self._deliver:
@@ -235,6 +243,18 @@ class EngineLoop:
             except Exception:
                 log.exception("delivery failed; closing link %d", link_id)
                 self.close_link(link_id)
+        if self._observe is not None and (report.num_batched_tokens or report.finished):
+            self._observe(report)
+
+    def _sort_tokens(self, tokens: list[TokenEvent]) -> None:
+        """Append each token to what its link is told next. Neighbours are mostly of one link."""
+        newest: int | None = None
+        for token in tokens:
+            link_id, slot = token.key  # type: ignore[misc]
+            if link_id != newest:
+                newest = link_id
+                add = self._events(link_id).tokens.append if link_id in self._deliver else _ignore
+            add((slot, token))
 
     def _die(self, error: BaseException) -> None:
         """Tell everyone that their streams are over, then whoever supervises."""
@@ -242,10 +262,15 @@ class EngineLoop:
         try:
             if not isinstance(error, DeviceFault):
                 log.critical("this is a bug, not a device fault")
+            self._core.abandon()
             self._core.abort_all(FinishReason.ERROR, EngineUnavailable("the engine failed"))
             self._publish(self._core.report())
         finally:
             self._on_fault(error)
+
+
+def _ignore(token: tuple[int, TokenEvent]) -> None:
+    """For the tokens of a link that is closed."""
 
 
 def _link_and_slot(key: Hashable) -> tuple[int, int]:

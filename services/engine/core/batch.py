@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 from services.engine.core.sequence import Sequence
 
@@ -16,15 +16,25 @@ from services.engine.core.sequence import Sequence
 class Chunk:
     """Tokens [start, start + length) of one sequence, computed in one step.
 
-    K and V of every token before `start` are in the sequence's blocks already; blocks for these tokens are
-    allocated. `is_sampling`: the last token of the chunk is the sequence's newest, so its logits row is
-    sampled.
+    K and V of every token before `start` are in the sequence's blocks by the time the step runs; blocks for
+    these tokens are allocated. `is_sampling`: the last token of the chunk is the sequence's newest, so its
+    logits row is sampled. `input_row`: the host does not know the chunk's last token yet. It is the one drawn
+    in that row of the step launched just before; rows count the chunks of a step that sample.
     """
 
     sequence: Sequence
     start: int
     length: int
     is_sampling: bool
+    input_row: int | None = None
+
+    @property
+    def output_position(self) -> int:
+        """The place in the completion of the token that this chunk draws, counted from 0.
+
+        Holds with a token in flight, too, when `len(sequence.output_token_ids)` is still one less.
+        """
+        return self.start + self.length - len(self.sequence.prompt_token_ids)
 
 
 class BlockCopy(NamedTuple):
@@ -44,10 +54,52 @@ class SampledToken(NamedTuple):
 
 
 class Runner(Protocol):
-    """Whatever runs the model. One thread calls it."""
+    """Whatever runs the model. One thread calls it.
+
+    Steps run in the order of their launches, each as if it began when the one before had ended (on a device:
+    one stream). With `has_overlap` off, `launch` computes at once and every launch is collected before the
+    next; with it on, at most two steps are launched and not collected.
+    """
+
+    has_overlap: bool
 
     def prepare(self, chunk: Chunk) -> None:
-        """Get one chunk ready. An exception ends that sequence alone."""
+        """Get one chunk ready. An exception ends that sequence alone.
+
+        Not called for a chunk with an `input_row`: the sequence's chunk before it was prepared.
+        """
+
+    def launch(self, chunks: SequenceABC[Chunk], copies: SequenceABC[BlockCopy]) -> Any:
+        """Start one step: the copies, then the forward of one mixed ragged batch, then sampling.
+
+        May return before the device is done, with whatever `collect` needs. All that is wanted of the chunks
+        and their sequences has been read by then: the core changes both right after. If it raises, the step
+        counts as not having run, and its sequences are launched again, one at a time.
+        """
+
+    def collect(self, launched: Any) -> list[SampledToken | Exception]:
+        """Wait for a launched step, the oldest first, without holding the interpreter up.
+
+        One token per sampling chunk, in row order; a row's failure is returned in its place. An exception
+        concerns the whole step: its sequences are launched again, one at a time.
+        """
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what is held for a sequence. May come twice, and while a launched step still computes it.
+
+        A sequence that is launched again after a failed step is forgotten and prepared once more: what was
+        counted from its drawn tokens has to be counted anew.
+        """
+
+    def is_device_fault(self, error: BaseException) -> bool:
+        """Whether the device is beyond repair after this error."""
+
+
+class ForwardRunner(Protocol):
+    """A runner that computes while the caller waits: forward and sampling are two calls."""
+
+    def prepare(self, chunk: Chunk) -> None:
+        """As in `Runner`."""
 
     def copy_blocks(self, copies: SequenceABC[BlockCopy]) -> None:
         """Do the copies, before the forward of the same step."""
@@ -59,7 +111,51 @@ class Runner(Protocol):
         """Draw one token per sampling chunk, in row order. A row's failure is returned in its place."""
 
     def forget(self, sequence: Sequence) -> None:
-        """Drop what is held for a sequence. May come twice."""
+        """As in `Runner`."""
 
     def is_device_fault(self, error: BaseException) -> bool:
-        """Whether the device is beyond repair after this error."""
+        """As in `Runner`."""
+
+
+class SerialRunner:
+    """A `ForwardRunner` as a `Runner` without overlap."""
+
+    has_overlap = False
+
+    def __init__(self, runner: ForwardRunner) -> None:
+        self._runner = runner
+
+    def prepare(self, chunk: Chunk) -> None:
+        """Handed on."""
+        self._runner.prepare(chunk)
+
+    def launch(
+        self, chunks: SequenceABC[Chunk], copies: SequenceABC[BlockCopy]
+    ) -> list[SampledToken | Exception]:
+        """Compute the step; what is returned is its tokens."""
+        if copies:
+            self._runner.copy_blocks(copies)
+        if not chunks:
+            return []
+        logits = self._runner.forward(chunks)
+        sampling = [chunk for chunk in chunks if chunk.is_sampling]
+        return self._runner.sample(logits, sampling) if sampling else []
+
+    def collect(self, launched: list[SampledToken | Exception]) -> list[SampledToken | Exception]:
+        """The tokens, at once."""
+        return launched
+
+    def forget(self, sequence: Sequence) -> None:
+        """Handed on."""
+        self._runner.forget(sequence)
+
+    def is_device_fault(self, error: BaseException) -> bool:
+        """Handed on."""
+        return self._runner.is_device_fault(error)
+
+
+def as_runner(runner: Runner | ForwardRunner) -> Runner:
+    """The same runner if it launches and collects, else one around it that does."""
+    if hasattr(runner, "launch"):
+        return cast("Runner", runner)
+    return SerialRunner(runner)

@@ -1,7 +1,8 @@
 """Who owns which block of the KV cache.
 
-Five verbs: `match` finds what is cached, `allocate` takes it, `reserve` gets room for more tokens, `commit`
-records what a step computed, `release` gives everything back. Knows no tensors, no scheduling, no requests.
+Five verbs: `match` finds what is cached, `allocate` takes it, `reserve` gets room for more tokens, `record`
+writes down what has been computed, `release` gives everything back. Knows no tensors, no scheduling, no
+requests.
 """
 
 from __future__ import annotations
@@ -79,7 +80,10 @@ class BlockManager:
     # -- the five verbs ------------------------------------------------------------
 
     def match(self, sequence: Sequence) -> Match:
-        """The longest cached head of a sequence, always leaving its last token to be computed."""
+        """The longest cached head of a sequence, always leaving its last token to be computed.
+
+        Finds what has been recorded.
+        """
         match = Match()
         if not self.has_prefix_cache:
             return match
@@ -138,7 +142,10 @@ class BlockManager:
             self._blocks[copy.destination].token_ids.extend(
                 sequence.token_ids[start : start + copy.num_tokens]
             )
-        sequence.num_computed_tokens = match.num_tokens(self.block_size)
+        sequence.num_slots = len(sequence.block_table) * self.block_size
+        num_tokens = match.num_tokens(self.block_size)
+        sequence.num_recorded_tokens = sequence.num_computed_tokens = num_tokens
+        sequence.num_scheduled_tokens = num_tokens
         return copy
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -148,27 +155,49 @@ class BlockManager:
         missing = -(-num_tokens // self.block_size) - len(sequence.block_table)
         if missing > self.num_available:
             return False
+        # Whoever grows by decoding is brought up to date once a block, so that nobody has much to catch up.
+        self.record(sequence)
         for _ in range(missing):
             sequence.block_table.append(self._take().index)
+        sequence.num_slots = len(sequence.block_table) * self.block_size
         return True
 
-    def commit(self, sequence: Sequence, num_tokens: int) -> None:
-        """Record that K and V of the next `num_tokens` tokens are now in the sequence's blocks."""
-        self._fill(sequence, num_tokens)
-        sequence.num_computed_tokens += num_tokens
+    def record(self, sequence: Sequence) -> None:
+        """Write down which tokens the sequence's blocks hold, for others to find.
+
+        May come any number of steps late: before `match` is in time.
+        """
+        position, end = sequence.num_recorded_tokens, sequence.num_computed_tokens
+        while position < end:
+            i, offset = divmod(position, self.block_size)
+            block = self._blocks[sequence.block_table[i]]
+            if block.num_owners - self._held[block.index] > 1 or block.num_filled != offset:
+                raise IntegrityError(
+                    f"block {block.index} is shared or out of step: not to be written at {offset}"
+                )
+            stop = min(end, (i + 1) * self.block_size)
+            block.token_ids.extend(sequence.token_ids[position:stop])
+            if self.has_prefix_cache:
+                self._list(sequence, i, block)
+            position = sequence.num_recorded_tokens = stop
 
     def release(self, sequence: Sequence, *, is_sound: bool = True) -> None:
         """Take back a sequence's blocks. What is worth keeping becomes Cached, tails older than heads.
 
-        What is not sound is kept by those who share it, and found by nobody else.
+        What is not sound is kept by those who share it, and found by nobody else. A step in flight may still
+        write behind the computed tokens; the blocks may be used again nevertheless, because whatever writes
+        there for a new owner runs after that step, and nothing behind the recorded tokens is ever read.
         """
+        if is_sound:
+            self.record(sequence)
         for index in reversed(sequence.block_table):
             block = self._blocks[index]
             if block.is_indexed and not is_sound:
                 self._index.remove(block)
             self._disown(block)
         sequence.block_table.clear()
-        sequence.num_computed_tokens = 0
+        sequence.num_slots = 0
+        sequence.num_recorded_tokens = sequence.num_computed_tokens = sequence.num_scheduled_tokens = 0
 
     # -- around them ------------------------------------------------------------
 
@@ -267,23 +296,6 @@ class BlockManager:
         block.token_ids = array(TOKEN_TYPECODE)
         block.parent_hash = b""
         block.chain_hash = None
-
-    def _fill(self, sequence: Sequence, num_tokens: int) -> None:
-        """Write down which tokens the blocks from `num_computed_tokens` on hold now."""
-        position = sequence.num_computed_tokens
-        end = position + num_tokens
-        while position < end:
-            i, offset = divmod(position, self.block_size)
-            block = self._blocks[sequence.block_table[i]]
-            if block.num_owners - self._held[block.index] > 1 or block.num_filled != offset:
-                raise IntegrityError(
-                    f"block {block.index} is shared or out of step: not to be written at {offset}"
-                )
-            stop = min(end, (i + 1) * self.block_size)
-            block.token_ids.extend(sequence.token_ids[position:stop])
-            if self.has_prefix_cache:
-                self._list(sequence, i, block)
-            position = stop
 
     def _list(self, sequence: Sequence, i: int, block: Block) -> None:
         """Index a block when it first becomes findable, and again when it becomes full."""

@@ -1,37 +1,36 @@
-"""The engine's heart: schedule, execute, update.
+"""The engine's heart: launch a step, collect a step, report.
 
 One thread owns it. It admits sequences, steps them, and tells what happened; every way out of a sequence
-passes `_finish`. It knows neither tensors (the runner's) nor clients (the loop's).
+passes `_finish`. Over a runner that can overlap, a step is launched before the tokens of the one before it
+are collected, so that the device need not wait for the host. It knows neither tensors (the runner's) nor
+clients (the loop's).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from time import monotonic
 
 from services.engine.core.admission import Admission, CoreLimits
-from services.engine.core.batch import Runner, SampledToken
+from services.engine.core.batch import Chunk, ForwardRunner, Runner, SampledToken, as_runner
 from services.engine.core.block_manager import BlockManager
 from services.engine.core.cost_model import CostModel
+from services.engine.core.deadlines import Deadlines
 from services.engine.core.errors import (
     DeadlineUnmet,
     Draining,
     DuplicateRequest,
+    IntegrityError,
     InternalFailure,
     RequestError,
 )
 from services.engine.core.events import Counters, FinishedEvent, StepReport, TokenEvent
-from services.engine.core.executor import Executor, Outputs
+from services.engine.core.executor import Executor, Output, Step
 from services.engine.core.scheduler import Batch, Scheduler
-from services.engine.core.sequence import FinishReason, Sequence
+from services.engine.core.sequence import FinishReason, Sequence, SequenceStatus
 
 log = logging.getLogger("weft.engine.core")
-
-MIN_DEADLINE_MARGIN_S = 0.05
-"""A stream is ended this long before its deadline, or two gaps between tokens, so that its last message
-arrives.
-"""
 
 
 class EngineCore:
@@ -39,7 +38,7 @@ class EngineCore:
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Runner | ForwardRunner,
         scheduler: Scheduler,
         blocks: BlockManager,
         limits: CoreLimits,
@@ -53,11 +52,19 @@ class EngineCore:
         self.step_started_at: float | None = None
         self.step_bound_s = self.costs.step_bound_s(0)
         self.is_draining = False
-        self._runner = runner
-        self._executor = Executor(runner)
+        self._runner = as_runner(runner)
+        self.has_overlap = scheduler.has_overlap = self._runner.has_overlap
+        self._executor = Executor(self._runner)
+        # The step that the device works on, and the one launched behind it.
+        self._current: Step | None = None
+        self._next: Step | None = None
+        self._collected_at = 0.0
         self._live: dict[Hashable, Sequence] = {}
+        self._deadlines = Deadlines()
+        self._tokens: list[TokenEvent] = []
         self._finished: list[FinishedEvent] = []
-        self._num_steps = self._num_begun = self._num_ended = 0
+        self._num_batched_tokens = 0
+        self._num_steps = self._num_begun = self._num_ended = self._num_paused = 0
         self._num_prompt_tokens = self._num_generation_tokens = self._peak_batch_size = 0
 
     # -- commands ------------------------------------------------------------
@@ -76,9 +83,11 @@ class EngineCore:
             raise
         except Exception as error:
             failure = InternalFailure("admit", error)
-            self._log_failure(sequence, failure)
+            _log_failure(sequence, failure)
             raise failure from error
         self._live[sequence.key] = sequence
+        self._deadlines.add(sequence)
+        self._num_paused += sequence.is_paused
         self._num_begun += 1
         self._num_prompt_tokens += len(sequence.prompt_token_ids)
         self.scheduler.add(sequence)
@@ -101,12 +110,14 @@ class EngineCore:
             sequence.priority = priority
         if deadline is not None:
             sequence.deadline = deadline
+            self._deadlines.add(sequence)
         self.scheduler.reorder()
 
     def set_paused(self, key: Hashable, is_paused: bool) -> None:
-        """Stop, or go on, scheduling a sequence."""
+        """Stop, or go on, scheduling a sequence. A token in flight still comes."""
         sequence = self._live.get(key)
         if sequence is not None:
+            self._num_paused += is_paused - sequence.is_paused
             sequence.is_paused = is_paused
             sequence.last_token_at = None  # The pause is no gap between two tokens.
 
@@ -121,35 +132,100 @@ class EngineCore:
         return len(self._live)
 
     def has_work(self) -> bool:
-        """Whether a step could do anything now: something runnable, or an end to report."""
-        return bool(self._finished) or self.scheduler.has_runnable()
+        """Whether a step could do anything now: something in flight or runnable, or an event to report."""
+        is_in_flight = self._current is not None or self._next is not None
+        return is_in_flight or bool(self._tokens or self._finished) or self.scheduler.has_runnable()
 
     # -- the step ------------------------------------------------------------
 
     def step(self) -> StepReport:
-        """Run one step. Raises DeviceFault when the device is beyond repair; any other failure ends one
-        sequence.
+        """Launch the next step; collect the one before it, or, without overlap, that same one; report.
+
+        Raises DeviceFault when the device is beyond repair; any other failure ends one sequence.
         """
-        self.step_bound_s = self.costs.step_bound_s(0)
-        self.step_started_at = self.now()
+        self.launch()
+        self.collect()
+        return self.report()
+
+    def launch(self) -> bool:
+        """Schedule a step and start it.
+
+        True: the device is at work, so this is the time to tell what is known, before `collect` waits.
+        """
+        now = self.now()
+        if self.step_started_at is None:
+            self.step_bound_s = self.costs.step_bound_s(0)
+            self.step_started_at = now
+        # Nothing can be built on a step that failed before its sequences have run again.
+        if self._current is None or self._current.error is None:
+            self._end_late(now)
+            step = self._launch(self.scheduler.schedule(now), now)
+            if self.has_overlap:
+                self._next = step
+            else:
+                self._current = step
+        return self.has_overlap and (self._current is not None or self._next is not None)
+
+    def _launch(self, batch: Batch, now: float) -> Step | None:
+        if not batch.chunks:
+            return None
+        num_before = 0 if self._current is None else self._current.batch.num_tokens
+        self.step_bound_s = self.costs.step_bound_s(num_before + batch.num_tokens)
+        step: Step | None = None
         try:
-            self._end_late()
-            batch = self.scheduler.schedule(self.now())
-            outputs = self._execute(batch)
-            return self._update(batch, outputs)
+            for chunk, failure in self._executor.prepare(batch):
+                self._fail(chunk.sequence, failure)
+            if batch.chunks:
+                self._peak_batch_size = max(self._peak_batch_size, len(batch.chunks))
+                step = self._executor.launch(batch, now)
         finally:
+            if step is None:
+                self._finish_copies(batch)
+        return step
+
+    def collect(self) -> None:
+        """Wait for the step that runs, if any, and take what it brought; then the one behind it runs."""
+        step, self._current = self._current, None
+        if step is not None:
+            try:
+                outputs = self._executor.collect(step, self._next)
+            finally:
+                self._finish_copies(step.batch)
+            now = self.now()
+            took = now - max(step.started_at, self._collected_at)
+            self.costs.observe(step.batch.num_tokens, len(step.batch.chunks), took)
+            self._collected_at = now
+            self._num_steps += 1
+            self._num_batched_tokens += step.batch.num_tokens
+            self._update(step.batch, outputs, now)
+        self._current, self._next = self._next, None
+        if self._current is None:
             self.step_started_at = None
+        elif step is not None:
+            self.step_started_at = self._collected_at
+
+    def settle(self) -> None:
+        """Collect all that is in flight."""
+        while self._current is not None or self._next is not None:
+            self.collect()
+
+    def abandon(self) -> None:
+        """Forget what is in flight: it will never be collected."""
+        for step in (self._current, self._next):
+            if step is not None:
+                self._finish_copies(step.batch)
+        self._current = self._next = self.step_started_at = None
 
     def report(self) -> StepReport:
-        """The state now, with the ends that no step has told yet."""
-        running, waiting = self.scheduler.running, self.scheduler.waiting
-        finished, self._finished = self._finished, []
-        return StepReport(
+        """The state now, with the tokens and ends that no report has told yet."""
+        report = StepReport(
             step=self._num_steps,
-            finished=finished,
-            num_running=len(running),
-            num_waiting=len(waiting),
-            num_paused=sum(s.is_paused for s in self._live.values()),
+            tokens=self._tokens,
+            finished=self._finished,
+            num_batched_tokens=self._num_batched_tokens,
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            num_paused=self._num_paused,
             blocks=self.blocks.counts(),
             counters=Counters(
                 begun=self._num_begun,
@@ -163,55 +239,54 @@ class EngineCore:
                 peak_batch_size=self._peak_batch_size,
             ),
         )
+        self._tokens, self._finished, self._num_batched_tokens = [], [], 0
+        return report
 
     def check_integrity(self) -> None:
         """Recount blocks and sequences. Raises IntegrityError."""
         self.blocks.check_integrity(self._live.values())
+        self.scheduler.check_integrity(self._live.values())
+        if self._num_paused != sum(sequence.is_paused for sequence in self._live.values()):
+            raise IntegrityError("the paused sequences are counted wrong")
 
-    def _execute(self, batch: Batch) -> Outputs:
-        """Run the batch, learn from the time it took, and let the sources of its copies go."""
-        if not batch.chunks:
-            return {}
-        self._num_steps += 1
-        self._peak_batch_size = max(self._peak_batch_size, len(batch.chunks))
-        self.step_bound_s = self.costs.step_bound_s(batch.num_tokens)
-        started = self.now()
-        try:
-            outputs = self._executor.run(batch)
-        finally:
-            for copy in batch.copies:
-                self.blocks.finish_copy(copy)
-        self.costs.observe(batch.num_tokens, len(batch.chunks), self.now() - started)
-        return outputs
+    def _finish_copies(self, batch: Batch) -> None:
+        """The copies of a batch have run, or will not run: their sources may go."""
+        for copy in batch.copies:
+            self.blocks.finish_copy(copy)
 
     # -- update ------------------------------------------------------------
 
-    def _update(self, batch: Batch, outputs: Outputs) -> StepReport:
-        """Commit what was computed, hand out tokens, end what is done."""
-        now = self.now()
-        tokens: list[TokenEvent] = []
-        for i, chunk in enumerate(batch.chunks):
-            sequence, output = chunk.sequence, outputs[i]
+    def _update(self, batch: Batch, outputs: Iterable[Output], now: float) -> None:
+        """Commit what was computed, take in the tokens, end what is done."""
+        for chunk, output in zip(batch.chunks, outputs, strict=True):
+            sequence = chunk.sequence
+            if sequence.status is SequenceStatus.FINISHED:
+                continue  # It ended while the step ran. What was computed in excess is nobody's.
             if isinstance(output, Exception):
-                self._fail(sequence, "sample", output)
+                self._fail(sequence, output, "sample")
                 continue
             try:
-                self.blocks.commit(sequence, chunk.length)
+                self._commit(chunk)
                 if output is not None:
-                    tokens.append(self._emit(sequence, output, now))
+                    self._emit(sequence, output, now)
             except Exception as error:
-                self._fail(sequence, "emit", error)
+                self._fail(sequence, error, "emit")
                 continue
-            if output is not None:
-                reason = sequence.stop_reason()
-                if reason is not None:
-                    self._finish(sequence, reason)
-        report = self.report()
-        report.tokens = tokens
-        report.num_batched_tokens = batch.num_tokens
-        return report
+            reason = None if output is None else sequence.stop_reason()
+            if reason is not None:
+                self._finish(sequence, reason)
 
-    def _emit(self, sequence: Sequence, token: SampledToken, now: float) -> TokenEvent:
+    def _commit(self, chunk: Chunk) -> None:
+        sequence = chunk.sequence
+        if sequence.status is not SequenceStatus.RUNNING:
+            # It lost its blocks while the step ran: all is to be computed again, the token drawn included.
+            sequence.num_foreseen_tokens = len(sequence.token_ids)
+            return
+        sequence.num_computed_tokens = chunk.start + chunk.length
+        if chunk.length > 1:
+            self.blocks.record(sequence)
+
+    def _emit(self, sequence: Sequence, token: SampledToken, now: float) -> None:
         ttft_s = itl_s = None
         if sequence.first_token_at is None:
             sequence.first_token_at = now
@@ -222,25 +297,29 @@ class EngineCore:
         event = TokenEvent(
             sequence.key, token.token_id, position, token.logprob, token.top_logprobs, ttft_s, itl_s
         )
+        if sequence.num_foreseen_tokens == len(sequence.token_ids):
+            sequence.num_foreseen_tokens += 1
         sequence.append(token.token_id)
         sequence.last_token_at = now
         self._num_generation_tokens += 1
-        return event
+        self._tokens.append(event)
 
     # -- the ends ------------------------------------------------------------
 
-    def _fail(self, sequence: Sequence, stage: str, error: Exception) -> None:
-        failure = error if isinstance(error, RequestError) else InternalFailure(stage, error)
-        self._log_failure(sequence, failure)
-        self._finish(sequence, FinishReason.ERROR, failure)
+    def _end_late(self, now: float) -> None:
+        """End what is past its deadline, or so near that its last message would come too late."""
+        for sequence in self._deadlines.late(now):
+            error = (
+                None
+                if sequence.output_token_ids
+                else DeadlineUnmet("the deadline passed before the first token")
+            )
+            self._finish(sequence, FinishReason.DEADLINE, error)
 
-    @staticmethod
-    def _log_failure(sequence: Sequence, failure: RequestError) -> None:
-        extra = {"key": repr(sequence.key)}
-        cause: BaseException = failure
-        if isinstance(failure, InternalFailure):
-            extra["error_id"], cause = failure.error_id, failure.cause
-        log.error("sequence failed: %s", failure, exc_info=cause, extra=extra)
+    def _fail(self, sequence: Sequence, error: Exception, stage: str = "") -> None:
+        failure = error if isinstance(error, RequestError) else InternalFailure(stage, error)
+        _log_failure(sequence, failure)
+        self._finish(sequence, FinishReason.ERROR, failure)
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: RequestError | None = None) -> None:
         """The one way out: blocks released, runner told, the end counted and reported, whatever fails on the
@@ -251,6 +330,8 @@ class EngineCore:
             self._runner.forget(sequence)
         finally:
             del self._live[sequence.key]
+            self._deadlines.discard(sequence)
+            self._num_paused -= sequence.is_paused
             self._num_ended += 1
             sequence.finish_reason = reason
             self._finished.append(self._end_event(sequence, reason, error))
@@ -274,16 +355,10 @@ class EngineCore:
             error=error,
         )
 
-    def _end_late(self) -> None:
-        """End what is past its deadline, or so near that its last message would come too late."""
-        now = self.now()
-        for sequence in [s for s in self._live.values() if s.deadline is not None]:
-            margin = max(MIN_DEADLINE_MARGIN_S, 2 * sequence.last_itl_s) if sequence.output_token_ids else 0.0
-            if now < (sequence.deadline or 0.0) - margin:
-                continue
-            error = (
-                None
-                if sequence.output_token_ids
-                else DeadlineUnmet("the deadline passed before the first token")
-            )
-            self._finish(sequence, FinishReason.DEADLINE, error)
+
+def _log_failure(sequence: Sequence, failure: RequestError) -> None:
+    extra = {"key": repr(sequence.key)}
+    cause: BaseException = failure
+    if isinstance(failure, InternalFailure):
+        extra["error_id"], cause = failure.error_id, failure.cause
+    log.error("sequence failed: %s", failure, exc_info=cause, extra=extra)

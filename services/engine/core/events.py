@@ -47,8 +47,7 @@ class FinishedEvent:
     error: RequestError | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Counters:
+class Counters(NamedTuple):
     """Totals since start. `begun` - `ended` is the number of live sequences, always."""
 
     begun: int = 0
@@ -62,9 +61,14 @@ class Counters:
     peak_batch_size: int = 0
 
 
+NO_COUNTERS = Counters()
+
+
 @dataclass(slots=True)
 class StepReport:
-    """What one step did. `num_batched_tokens` is 0 when nothing could run."""
+    """What happened since the report before. `num_batched_tokens` were computed by the steps that have been
+    collected since; 0 when there was none.
+    """
 
     step: int
     tokens: list[TokenEvent] = field(default_factory=list)
@@ -74,4 +78,4 @@ class StepReport:
     num_waiting: int = 0
     num_paused: int = 0
     blocks: BlockCounts = NO_BLOCKS
-    counters: Counters = field(default_factory=Counters)
+    counters: Counters = NO_COUNTERS

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import bisect
 from array import array
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from services.engine.core.batch import BlockCopy, Chunk
 from services.engine.core.block import common_head
 from services.engine.core.block_manager import BlockManager, Match
+from services.engine.core.errors import IntegrityError
 from services.engine.core.sequence import Sequence, SequenceStatus
 
 NEVER = float("inf")
@@ -34,23 +36,36 @@ class SchedulerConfig:
 
 @dataclass(slots=True)
 class Batch:
-    """One step's work: chunks to compute, copies to do before, sequences that lost their blocks for it."""
+    """One step's work: chunks to compute, of which `num_sampling` draw a token, copies to do before,
+    sequences that lost their blocks for it.
+    """
 
     chunks: list[Chunk] = field(default_factory=list)
     copies: list[BlockCopy] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+    num_tokens: int = 0
+    num_sampling: int = 0
 
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the step computes."""
-        return sum(chunk.length for chunk in self.chunks)
+    def drop(self, chunk: Chunk) -> None:
+        """Take a chunk out. The rows of those behind it move up."""
+        self.chunks.remove(chunk)
+        self.num_tokens -= chunk.length
+        sampling = [other for other in self.chunks if other.is_sampling]
+        self.num_sampling = len(sampling)
+        for row, other in enumerate(sampling):
+            other.sequence.drawn_row = row
 
 
 class Scheduler:
-    """Two lists, running and waiting, and one verb: `schedule`."""
+    """Two lists, running and waiting, and one verb: `schedule`.
+
+    With `has_overlap` a step may be scheduled on top of the one in flight: a sequence's next decode does not
+    wait for the token that is being drawn.
+    """
 
     def __init__(self, config: SchedulerConfig, blocks: BlockManager) -> None:
         self.config = config
+        self.has_overlap = False
         self.running: list[Sequence] = []
         self.waiting: list[Sequence] = []
         self.num_preemptions = 0
@@ -61,6 +76,8 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         sequence.status = SequenceStatus.WAITING
+        can_overlap = self.has_overlap and not sequence.has_host_state
+        sequence.max_foreseen_tokens = sequence.max_length - 1 if can_overlap else 0
         self.waiting.append(sequence)
 
     def remove(self, sequence: Sequence, *, is_sound: bool = True) -> None:
@@ -91,48 +108,71 @@ class Scheduler:
         batch = Batch()
         budget = self._schedule_running(batch)
         if self.waiting and budget and self._has_place() and not batch.preempted:
-            self._admit(batch, budget, now)
+            budget = self._admit(batch, budget, now)
+        batch.num_tokens = self.config.max_batched_tokens - budget
         return batch
+
+    def check_integrity(self, sequences: Iterable[Sequence]) -> None:
+        """Every live sequence is in one list, with counts that fit together. Raises IntegrityError."""
+        listed = {id(s): SequenceStatus.RUNNING for s in self.running}
+        listed |= {id(s): SequenceStatus.WAITING for s in self.waiting}
+        live = list(sequences)
+        if not len(listed) == len(self.running) + len(self.waiting) == len(live):
+            raise IntegrityError("the lists of sequences are not the live sequences")
+        for s in live:
+            counts = (s.num_recorded_tokens, s.num_computed_tokens, s.num_scheduled_tokens)
+            is_known = s.num_foreseen_tokens - len(s.token_ids) in (0, 1)
+            if listed.get(id(s)) is not s.status or not is_known:
+                raise IntegrityError(f"sequence {s.key!r} is {s.status}, {s.num_foreseen_tokens} foreseen")
+            if list(counts) != sorted(counts) or not counts[-1] <= min(s.num_slots, s.num_foreseen_tokens):
+                raise IntegrityError(f"sequence {s.key!r}: {counts} tokens in {s.num_slots} slots")
 
     # -- running ------------------------------------------------------------
 
     def _schedule_running(self, batch: Batch) -> int:
         """Decodes first, then prefill chunks; both in order of rank. Returns the budget left."""
         budget = self.config.max_batched_tokens
-        ready = [s for s in self.running if not s.is_paused]
-        decodes = [s for s in ready if s.num_uncomputed_tokens == 1]
-        prefills = [s for s in ready if s.num_uncomputed_tokens > 1]
-        placed: set[int] = set()
-        for sequence in decodes + prefills:
+        prefills: list[Sequence] = []
+        for sequence in tuple(self.running):
+            start = sequence.num_scheduled_tokens
+            num_missing = sequence.num_foreseen_tokens - start
+            if num_missing != 1 or sequence.is_paused:
+                if num_missing > 1 and not sequence.is_paused:
+                    prefills.append(sequence)
+                continue
+            if not budget:
+                break
+            if start < sequence.num_slots or self._reserve_or_preempt(sequence, start + 1, batch):
+                _place(sequence, 1, batch)
+                budget -= 1
+        for sequence in prefills:
             if not budget:
                 break
             if sequence.status is not SequenceStatus.RUNNING:
-                continue
-            length = min(sequence.num_uncomputed_tokens, budget, self.config.prefill_chunk)
-            if not self._reserve_or_preempt(sequence, sequence.num_computed_tokens + length, placed, batch):
-                continue
-            batch.chunks.append(_chunk(sequence, length))
-            placed.add(id(sequence))
-            budget -= length
+                continue  # Preempted for the sake of one before it.
+            start = sequence.num_scheduled_tokens
+            length = min(sequence.num_foreseen_tokens - start, budget, self.config.prefill_chunk)
+            if self._reserve_or_preempt(sequence, start + length, batch):
+                _place(sequence, length, batch)
+                budget -= length
         return budget
 
-    def _reserve_or_preempt(
-        self, sequence: Sequence, num_tokens: int, placed: set[int], batch: Batch
-    ) -> bool:
+    def _reserve_or_preempt(self, sequence: Sequence, num_tokens: int, batch: Batch) -> bool:
         """Get blocks for a running sequence, taking them from the back if need be; False: it was preempted
-        itself.
+        itself, now or before.
         """
-        while not self._blocks.reserve(sequence, num_tokens):
-            victim = self._victim(placed)
+        while sequence.status is SequenceStatus.RUNNING:
+            if self._blocks.reserve(sequence, num_tokens):
+                return True
+            victim = self._victim(batch)
             if victim is None:
                 return False
             self._preempt(victim, batch)
-            if victim is sequence:
-                return False
-        return True
+        return False
 
-    def _victim(self, placed: set[int]) -> Sequence | None:
+    def _victim(self, batch: Batch) -> Sequence | None:
         """Who loses its blocks: a paused sequence first, then the last in order not yet in this step."""
+        placed = {id(chunk.sequence) for chunk in batch.chunks}
         unplaced = (s for s in reversed(self.running) if id(s) not in placed)
         return self._last_paused() or next(unplaced, None)
 
@@ -141,6 +181,7 @@ class Scheduler:
         return next((s for s in reversed(self.running) if s.is_paused), None)
 
     def _preempt(self, sequence: Sequence, batch: Batch) -> None:
+        """Take a running sequence's blocks. A token that a step in flight draws for it still counts."""
         self.running.remove(sequence)
         self._blocks.release(sequence)
         sequence.num_preemptions += 1
@@ -150,8 +191,13 @@ class Scheduler:
 
     # -- waiting ------------------------------------------------------------
 
-    def _admit(self, batch: Batch, budget: int, now: float) -> None:
-        """Move sequences from waiting to running while budget, batch size and blocks last."""
+    def _admit(self, batch: Batch, budget: int, now: float) -> int:
+        """Move sequences from waiting to running while budget, batch size and blocks last. Returns the budget
+        left.
+        """
+        for sequence in self.running:
+            if sequence.num_recorded_tokens < sequence.num_computed_tokens:
+                self._blocks.record(sequence)
         heads = self._heads_in_flight()
         candidates = sorted(
             (s for s in self.waiting if not s.is_paused), key=lambda s: _aged_rank(s, now, self.config)
@@ -173,6 +219,7 @@ class Scheduler:
             self._note_heads(sequence, heads)
             for passed in blocked:
                 passed.num_bypassed += 1
+        return budget
 
     def _has_place(self) -> bool:
         """Whether the batch takes one more: paused sequences give their places up."""
@@ -223,7 +270,7 @@ class Scheduler:
             self.num_cache_hits += sequence.num_cached_tokens
         bisect.insort(self.running, sequence, key=_rank)
         length = min(sequence.num_uncomputed_tokens, budget, self.config.prefill_chunk)
-        batch.chunks.append(_chunk(sequence, length))
+        _place(sequence, length, batch)
         return length
 
     # -- computing a shared prefix once ------------------------------------------------------------
@@ -258,8 +305,20 @@ class Scheduler:
         return False
 
 
-def _chunk(sequence: Sequence, length: int) -> Chunk:
-    return Chunk(sequence, sequence.num_computed_tokens, length, length == sequence.num_uncomputed_tokens)
+def _place(sequence: Sequence, length: int, batch: Batch) -> None:
+    """Put the next `length` tokens of a sequence into a batch."""
+    start = sequence.num_scheduled_tokens
+    end = sequence.num_scheduled_tokens = start + length
+    is_sampling = end == sequence.num_foreseen_tokens
+    # One token more is foreseen than known: the chunk's last is still in flight.
+    is_in_flight = is_sampling and end > len(sequence.token_ids)
+    input_row = sequence.drawn_row if is_in_flight else None
+    batch.chunks.append(Chunk(sequence, start, length, is_sampling, input_row))
+    if is_sampling:
+        sequence.drawn_row = batch.num_sampling
+        batch.num_sampling += 1
+        if end < sequence.max_foreseen_tokens:
+            sequence.num_foreseen_tokens = end + 1
 
 
 def _rank(sequence: Sequence) -> tuple[float, float, float]:

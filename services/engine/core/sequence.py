@@ -58,11 +58,20 @@ class Sequence:
     """One sample of one request.
 
     `prompt_token_ids` and `output_token_ids` are token ids; outputs include the `num_emitted` tokens that
-    were delivered before a resume. `block_table[i]` holds the positions from i * block_size.
-    `num_computed_tokens` counts the leading tokens whose K and V are in the cache. `priority`: lower runs
-    first. `deadline` and `arrival` are seconds of the core's clock. `block_hashes` are the hash chain over
-    full blocks of `token_ids`, as far as anyone needed it. `num_bypassed` counts admissions of later requests
+    were delivered before a resume. `priority`: lower runs first. `deadline` and `arrival` are seconds of the
+    core's clock. `has_host_state`: each token changes something on the host that the next one's draw needs,
+    so no step is built on a token that is still in flight. `num_bypassed` counts admissions of later requests
     while this one could not be placed.
+
+    In blocks: `block_table[i]` holds the positions from i * block_size, `num_slots` in all. `block_hashes`
+    are the hash chain over full blocks of `token_ids`, as far as anyone needed it. In tokens, counted from
+    the first, num_recorded <= num_computed <= num_scheduled <= num_foreseen:
+    * `num_recorded_tokens`: the block manager knows what the blocks hold so far;
+    * `num_computed_tokens`: K and V are in the cache, and the step that put them there has been collected;
+    * `num_scheduled_tokens`: the steps scheduled so far compute them;
+    * `num_foreseen_tokens`: a step may compute them: the known ones, and the one being drawn, unless it is
+      the last or there is `has_host_state`. It is at most `max_foreseen_tokens` while one is being drawn.
+    `drawn_row` is the row of the newest step in which this sequence's token is drawn.
     """
 
     key: Hashable
@@ -76,11 +85,18 @@ class Sequence:
     must_complete: bool = False
     eos_token_ids: frozenset[int] = frozenset()
     cache_salt: str = ""
+    has_host_state: bool = False
 
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None
     block_table: list[int] = field(default_factory=list)
+    num_slots: int = 0
+    num_recorded_tokens: int = 0
     num_computed_tokens: int = 0
+    num_scheduled_tokens: int = 0
+    num_foreseen_tokens: int = field(init=False)
+    max_foreseen_tokens: int = 0
+    drawn_row: int = 0
     num_emitted: int = 0
     num_cached_tokens: int = 0
     num_preemptions: int = 0
@@ -92,11 +108,20 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     num_bypassed: int = 0
     token_ids: list[int] = field(init=False)
+    stop_ids: frozenset[int] = field(init=False)
+    """Every id that ends this sequence once min_tokens are out."""
     banned_token_ids: frozenset[int] = field(init=False)
+    max_length: int = field(init=False)
+    """Prompt and max_tokens together."""
 
     def __post_init__(self) -> None:
         self.token_ids = self.prompt_token_ids + self.output_token_ids
+        self.num_foreseen_tokens = len(self.token_ids)
         self.num_emitted = len(self.output_token_ids)
+        self.max_length = len(self.prompt_token_ids) + self.params.max_tokens
+        self.stop_ids = self.params.stop_token_ids
+        if not self.params.ignore_eos:
+            self.stop_ids |= self.eos_token_ids
         self.update_bans()
 
     def __len__(self) -> int:
@@ -104,15 +129,8 @@ class Sequence:
 
     @property
     def num_uncomputed_tokens(self) -> int:
-        """Tokens whose K and V are not in the cache yet; the last of them yields the next logits."""
+        """Known tokens whose K and V are not in the cache yet; the last of them yields the next logits."""
         return len(self.token_ids) - self.num_computed_tokens
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Every id that ends this sequence once min_tokens are out."""
-        if self.params.ignore_eos:
-            return self.params.stop_token_ids
-        return self.params.stop_token_ids | self.eos_token_ids
 
     def update_bans(self) -> None:
         """Recompute `banned_token_ids`: the stop ids while fewer than min_tokens are out, else nothing."""
@@ -130,9 +148,7 @@ class Sequence:
         """Why the sequence ends after its newest token, or None when it goes on."""
         if not self.output_token_ids:
             return None
-        num_output = len(self.output_token_ids)
-        if num_output >= self.params.min_tokens and self.output_token_ids[-1] in self.stop_ids:
+        # With fewer than min_tokens out, the stop ids are banned and not yet in force.
+        if self.output_token_ids[-1] in self.stop_ids and not self.banned_token_ids:
             return FinishReason.STOP
-        if num_output >= self.params.max_tokens:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if len(self.token_ids) >= self.max_length else None

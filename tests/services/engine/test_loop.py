@@ -41,14 +41,14 @@ class Client:
             assert self.changed.wait_for(condition, timeout_s), (self.tokens, self.ends, self.rejected)
 
 
-@pytest.fixture
-def start():
+@pytest.fixture(params=[False, True], ids=["serial", "overlap"])
+def start(request):
     """Starts loops over fresh cores; stops them and balances their counters afterwards."""
     started = []
 
     def begin(*, on_fault=None, observe=None, **limits):
         faults = []
-        core, runner = make_core(clock=time.monotonic, **limits)
+        core, runner = make_core(clock=time.monotonic, overlap=request.param, **limits)
         loop = EngineLoop(core, on_fault=on_fault or faults.append, observe=observe)
         loop.start()
         started.append((loop, core))
@@ -189,18 +189,19 @@ def test_an_idle_loop_uses_no_processor(start, state):
 
 
 def test_heartbeat_tells_a_running_step_from_a_rest(start):
-    loop, _, runner = start()
+    loop, core, runner = start()
     client = Client(loop)
     assert loop.heartbeat().step_elapsed_s == 0.0
     entered, leave = threading.Event(), threading.Event()
-    forward = runner.forward
+    stage = "collect" if core.has_overlap else "forward"
+    real = getattr(runner, stage)
 
-    def hanging(chunks):
+    def hanging(argument):
         entered.set()
         leave.wait(10)
-        return forward(chunks)
+        return real(argument)
 
-    runner.forward = hanging
+    setattr(runner, stage, hanging)
     loop.submit(client.link_id, 0, make_sequence(None, [1], max_tokens=1))
     assert entered.wait(5)
     time.sleep(0.05)
@@ -248,3 +249,22 @@ def test_metrics_see_every_token_and_end(start):
     assert sum(len(report.tokens) for report in reports) == 20
     assert sum(len(report.finished) for report in reports) == 5
     assert sum(token.ttft_s is not None for report in reports for token in report.tokens) == 5
+
+
+def test_tokens_are_delivered_while_the_next_step_is_on_the_device(start):
+    """No token waits for a step that it does not depend on."""
+    loop, core, runner = start()
+    client = Client(loop)
+    if not core.has_overlap:
+        pytest.skip("a runner without overlap computes at once")
+    delivered, collect = [], runner.collect
+
+    def waiting(launched):
+        # By the time that the host waits for this step, what all steps before the last brought is delivered.
+        delivered.append(len(client.tokens.get(0, ())))
+        return collect(launched)
+
+    runner.collect = waiting
+    loop.submit(client.link_id, 0, make_sequence(None, [1], max_tokens=6))
+    client.wait(lambda: 0 in client.ends)
+    assert delivered == [0, 1, 2, 3, 4, 5]

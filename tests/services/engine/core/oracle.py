@@ -42,20 +42,26 @@ def expected_output(sequence, vocabulary=VOCABULARY):
 
 
 class OracleRunner:
-    """Implements Runner over a list of slots. `fail` may name (stage, key) pairs that raise."""
+    """Implements ForwardRunner over a list of slots. `fail` may name (stage, key) pairs that raise, `once`
+    those that raise one time.
+    """
 
     def __init__(self, num_blocks, block_size):
         self.block_size = block_size
         self.slots = [[POISON] * block_size for _ in range(num_blocks)]
         self.fail = {}
+        self.once = {}
         self.num_forwards = 0
         self.num_computed_tokens = 0
         self.forgotten = []
 
-    def _maybe_fail(self, stage, key):
-        error = self.fail.get((stage, key))
-        if error is not None:
-            raise error
+    def _error(self, stage, key):
+        return self.once.pop((stage, key), None) or self.fail.get((stage, key))
+
+    def _maybe_fail(self, stage, *keys):
+        errors = [error for key in keys if (error := self._error(stage, key)) is not None]
+        if errors:
+            raise errors[0]
 
     def prepare(self, chunk):
         self._maybe_fail("prepare", chunk.sequence.key)
@@ -69,9 +75,9 @@ class OracleRunner:
 
     def forward(self, chunks):
         self.num_forwards += 1
+        self._maybe_fail("forward", *[chunk.sequence.key for chunk in chunks])
         rows = []
         for chunk in chunks:
-            self._maybe_fail("forward", chunk.sequence.key)
             sequence = chunk.sequence
             for position in range(chunk.start, chunk.start + chunk.length):
                 block, offset = divmod(position, self.block_size)
@@ -105,6 +111,118 @@ class OracleRunner:
         return "CUDA error" in str(error)
 
 
+class Launched:
+    """One step as a device has it: a copy of all that the host knew at the launch."""
+
+    def __init__(self, chunks, copies, before):
+        self.copies = list(copies)
+        self.rows = [
+            (
+                chunk.sequence,
+                list(chunk.sequence.block_table),
+                chunk.start,
+                list(chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]),
+                chunk.length,
+                chunk.is_sampling,
+                chunk.input_row,
+            )
+            for chunk in chunks
+        ]
+        self.before = before
+        self.is_ahead = before is not None and not before.is_collected
+        self.drawn_for = [chunk.sequence for chunk in chunks if chunk.is_sampling]
+        self.drawn = []
+        self.error = None
+        self.is_done = self.is_collected = False
+
+
+class DelayedRunner(OracleRunner):
+    """The oracle as a device with a queue: a step runs at some time between its launch and its collection, in
+    order, on what was known at its launch and on the tokens drawn by the step before.
+
+    A step fails at its launch, or at its collection (stage "forward"). Whatever was launched on top of a
+    failed step computes rubbish. What only a wrong core can bring about is kept in `violations`.
+    """
+
+    has_overlap = True
+
+    def __init__(self, num_blocks, block_size, seed=0):
+        super().__init__(num_blocks, block_size)
+        self.violations = []
+        self.num_in_flight_inputs = 0
+        self._rng = random.Random(seed)
+        self._queue = []
+        self._newest = None
+
+    def _require(self, is_right, text):
+        if not is_right:
+            self.violations.append(text)
+
+    def launch(self, chunks, copies):
+        self._maybe_fail("launch", *[chunk.sequence.key for chunk in chunks])
+        for chunk in chunks:
+            end = chunk.start + chunk.length
+            self._require(end < chunk.sequence.max_length, "a step for a token past max_tokens")
+        step = self._newest = Launched(chunks, copies, self._newest)
+        self._queue.append(step)
+        self._require(len(self._queue) <= 2, "more than two steps in flight")
+        self._run(self._rng.randrange(len(self._queue) + 1))
+        return step
+
+    def collect(self, launched):
+        self._require(self._queue[0] is launched, "a step collected out of order")
+        self._run(self._rng.randint(1, len(self._queue)))
+        self._queue.pop(0)
+        launched.is_collected = True
+        if launched.error is not None:
+            raise launched.error
+        return launched.drawn
+
+    def _run(self, count):
+        for step in self._queue[:count]:
+            if not step.is_done:
+                self._run_step(step)
+                step.before = None
+
+    def _run_step(self, step):
+        step.is_done = True
+        self.num_forwards += 1
+        is_rubbish = step.is_ahead and step.before.error is not None
+        for sequence, *_ in step.rows:
+            step.error = step.error or self._error("forward", sequence.key)
+        if step.error is not None and self._rng.random() < 0.5:
+            return  # It failed before it wrote anything.
+        try:
+            self.copy_blocks(step.copies)
+        except AssertionError as error:
+            self.violations.append(str(error))
+        for row in step.rows:
+            self._run_row(step, is_rubbish, *row)
+
+    def _run_row(self, step, is_rubbish, sequence, table, start, tokens, length, is_sampling, input_row):
+        if input_row is not None:
+            self.num_in_flight_inputs += 1
+            self._require(len(tokens) == length - 1, "a row for a token that the host knew")
+            self._require(step.before.drawn_for[input_row] is sequence, "the row of another sequence's draw")
+            drawn = None if is_rubbish else step.before.drawn[input_row]
+            is_rubbish = not isinstance(drawn, SampledToken)
+            tokens = [*tokens, POISON if is_rubbish else drawn.token_id]
+        self._require(len(tokens) == length, "neither a token nor a row to take it from")
+        for position, token in enumerate(tokens, start):
+            block, offset = divmod(position, self.block_size)
+            self.slots[table[block]][offset] = token
+        self.num_computed_tokens += length
+        if not is_sampling:
+            return
+        history = [token for index in table for token in self.slots[index]][: start + length]
+        is_whole = POISON not in history and len(history) == start + length
+        self._require(is_whole or is_rubbish, f"{sequence.key}: unwritten slots in its own history")
+        error = self._error("sample", sequence.key)
+        step.drawn.append(
+            error or SampledToken(next_token(history, sequence.params.seed, sequence.sample_index))
+        )
+
+
 class Clock:
     """A clock that stands still until it is moved."""
 
@@ -116,10 +234,18 @@ class Clock:
 
 
 def make_core(
-    num_blocks=32, block_size=4, *, prefix_cache=True, min_head=1, clock=None, max_queue_size=512, **limits
+    num_blocks=32,
+    block_size=4,
+    *,
+    overlap=False,
+    prefix_cache=True,
+    min_head=1,
+    clock=None,
+    max_queue_size=512,
+    **limits,
 ):
     """A core over an oracle runner, with small limits."""
-    runner = OracleRunner(num_blocks, block_size)
+    runner = (DelayedRunner if overlap else OracleRunner)(num_blocks, block_size)
     blocks = BlockManager(num_blocks, block_size, min_head=min_head, has_prefix_cache=prefix_cache)
     scheduler = Scheduler(SchedulerConfig(**limits), blocks)
     core_limits = CoreLimits(VOCABULARY, max_model_len=10_000, max_queue_size=max_queue_size)

@@ -1,4 +1,5 @@
-"""Random histories: whatever happens in whatever order, no token is wrong and no block is lost.
+"""Random histories: whatever happens in whatever order, no token is wrong and no block is lost; and a client
+sees the same with steps overlapped as without.
 
 Each history is a configuration and a list of commands; hypothesis shrinks a failing one to its few essential
 lines.
@@ -20,6 +21,8 @@ from tests.services.engine.core.oracle import (
     output_of,
 )
 
+FAILURES = (("prepare", False), ("forward", False), ("sample", False), ("launch", False), ("forward", True))
+FAILURES += (("launch", True),)
 COMMANDS = (
     "add",
     "add",
@@ -59,9 +62,10 @@ configurations = st.fixed_dictionaries(
 class History:
     """Runs commands against a core and remembers what a careful client would."""
 
-    def __init__(self, configuration):
+    def __init__(self, configuration, *, overlap):
         self.clock = Clock()
-        self.core, self.runner = make_core(clock=self.clock, **configuration)
+        self.core, self.runner = make_core(clock=self.clock, overlap=overlap, **configuration)
+        self.num_added, self.resubmitted = 0, set()
         self.sequences, self.tokens, self.ends, self.failing = {}, {}, {}, set()
 
     def do(self, name, a, b):
@@ -74,7 +78,7 @@ class History:
         prompt = [*head, *[(a >> 4) % 5] * ((a >> 8) % 6)]
         params = SamplingParams(max_tokens=1 + (b >> 5) % 9, seed=a % 2, min_tokens=(b >> 9) % 3)
         deadline = self.clock.time + (b >> 12) % 5 if a % 5 == 0 else None
-        key = len(self.sequences)
+        key = self._new_key()
         eos = frozenset({(a >> 12) % 20})
         sequence = make_sequence(
             key,
@@ -93,11 +97,12 @@ class History:
 
     def resubmit(self, a, b):
         """Cancel a live sequence and go on with what it has given, as a failover does."""
+        key = self._new_key()
         sequence = self._pick(a)
         if sequence is None:
             return
         self.core.cancel(sequence.key)
-        key = len(self.sequences)
+        self.resubmitted.add(key)
         again = make_sequence(
             key,
             sequence.prompt_token_ids,
@@ -133,11 +138,17 @@ class History:
     def fail(self, a, b):
         sequence = self._pick(a)
         if sequence is not None:
+            stage, is_once = FAILURES[b % len(FAILURES)]
+            # Even one that does not come again may hit a sequence that runs alone after somebody else's.
             self.failing.add(sequence.key)
-            self.runner.fail[("prepare", "forward", "sample")[b % 3], sequence.key] = ValueError("planted")
+            (self.runner.once if is_once else self.runner.fail)[stage, sequence.key] = ValueError("planted")
 
     def wait(self, a, b):
         self.clock.time += (b % 4) / 2
+
+    def _new_key(self):
+        self.num_added += 1
+        return self.num_added
 
     def _pick(self, a):
         live = [s for s in self.sequences.values() if s.key not in self.ends and s.finish_reason is None]
@@ -148,12 +159,13 @@ class History:
         for sequence in self.sequences.values():
             self.core.set_paused(sequence.key, False)
         for _ in range(2000):
-            if not self.core.num_live:
+            if not self.core.num_live and not self.core.has_work():
                 break
             self.step(0, 0)
             self.core.check_integrity()
         collect(self.core.report(), self.tokens, self.ends)
         assert set(self.ends) == set(self.sequences), "every admitted sequence ends exactly once"
+        assert not getattr(self.runner, "violations", None)
         for key, sequence in self.sequences.items():
             self._check(sequence, self.ends[key])
         counts = self.core.blocks.counts()
@@ -173,10 +185,27 @@ class History:
         assert end.num_output_tokens == sequence.num_emitted + len(got)
 
 
+def assert_same_streams(one, other):
+    """Whoever was in both, and ended by itself in both, got the same; else as much as both got."""
+    for key in one.sequences.keys() & other.sequences.keys():
+        if key in one.resubmitted | other.resubmitted:
+            continue  # With what had come by then, so not the same request.
+        ends = one.ends[key], other.ends[key]
+        left, right = (output_of(history.tokens, key) for history in (one, other))
+        if {end.reason for end in ends} <= {FinishReason.STOP, FinishReason.LENGTH}:
+            assert left == right
+            assert ends[0].reason is ends[1].reason
+            assert ends[0].num_output_tokens == ends[1].num_output_tokens == len(left)
+        shorter = min(len(left), len(right))
+        assert left[:shorter] == right[:shorter]
+
+
 @settings(max_examples=10_000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(configurations, commands)
 def test_no_history_breaks_the_core(configuration, history):
-    run = History(configuration)
-    for command in history:
-        run.do(*command)
-    run.finish()
+    runs = [History(configuration, overlap=overlap) for overlap in (False, True)]
+    for run in runs:
+        for command in history:
+            run.do(*command)
+        run.finish()
+    assert_same_streams(*runs)
