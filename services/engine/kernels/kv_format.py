@@ -139,8 +139,8 @@ def _scale(extent: Tensor, max_code: float) -> Tensor:
     """The step of codes 0 .. max_code over `extent`; NaN when that is not finite."""
     step = extent / max_code
     scale = _round_up(step.clamp_min(MIN_SCALE))
-    # Both are looked at: rounding up may reach infinity, and makes numbers of NaNs whose bits are all ones.
-    return torch.where(step.isfinite() & scale.isfinite(), scale, math.nan)
+    # Not the scale's own finiteness: rounding up makes a number of a NaN whose bits are all ones.
+    return torch.where(step.isfinite(), scale, math.nan)
 
 
 def pack_params(scale: Tensor, minimum: Tensor) -> Tensor:
