@@ -133,16 +133,30 @@ def test_what_cannot_be_found_fails(root: Path, tmp_path: Path) -> None:
     assert "good/sum" in done.stdout, "a broken module does not keep the others from being compiled"
 
 
+DEADLY = """
+
+import os
+
+
+class Deadly(dict):
+    def get(self, *_):
+        os.write(2, b"fatal error: told on stderr\\n")
+        os._exit(9)
+
+
+def compile_cases():
+    return [row_sum("lives"), row_sum("dies", notes=Deadly()), row_sum("lives too")]
+"""
+
+
 def test_a_compiler_that_dies_is_told_by_name(root: Path, tmp_path: Path) -> None:
     deadly = tmp_path / "deadly.py"
-    deadly.write_text(
-        SAMPLE.read_text()
-        + "\n\nimport os\n\nclass Deadly(dict):\n    def get(self, *_):\n        os._exit(9)\n\n"
-        + "def compile_cases():\n    return [row_sum('lives'), row_sum('dies', notes=Deadly())]\n"
-    )
+    deadly.write_text(SAMPLE.read_text() + DEADLY)
     done = run(root, deadly, "--arch", 90, "--cache", tmp_path)
     assert done.returncode == 1
-    assert "FAIL dies sm_90: does not compile: the compiler crashed" in done.stderr
+    assert (
+        "FAIL dies sm_90: does not compile: the compiler crashed; fatal error: told on stderr" in done.stderr
+    )
     assert "1 fail" in done.stdout.splitlines()[-1]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 pytest.importorskip("triton")
+from tools.kernels import ptx
+from tools.kernels.flow import loop_bodies
 from tools.kernels.sass import main_loop, parse
 
 
@@ -106,3 +108,36 @@ def test_spills_and_empty_listings() -> None:
     assert parse("").loops == ()
     read = parse(listing("@P0 LDL.LU R1, [R1+0x4]", "STL [R1], R2", "LDGSTS.E [R1], [R2.64]", "EXIT"))
     assert read.count("LDL", "STL") == 2
+
+
+def test_loops_of_a_graph() -> None:
+    assert loop_bodies([]) == {}
+    assert loop_bodies([[1], [2], [1, 3], []]) == {1: {1, 2}}
+    assert loop_bodies([[1, 2], [2], [1, 3], []]) == {}, "neither block dominates the other: no natural loop"
+    nested = [[1], [2], [2, 3], [1, 4], []]
+    assert loop_bodies(nested) == {1: {1, 2, 3}, 2: {2}}
+    assert loop_bodies([[1], [1], [2]]) == {1: {1}}, "block 2 is never reached"
+
+
+def test_a_loop_of_ptx_need_not_lie_in_one_piece() -> None:
+    """As LLVM lays out a loop around inline assembly that waits: its latch stands before its header."""
+    text = """
+        @%p1 bra $L__BB0_9;
+        bra.uni $L__BB0_2;
+$L__BB0_6:
+        @!complete bra.uni waitLoop;
+        @%p2 bra $L__BB0_2;
+        bra.uni $L__BB0_9;
+$L__BB0_2:
+        cp.async.cg.shared.global [ %r1 ], [ %rd1 ], 16;
+        @%p3 bra $L__BB0_4;
+        @%p4 tcgen05.mma.cta_group::1.kind::f16 [ %r4 ], [ %r3 ], %rd4, %r3, %p9;
+        @%p4 tcgen05.mma.cta_group::1.kind::f16 [ %r4 ], [ %r3 ], %rd5, %r3, %p9;
+$L__BB0_4:
+        bra.uni $L__BB0_6;
+$L__BB0_9:
+        ld.global.b32 %r1, [ %rd1 ];
+        @%p5 bra $L__BB0_9;
+        ret;
+"""
+    assert sorted(ptx.innermost_loops(text)) == [(0, 1), (2, 1)]

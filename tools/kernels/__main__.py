@@ -10,26 +10,19 @@ pass of it for all threads of a program, over the weights or K and V values that
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import triton
 
-from tools.kernels.cases import Entry, find_cases
+from tools.kernels.cases import find_cases
 from tools.kernels.gates import MULTIPROCESSORS, failures
-from tools.kernels.machine_code import Facts, read_case
+from tools.kernels.pool import compile_all
 from tools.kernels.report import details, row, table, write_json
 
 CACHE = Path(".weft") / "kernels"
-Job = tuple[int, int]
-
-_entries: list[Entry] = []
-"""What the worker processes compile: they are forks, and a kernel cannot be sent to another process."""
 
 
 def _arguments() -> argparse.Namespace:
@@ -59,14 +52,14 @@ def main() -> int:
     found = find_cases(arguments.sources)
     for failure in found.failures:
         print(f"FAIL {failure}", file=sys.stderr)
-    _entries[:] = [entry for entry in found.entries if arguments.only in entry.case.name]
-    if not _entries:
+    entries = [entry for entry in found.entries if arguments.only in entry.case.name]
+    if not entries:
         print(f"no case to compile among {len(found.entries)}", file=sys.stderr)
         return 1
     archs = sorted(set(arguments.arch or MULTIPROCESSORS))
-    jobs = [(index, arch) for index in range(len(_entries)) for arch in archs]
-    by_job = _run(jobs, arguments)
-    results = [(_entries[job[0]], by_job[job]) for job in jobs]
+    jobs = [(index, arch) for index in range(len(entries)) for arch in archs]
+    by_job = compile_all(entries, jobs, arguments.jobs, arguments.cache, arguments.listing)
+    results = [(entries[job[0]], by_job[job]) for job in jobs]
     print(table([row(*result) for result in results], arguments.markdown))
     if arguments.details:
         print("\n".join(details(facts) for _, facts in results if not facts.error and not facts.skipped))
@@ -76,35 +69,8 @@ def main() -> int:
     for facts, why in broken:
         print(f"FAIL {facts.name} sm_{facts.arch}: {'; '.join(why)}", file=sys.stderr)
     seconds = time.monotonic() - began
-    print(f"{len(jobs)} compiled for {len(_entries)} launches in {seconds:.0f} s, {len(broken)} fail")
+    print(f"{len(jobs)} compiled for {len(entries)} launches in {seconds:.0f} s, {len(broken)} fail")
     return 1 if broken or found.failures else 0
-
-
-def _run(jobs: list[Job], arguments: argparse.Namespace) -> dict[Job, Facts]:
-    """Facts of all jobs. A job that takes its process down is tried again alone, to name the culprit."""
-    done = _run_together(jobs, arguments.jobs, arguments)
-    for job in jobs:
-        if job not in done:
-            crash = Facts(_entries[job[0]].case.name, job[1], error="the compiler crashed")
-            done[job] = _run_together([job], 1, arguments).get(job, crash)
-    return done
-
-
-def _run_together(jobs: list[Job], num_processes: int, arguments: argparse.Namespace) -> dict[Job, Facts]:
-    done: dict[Job, Facts] = {}
-    context = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(num_processes, mp_context=context) as pool:
-        futures = {pool.submit(_work, job, arguments.cache, arguments.listing): job for job in jobs}
-        try:
-            for future in as_completed(futures):
-                done[futures[future]] = future.result()
-        except BrokenProcessPool:
-            pool.shutdown(cancel_futures=True)
-    return done
-
-
-def _work(job: Job, cache: Path, listing: Path | None) -> Facts:
-    return read_case(_entries[job[0]].case, job[1], cache, listing)
 
 
 if __name__ == "__main__":

@@ -23,14 +23,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from services.engine.kernels.gpu.compile_case import CompileCase
-from tools.kernels import sass
+from tools.kernels import flow, ptx, sass
 
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_PTX_LABEL = re.compile(r"^(\$L\w+):")
-_PTX_BRANCH = re.compile(r"\bbra(?:\.uni)?\s+(\$L\w+)")
-_PTX_TENSOR_CORE = re.compile(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\b")
-_PTX_GLOBAL_LOAD = re.compile(r"\b(?:ld\.global|cp\.async\.c[ag])\b")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +129,7 @@ def _compile_and_read(
         # The compiler prints the whole PTX when it fails, and keeps every stage of every kernel.
         triton.knobs.cache.dir = scratch
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        cubin, ptx = compiled.asm["cubin"], compiled.asm["ptx"]
+        cubin, ptx_text = compiled.asm["cubin"], compiled.asm["ptx"]
         file = Path(scratch) / "kernel.cubin"
         file.write_bytes(cubin)
         disassembly = _tool("nvdisasm", "-c", file)
@@ -144,12 +140,17 @@ def _compile_and_read(
         stem = re.sub(r"[^\w.-]+", "_", case.name) + f".sm_{arch}"
         listing_dir.mkdir(parents=True, exist_ok=True)
         (listing_dir / f"{stem}.sass").write_text(disassembly, encoding="utf-8")
-        (listing_dir / f"{stem}.ptx").write_text(ptx, encoding="utf-8")
-    return _facts(case, arch, compiled.metadata, resources, sass.parse(disassembly), ptx)
+        (listing_dir / f"{stem}.ptx").write_text(ptx_text, encoding="utf-8")
+    return _facts(case, arch, compiled.metadata, resources, sass.parse(disassembly), ptx_text)
 
 
 def _facts(
-    case: CompileCase, arch: int, metadata: Any, resources: re.Match[str], listing: sass.Listing, ptx: str
+    case: CompileCase,
+    arch: int,
+    metadata: Any,
+    resources: re.Match[str],
+    listing: sass.Listing,
+    ptx_text: str,
 ) -> Facts:
     registers, stack, _, local = (int(number) for number in resources.groups())
     return Facts(
@@ -164,16 +165,16 @@ def _facts(
         num_instructions=listing.num_instructions,
         tensor_core=listing.tensor_core(),
         loops=[(loop.num_instructions, loop.num_tensor_core, loop.is_innermost) for loop in listing.loops],
-        main_loop=_main_loop(case, metadata.num_warps, listing, ptx),
+        main_loop=_main_loop(case, metadata.num_warps, listing, ptx_text),
     )
 
 
-def _main_loop(case: CompileCase, num_warps: int, listing: sass.Listing, ptx: str) -> MainLoop | None:
+def _main_loop(case: CompileCase, num_warps: int, listing: sass.Listing, ptx_text: str) -> MainLoop | None:
     index = int(case.notes["loop"]) if "loop" in case.notes else None
     loop = sass.main_loop(listing.loops, index)
     if loop is None:
         return None
-    unroll = _unroll(loop, ptx)
+    unroll = _unroll(loop, ptx_text)
     elements = case.elements_per_iteration * unroll
     threads = loop.num_instructions * 32 * num_warps
     return MainLoop(
@@ -185,31 +186,16 @@ def _main_loop(case: CompileCase, num_warps: int, listing: sass.Listing, ptx: st
     )
 
 
-def _unroll(loop: sass.Loop, ptx: str) -> int:
+def _unroll(loop: sass.Loop, text: str) -> int:
     """How often ptxas repeated the body: its tensor-core instructions, or else its global loads, against
     those of a loop in the PTX. 1 unless a loop of the PTX divides it.
     """
-    in_sass, pattern = loop.num_tensor_core, _PTX_TENSOR_CORE
-    if not in_sass:
-        in_sass, pattern = loop.num_global_loads, _PTX_GLOBAL_LOAD
-    counts = {count for body in _ptx_loops(ptx) if (count := len(pattern.findall(body)))}
+    has_tensor_cores = loop.num_tensor_core > 0
+    in_sass = loop.num_tensor_core if has_tensor_cores else loop.num_global_loads
+    counts = {c[0] if has_tensor_cores else c[1] for c in ptx.innermost_loops(text)} - {0}
     if not in_sass or in_sass in counts:
         return 1
     return min((in_sass // count for count in counts if in_sass % count == 0), default=1)
-
-
-def _ptx_loops(ptx: str) -> list[str]:
-    """Bodies of the PTX's innermost loops: LLVM lays them out in one piece, so addresses will do."""
-    lines = ptx.splitlines()
-    labels: dict[str, int] = {}
-    spans: list[tuple[int, int]] = []
-    for number, line in enumerate(lines):
-        if label := _PTX_LABEL.match(line):
-            labels[label[1]] = number
-        elif (branch := _PTX_BRANCH.search(line)) and branch[1] in labels:
-            spans.append((labels[branch[1]], number))
-    inner = [a for a in spans if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in spans)]
-    return ["\n".join(lines[start:end]) for start, end in inner]
 
 
 def _key(case: CompileCase, source: ASTSource, arch: int) -> str:
@@ -226,7 +212,7 @@ def _key(case: CompileCase, source: ASTSource, arch: int) -> str:
 
 @functools.cache
 def _own_source() -> str:
-    files = [Path(__file__), Path(sass.__file__)]
+    files = [Path(module.__file__ or "") for module in (flow, ptx, sass)] + [Path(__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
 
 

@@ -17,7 +17,7 @@ def row(entry: Entry, facts: Facts) -> tuple[str, ...]:
     """One line of the table: shared memory in KiB, blocks that fit on a multiprocessor, tensor-core
     instructions, SASS instructions of the main loop and per element of it, the bound, what was found.
     """
-    said = [*("FAIL " + failure.splitlines()[0] for failure in failures(entry.case, facts))]
+    said = [*("FAIL " + failure.splitlines()[0][:160] for failure in failures(entry.case, facts))]
     said += remarks(entry.case, facts)
     verdict = "; ".join(said) or "ok"
     if facts.error or facts.skipped:

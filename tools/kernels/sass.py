@@ -2,9 +2,8 @@
 
 Standard library only. Knows the text that nvdisasm prints and nothing of how it came to be.
 
-Loops are natural loops of the control flow graph: a branch to a block that dominates it, and every block from
-which that branch is reached without passing its target. A branch back from code that the assembler put out of
-line is thereby no loop of its own, as it would be for whoever looks at addresses. A loop that waits for a
+Loops are natural loops of the control flow graph. A branch back from code that the assembler put out of line
+is thereby no loop of its own, as it would be for whoever looks at addresses. A loop that waits for a
 barrier (its body polls, and computes nothing) is a spin: it is left out of the bodies around it.
 """
 
@@ -14,6 +13,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from tools.kernels.flow import loop_bodies
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L_[\w.]+):")
@@ -165,50 +166,8 @@ def _successors(number: int, block: Block, by_label: dict[str, int], num_blocks:
     return taken if last.is_always else [*taken, *after]
 
 
-def _dominators(blocks: list[Block]) -> dict[int, set[int]]:
-    """Blocks that every way from the first to a block passes; only blocks that can be reached."""
-    reached, stack = {0}, [0]
-    while stack:
-        for successor in blocks[stack.pop()].successors:
-            if successor not in reached:
-                reached.add(successor)
-                stack.append(successor)
-    predecessors = _predecessors(blocks, reached)
-    dominators = {number: set(reached) for number in reached}
-    dominators[0] = {0}
-    is_changed = True
-    while is_changed:
-        is_changed = False
-        for number in sorted(reached - {0}):
-            common = set.intersection(*(dominators[p] for p in predecessors[number])) | {number}
-            if common != dominators[number]:
-                dominators[number], is_changed = common, True
-    return dominators
-
-
-def _predecessors(blocks: list[Block], reached: set[int]) -> dict[int, list[int]]:
-    found: dict[int, list[int]] = {number: [] for number in reached}
-    for number in reached:
-        for successor in blocks[number].successors:
-            found[successor].append(number)
-    return found
-
-
 def _loops(blocks: list[Block]) -> list[Loop]:
-    if not blocks:
-        return []
-    dominators = _dominators(blocks)
-    predecessors = _predecessors(blocks, set(dominators))
-    bodies: dict[int, set[int]] = {}
-    for number in dominators:
-        for header in blocks[number].successors:
-            if header in dominators[number]:
-                body = bodies.setdefault(header, {header})
-                stack = [number]
-                while stack:
-                    if (block := stack.pop()) not in body:
-                        body.add(block)
-                        stack.extend(predecessors[block])
+    bodies = loop_bodies([block.successors for block in blocks])
     spins = {header for header, body in bodies.items() if _is_spin(blocks, body)}
     real = {header: body for header, body in bodies.items() if header not in spins}
     loops = []
