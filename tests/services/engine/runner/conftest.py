@@ -8,6 +8,7 @@ import pytest
 
 from services.engine.runner.config import RunnerConfig
 from services.engine.runner.model_runner import ModelRunner, load_runner
+from tests.services.engine.kernels.gpu.conftest import device  # noqa: F401  # with it, the interpreter
 from tests.services.engine.models.checkpoints import quantize_checkpoint
 
 
