@@ -164,7 +164,7 @@ def use_graphs(runner: DeviceRunner) -> StepGraphs:
 def test_the_tokens_of_the_plain_runner_with_a_step_in_flight(
     plain: ModelRunner, runner: DeviceRunner, cpu_operations: Any, has_graphs: bool
 ) -> None:
-    """Every step but the first is launched before the one before it is collected, its rows in another order."""
+    """Each step is launched before the one before it is collected, its rows in another order."""
     with cpu_operations():
         expected = plain_results(plain, 7)
     graphs = use_graphs(runner) if has_graphs else None
