@@ -11,18 +11,26 @@ import math
 import torch
 from torch import Tensor
 
+_CPU = torch.device("cpu")
+
 
 class Scratch:
     """Named flat buffers that grow to the largest size asked for."""
 
     def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    def take(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device = _CPU,
+    ) -> Tensor:
         """A contiguous tensor with unspecified contents, valid until the same name is taken again."""
         numel = math.prod(shape)
-        buffer = self._buffers.get((name, dtype))
+        buffer = self._buffers.get((name, dtype, device))
         if buffer is None or buffer.numel() < numel:
-            buffer = torch.empty(numel, dtype=dtype)
-            self._buffers[name, dtype] = buffer
+            buffer = torch.empty(numel, dtype=dtype, device=device)
+            self._buffers[name, dtype, device] = buffer
         return buffer[:numel].view(shape)

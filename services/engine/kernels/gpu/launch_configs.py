@@ -43,7 +43,6 @@ class LaunchConfig:
 
 _ROWS_8 = LaunchConfig(8, 128, 128, 4, 4, programs_per_sm=6)
 _ROWS_16 = LaunchConfig(16, 128, 128, 4, 4, programs_per_sm=4)
-_ROWS_16_WIDE = LaunchConfig(16, 256, 128, 8, 4, programs_per_sm=2)
 _ROWS_32 = LaunchConfig(32, 128, 128, 4, 4, programs_per_sm=3)
 _ROWS_32_WIDE = LaunchConfig(32, 256, 128, 8, 4, programs_per_sm=1)
 _ROWS_64 = LaunchConfig(64, 128, 128, 4, 3, programs_per_sm=2, has_scale=True)
@@ -51,7 +50,7 @@ _ROWS_64_WIDE = LaunchConfig(64, 256, 128, 8, 3, programs_per_sm=1, has_scale=Tr
 _ROWS_128 = LaunchConfig(128, 256, 64, 8, 4, programs_per_sm=1, has_scale=True)
 _TILES = {
     8: (_ROWS_8,),
-    16: (_ROWS_16, _ROWS_16_WIDE),
+    16: (_ROWS_16,),
     32: (_ROWS_32, _ROWS_32_WIDE),
     64: (_ROWS_64, _ROWS_64_WIDE),
     128: (_ROWS_64_WIDE, _ROWS_128),
@@ -59,6 +58,9 @@ _TILES = {
 }
 DENSE_TILE = LaunchConfig(32, 128, 64, 4, 4, programs_per_sm=2)
 """The one tile of the deterministic dense product."""
+DENSE_TILE_FP32 = LaunchConfig(16, 64, 32, 4, 2, programs_per_sm=4)
+"""The same for fp32, which has no tensor core that keeps its precision."""
+_MAX_PARTIAL_BYTES = 64 << 20
 
 _MEMORY_BANDWIDTH = 4.2e6
 """Bytes per us from memory."""
@@ -89,7 +91,7 @@ def w4a16_tiles(rows: int, span: int) -> tuple[LaunchConfig, ...]:
     if span >= 64:
         return _TILES[rows]
     if span == 32 and rows <= 16:
-        return (_ROWS_8,) if rows == 8 else (replace(_ROWS_16, num_stages=2, unroll=2, programs_per_sm=3),)
+        return (_ROWS_8,) if rows == 8 else (replace(_ROWS_16, num_stages=2, unroll=2, programs_per_sm=2),)
     tiles = _TILES[rows] if rows <= 64 else _TILES[rows][:1]
     return tuple(replace(tile, has_scale=True) for tile in tiles)
 
@@ -115,6 +117,12 @@ def choose_fixed_splits(tile: LaunchConfig, outputs: int, inputs: int, weight_bi
             tile, splits, tile.block_m, outputs, inputs, REFERENCE_NUM_SMS, weight_bits
         ),
     )
+
+
+def rows_per_launch(tile: LaunchConfig, num_splits: int, outputs: int) -> int:
+    """Rows of one launch such that its partial sums stay within bounds: whole tiles, at least one."""
+    tiles = _MAX_PARTIAL_BYTES // (num_splits * outputs * 4 * tile.block_m)
+    return max(tiles, 1) * tile.block_m
 
 
 def possible_splits(tile: LaunchConfig, inputs: int) -> list[int]:

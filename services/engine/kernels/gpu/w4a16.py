@@ -4,10 +4,8 @@ y^T = W x^T: the weight is the left operand, which a tensor core takes from regi
 memory to registers once and never back to shared memory; x, the right operand, is read from shared memory.
 One or sixteen rows of x are the narrow side of the product, so even one row uses the tensor core.
 
-A 4-bit value v becomes a 16-bit float without a conversion: its bits OR-ed into the mantissa of 128 (bf16) or
-1024 (fp16) are the float 128 + v. Subtracting 128 + z is exact, whatever the zero point z. Then either the
-sum over a group is multiplied by the group's scale (exact weights; the work grows with the rows), or the
-weight is, before the product (one rounding of the weight; the work does not grow with the rows).
+The product takes v - z, which is exact, and sums over a group are multiplied by the group's scale; or it
+takes the scaled weight, rounded once. The former costs work that grows with the rows, the latter does not.
 
 The inputs may be split over several programs; each then stores an fp32 partial sum, and `w4a16_reduce` adds
 them in order. Knows one packed weight; does not choose its launch configuration.
@@ -26,155 +24,11 @@ from services.engine.kernels.gpu.launch_configs import (
     w4a16_deterministic_tile,
     w4a16_tiles,
 )
+from services.engine.kernels.gpu.rounding import is_interpreting, round_to
+from services.engine.kernels.gpu.silu_mul import silu
 from services.engine.kernels.gpu.w4a16_reduce import w4a16_reduce
 from services.engine.kernels.gpu.w4a16_repack import PackedWeight
-
-TRITON_TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-
-
-@triton.jit
-def _magic_words(words, SHIFT: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr):
-    """Two 16-bit floats a word: the magic number + the nibbles at SHIFT and SHIFT + 16."""
-    shifted = words >> SHIFT if SHIFT > 0 else words
-    if ASM:
-        return tl.inline_asm_elementwise(
-            "lop3.b32 $0, $1, 0x000f000f, $2, 0xEA;",
-            "=r,r,r",
-            [shifted, MAGIC],
-            dtype=tl.int32,
-            is_pure=True,
-            pack=1,
-        )
-    else:
-        return (shifted & 0x000F000F) | MAGIC
-
-
-@triton.jit
-def _multiply_add_pairs(a, b, c, IS_BF16: tl.constexpr):
-    """a * b + c on two 16-bit floats a word, each rounded once."""
-    if IS_BF16:
-        return tl.inline_asm_elementwise(
-            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "fma.rn.f16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, b, c], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def split_pairs(words, DTYPE: tl.constexpr):
-    """The low and the high 16-bit floats of words."""
-    low = (words & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
-    high = ((words >> 16) & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
-    return low, high
-
-
-@triton.jit
-def join_planes(words, MAGIC: tl.constexpr, ASM: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Loaded words -> magic words [BLOCK_N, BLOCK_K / 64, 2, 2, 8], inputs in order. Moves no data."""
-    NUM_BLOCKS: tl.constexpr = BLOCK_K // 64
-    words = words.reshape(BLOCK_N // 128, NUM_BLOCKS, 2, 4, 8, 4, 2, 2)
-    words = words.permute(0, 2, 3, 7, 4, 1, 6, 5).reshape(BLOCK_N, NUM_BLOCKS, 8)
-    first = tl.join(_magic_words(words, 0, MAGIC, ASM), _magic_words(words, 8, MAGIC, ASM))
-    second = tl.join(_magic_words(words, 4, MAGIC, ASM), _magic_words(words, 12, MAGIC, ASM))
-    return tl.join(first, second).permute(0, 1, 3, 4, 2)
-
-
-@triton.jit
-def _zero_and_scale(params, IS_FP16: tl.constexpr, ASM: tl.constexpr):
-    """(-(magic + zero point), scale in fp32) of params; the former as two 16-bit floats a word with ASM."""
-    bits = (params >> 16).to(tl.int16)
-    scale = bits.to(tl.float16, bitcast=True).to(tl.float32)
-    if ASM:
-        minus = tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, 0, 0x1010;", "=r,r", [params], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        low = (params & 0xFFFF).to(tl.int16)
-        minus = low.to(tl.float16 if IS_FP16 else tl.bfloat16, bitcast=True).to(tl.float32)
-    return minus, scale
-
-
-@triton.jit
-def _scale_pairs(scale, params, IS_FP16: tl.constexpr):
-    """A scale, twice in a word, in the weights' 16-bit type."""
-    if IS_FP16:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, 0, 0x3232;", "=r,r", [params], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "cvt.rn.bf16x2.f32 $0, $1, $1;", "=r,f", [scale], dtype=tl.int32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def _per_span(x, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr):
-    """One number a span of inputs [BLOCK_N, BLOCK_K / SPAN], shaped to broadcast over magic words."""
-    if SPAN >= BLOCK_K:
-        return x.reshape(BLOCK_N, 1, 1, 1, 1)
-    elif SPAN == 64:
-        return x.reshape(BLOCK_N, BLOCK_K // 64, 1, 1, 1)
-    elif SPAN == 32:
-        return x.reshape(BLOCK_N, BLOCK_K // 64, 2, 1, 1)
-    else:
-        return x.reshape(BLOCK_N, BLOCK_K // 64, 2, 2, 1)
-
-
-@triton.jit
-def _dequantize_tile(
-    words,
-    params,
-    DTYPE: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPAN: tl.constexpr,
-    HAS_SCALE: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """(weights [BLOCK_N, BLOCK_K], fp32 scales [BLOCK_N, BLOCK_K / SPAN]) of loaded words and params.
-
-    The weights are v - z, exactly, or with HAS_SCALE that times the scale. They have DTYPE with ASM; without
-    they are fp32 (rounded to DTYPE where a scale made that necessary).
-    """
-    IS_FP16: tl.constexpr = DTYPE == tl.float16
-    pairs = join_planes(words, 0x64006400 if IS_FP16 else 0x43004300, ASM, BLOCK_N, BLOCK_K)
-    minus, scale = _zero_and_scale(params, IS_FP16, ASM)
-    minus = _per_span(minus, BLOCK_N, BLOCK_K, SPAN)
-    if ASM:
-        # times 1.0: the addition of pairs alone is not in sm_80.
-        pairs = _multiply_add_pairs(pairs, 0x3C003C00 if IS_FP16 else 0x3F803F80, minus, not IS_FP16)
-        if HAS_SCALE:
-            twice = _per_span(_scale_pairs(scale, params, IS_FP16), BLOCK_N, BLOCK_K, SPAN)
-            pairs = _multiply_add_pairs(pairs, twice, 0, not IS_FP16)
-        low, high = split_pairs(pairs.reshape(BLOCK_N, BLOCK_K // 2), DTYPE)
-    else:
-        low, high = split_pairs(pairs, tl.float16 if IS_FP16 else tl.bfloat16)
-        low, high = low.to(tl.float32) + minus, high.to(tl.float32) + minus
-        if HAS_SCALE:
-            wide = _per_span(scale, BLOCK_N, BLOCK_K, SPAN)
-            low, high = (low * wide).to(DTYPE).to(tl.float32), (high * wide).to(DTYPE).to(tl.float32)
-        low, high = low.reshape(BLOCK_N, BLOCK_K // 2), high.reshape(BLOCK_N, BLOCK_K // 2)
-    weight = tl.join(low, high).reshape(BLOCK_N, BLOCK_K)
-    if ASM:
-        weight = _keep_layout(weight, IS_FP16)
-    return weight, scale
-
-
-@triton.jit
-def _keep_layout(weight, IS_FP16: tl.constexpr):
-    """The weight itself. On sm_100 the compiler would push the left operand's shared-memory layout back
-    through the reshape before it, and fail; a copy that the assembler drops stops it.
-    """
-    if IS_FP16:
-        return tl.inline_asm_elementwise(
-            "mov.b16 $0, $1;", "=h,h", [weight], dtype=tl.float16, is_pure=True, pack=1
-        )
-    else:
-        return tl.inline_asm_elementwise(
-            "mov.b16 $0, $1;", "=h,h", [weight], dtype=tl.bfloat16, is_pure=True, pack=1
-        )
+from services.engine.kernels.gpu.w4a16_tile import dequantize_tile
 
 
 @triton.jit
@@ -216,8 +70,6 @@ def _multiply(weight, x_ptrs, is_row, limit, EVEN_K: tl.constexpr, INTERPRET: tl
     x = tl.load(x_ptrs, mask=mask, other=0.0)
     if INTERPRET:
         x = x.to(tl.float32)
-    else:
-        weight = weight.to(x.dtype)
     return tl.dot(weight, x, input_precision="ieee")
 
 
@@ -275,15 +127,16 @@ def _store_silu_mul(
     out_features,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
     """silu(gate) * up of an interleaved tile: a gate and its up lie 8 rows apart, in one thread."""
     gate, up = tl.split(acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
-    y = (gate / (1.0 + tl.exp(-gate)) * up).reshape(BLOCK_N // 2, BLOCK_M)
+    y = (silu(gate) * up).reshape(BLOCK_N // 2, BLOCK_M)
     width = out_features // 2
     column = pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     mask = (rows[None, :] < num_rows) & (column < width)[:, None]
     pointers = out_ptr + rows[None, :].to(tl.int64) * width + column[:, None]
-    tl.store(pointers, y.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(pointers, round_to(y, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_rows", "param_rows", "blocks_per_split"])
@@ -312,7 +165,6 @@ def _w4a16_kernel(
     EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
-    ASM: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """One program: BLOCK_N outputs of BLOCK_M rows, over one split of the inputs."""
@@ -344,7 +196,7 @@ def _w4a16_kernel(
     for block in tl.range(start, stop, num_stages=NUM_STAGES, loop_unroll_factor=UNROLL):
         words = tl.load(words_ptrs + block * WORDS)
         params = tl.load(params_ptrs + _params_offset(block, GROUP, BLOCK_K, SPAN))
-        weight, scale = _dequantize_tile(words, params, DTYPE, BLOCK_N, BLOCK_K, SPAN, HAS_SCALE, ASM)
+        weight, scale = dequantize_tile(words, params, DTYPE, BLOCK_N, BLOCK_K, SPAN, HAS_SCALE, INTERPRET)
         x_block = x_ptrs + block * BLOCK_K
         limit = in_features - block * BLOCK_K
         if HAS_SCALE:
@@ -360,13 +212,13 @@ def _w4a16_kernel(
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + n, mask=is_output, other=0.0).to(tl.float32)[:, None]
         if HAS_SILU:
-            _store_silu_mul(acc, out_ptr, rows, pid_n, num_rows, out_features, BLOCK_M, BLOCK_N)
+            _store_silu_mul(acc, out_ptr, rows, pid_n, num_rows, out_features, BLOCK_M, BLOCK_N, INTERPRET)
         else:
             offsets = rows[None, :].to(tl.int64) * out_features + n[:, None]
             mask = is_row & is_output[:, None]
             if residual_ptr is not None:
                 acc += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
-            tl.store(out_ptr + offsets, acc.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + offsets, round_to(acc, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
 def w4a16(
@@ -414,7 +266,8 @@ def _check(
         raise ValueError(f"no kernel for groups of {packed.group_size} inputs")
     if x.ndim != 2 or x.shape[1] != packed.in_features or x.stride(1) != 1:
         raise ValueError(f"x {tuple(x.shape)} with strides {x.stride()} is not [rows, {packed.in_features}]")
-    if (x.dtype == torch.float16) != (packed.dtype == torch.float16) or x.dtype not in TRITON_TYPES:
+    is_known = x.dtype in (torch.bfloat16, torch.float16) or (is_interpreting() and x.dtype == torch.float32)
+    if not is_known or (x.dtype == torch.float16) != (packed.dtype == torch.float16):
         raise ValueError(f"the weight is packed for {packed.dtype}, x is {x.dtype}")
     if has_silu and residual is not None:
         raise ValueError("silu(gate) * up has no residual")
@@ -444,7 +297,7 @@ def _launch(
         triton.cdiv(packed.padded_outputs, tile.block_n),
         num_splits,
     )
-    is_interpreted = bool(triton.knobs.runtime.interpret)
+    is_interpreted = is_interpreting()
     _w4a16_kernel[grid](
         x,
         packed.words,
@@ -462,7 +315,6 @@ def _launch(
         IS_PARTIAL=is_partial,
         IS_INTERLEAVED=packed.is_interleaved,
         HAS_SILU=has_silu,
-        ASM=not is_interpreted and x.dtype != torch.float32,
         INTERPRET=is_interpreted,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -526,7 +378,7 @@ def _case(
     signature |= dict.fromkeys(sizes, "i32")
     constexprs = _constexprs(tile, span, span, 128 if is_even else 192)
     constexprs |= {"IS_PARTIAL": end == "partial", "IS_INTERLEAVED": is_interleaved}
-    constexprs |= {"HAS_SILU": end == "silu", "ASM": True, "INTERPRET": False}
+    constexprs |= {"HAS_SILU": end == "silu", "INTERPRET": False}
     for pointer, used_by in (("bias_ptr", ("bias", "silu")), ("residual_ptr", ("residual",))):
         if end in used_by:
             signature[pointer] = f"*{dtype}"

@@ -13,8 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.gpu.compile_case import CompileCase
-from services.engine.kernels.gpu.w4a16 import TRITON_TYPES, join_planes, split_pairs
+from services.engine.kernels.gpu.rounding import TRITON_DTYPES, is_interpreting, round_to
 from services.engine.kernels.gpu.w4a16_repack import TILE_INPUTS, TILE_OUTPUTS, PackedWeight
+from services.engine.kernels.gpu.w4a16_tile import join_planes, split_pairs
 
 _NUM_WARPS = 4
 
@@ -31,6 +32,7 @@ def _w4a16_dequantize_kernel(
     SPAN: tl.constexpr,
     IS_INTERLEAVED: tl.constexpr,
     IS_FP16: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
     """One program writes 128 outputs by 64 inputs. SPAN is 1 where no span divides the group."""
     PER_ROW: tl.constexpr = 128 // SPAN if SPAN > 1 else 1
@@ -65,13 +67,13 @@ def _w4a16_dequantize_kernel(
         n = column + (n // 8 % 2) * half
     pointers = out_ptr + n[:, None].to(tl.int64) * in_features + k[None, :]
     mask = is_output[:, None] & (k < in_features)[None, :]
-    tl.store(pointers, weight.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(pointers, round_to(weight, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
 def w4a16_dequantize(packed: PackedWeight, out: Tensor) -> Tensor:
     """Write the weight to out [out, in], contiguous, in the type of the activations. ValueError if not."""
     shape = (packed.out_features, packed.in_features)
-    if out.shape != shape or not out.is_contiguous() or out.dtype not in TRITON_TYPES:
+    if out.shape != shape or not out.is_contiguous() or out.dtype not in TRITON_DTYPES:
         raise ValueError(f"a weight {shape} cannot be written to {out.dtype} {tuple(out.shape)}")
     tiles, blocks = packed.words.shape[:2]
     _w4a16_dequantize_kernel[(blocks, tiles)](
@@ -85,6 +87,7 @@ def w4a16_dequantize(packed: PackedWeight, out: Tensor) -> Tensor:
         SPAN=packed.span or 1,
         IS_INTERLEAVED=packed.is_interleaved,
         IS_FP16=packed.dtype == torch.float16,
+        INTERPRET=is_interpreting(),
         num_warps=_NUM_WARPS,
     )
     return out
@@ -118,6 +121,7 @@ def compile_cases() -> list[CompileCase]:
                     "SPAN": span,
                     "IS_INTERLEAVED": is_interleaved,
                     "IS_FP16": False,
+                    "INTERPRET": False,
                 },
                 num_warps=_NUM_WARPS,
                 num_stages=1,

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.gpu.compile_case import CompileCase
+from services.engine.kernels.gpu.rounding import is_interpreting, round_to
+from services.engine.kernels.gpu.silu_mul import silu
 
 _BLOCK_N = 512
 _NUM_WARPS = 4
@@ -37,6 +39,7 @@ def _w4a16_reduce_kernel(
     NUM_SPLITS: tl.constexpr,
     HAS_SILU: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     width = out_features // 2 if HAS_SILU else out_features
@@ -51,10 +54,10 @@ def _w4a16_reduce_kernel(
         up = _sum_splits(partial_ptrs + width, stride_split, mask, NUM_SPLITS)
         if bias_ptr is not None:
             up += tl.load(bias_ptr + width + column, mask=mask, other=0.0).to(tl.float32)
-        y = y / (1.0 + tl.exp(-y)) * up
+        y = silu(y) * up
     if residual_ptr is not None:
         y += tl.load(residual_ptr + row * width + column, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * width + column, y.to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + row * width + column, round_to(y, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
 def w4a16_reduce(
@@ -84,6 +87,7 @@ def w4a16_reduce(
         NUM_SPLITS=num_splits,
         HAS_SILU=has_silu,
         BLOCK_N=_BLOCK_N,
+        INTERPRET=is_interpreting(),
         num_warps=_NUM_WARPS,
     )
     return out
@@ -94,7 +98,7 @@ def compile_cases() -> list[CompileCase]:
     cases = []
     for num_splits, has_silu in ((2, False), (8, False), (16, False), (4, True)):
         pointers = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-        constexprs = {"NUM_SPLITS": num_splits, "HAS_SILU": has_silu, "BLOCK_N": _BLOCK_N}
+        constexprs = {"NUM_SPLITS": num_splits, "HAS_SILU": has_silu, "BLOCK_N": _BLOCK_N, "INTERPRET": False}
         if has_silu:
             constexprs["residual_ptr"] = None
         else:
