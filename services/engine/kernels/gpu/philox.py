@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-_ROUND_0 = tl.constexpr(0xD2511F53)
-_ROUND_1 = tl.constexpr(0xCD9E8D57)
+_MULTIPLIER_0 = tl.constexpr(0xD2511F53)
+_MULTIPLIER_1 = tl.constexpr(0xCD9E8D57)
 _WEYL_0 = tl.constexpr(0x9E3779B9)
 _WEYL_1 = tl.constexpr(0xBB67AE85)
 _NUM_ROUNDS = tl.constexpr(10)
@@ -23,23 +23,22 @@ _SMALL = tl.constexpr(0.0625)
 @triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
     """Ten rounds on uint32 tensors of one shape (keys may be scalars): four words for each counter."""
+    multiplier_0 = tl.full((), _MULTIPLIER_0, tl.uint32)
+    multiplier_1 = tl.full((), _MULTIPLIER_1, tl.uint32)
+    weyl_0 = tl.full((), _WEYL_0, tl.uint32)
+    weyl_1 = tl.full((), _WEYL_1, tl.uint32)
     for _ in tl.static_range(_NUM_ROUNDS):
-        high_0 = tl.umulhi(c0, _uint32(_ROUND_0))
-        high_1 = tl.umulhi(c2, _uint32(_ROUND_1))
-        low_0 = c0 * _uint32(_ROUND_0)
-        low_1 = c2 * _uint32(_ROUND_1)
+        high_0 = tl.umulhi(c0, multiplier_0)
+        high_1 = tl.umulhi(c2, multiplier_1)
+        low_0 = c0 * multiplier_0
+        low_1 = c2 * multiplier_1
         c0 = high_1 ^ c1 ^ k0
         c2 = high_0 ^ c3 ^ k1
         c1 = low_1
         c3 = low_0
-        k0 += _uint32(_WEYL_0)
-        k1 += _uint32(_WEYL_1)
+        k0 += weyl_0
+        k1 += weyl_1
     return c0, c1, c2, c3
-
-
-@triton.jit
-def _uint32(value: tl.constexpr):
-    return tl.full((), value, tl.uint32)
 
 
 @triton.jit
@@ -73,8 +72,8 @@ def gumbel(words, INTERPRET: tl.constexpr):
     u close to 1 is told from 1 by the complement x = 1 - u, which is as exact as u is close to 0: there
     -log(u) = x + x^2 / 2 + x^3 / 3 + ...
     """
-    is_upper = words >= _uint32(0x80000000)
-    nearest = tl.where(is_upper, words ^ _uint32(0xFFFFFFFF), words).to(tl.float32) + 0.5
+    is_upper = words >= 0x80000000
+    nearest = tl.where(is_upper, words ^ 0xFFFFFFFF, words).to(tl.float32) + 0.5
     x = nearest * _TWO_TO_MINUS_32
     u = tl.where(is_upper, 1.0 - x, x)
     series = x * (1.0 + x * (0.5 + x * (1.0 / 3.0 + x * (0.25 + x * 0.2))))

@@ -19,6 +19,7 @@ from torch import Tensor
 from services.engine.kernels.gpu.compile_case import CompileCase
 from services.engine.kernels.gpu.philox import gumbel, words_of_groups
 from services.engine.kernels.gpu.rounding import is_interpreting
+from services.engine.kernels.gpu.sampling_filters import find_bounds, load_temperature, rank_key
 
 PARAM_WORDS = 8
 """int32 words per row: temperature (fp32 bits), top_k (0 = off), top_p (fp32 bits), min_p (fp32 bits), seed's
@@ -27,16 +28,6 @@ _TILE = 1024
 _NUM_WARPS = 4
 _REDUCE_WARPS = 1
 _INFINITY = tl.constexpr(float("inf"))
-_MIN_TEMPERATURE = tl.constexpr(2.0**-120)
-"""Temperatures between 0 and this are taken as this, so that reciprocals are finite."""
-
-
-@triton.jit
-def load_temperature(params_ptr, row, PARAM_WORDS: tl.constexpr):
-    """(temperature, whether it is above 0); the temperature is 1 where it is not."""
-    temperature = tl.load(params_ptr + row * PARAM_WORDS).to(tl.float32, bitcast=True)
-    is_random = temperature > 0
-    return tl.where(is_random, tl.maximum(temperature, _MIN_TEMPERATURE), 1.0), is_random
 
 
 @triton.jit
@@ -48,6 +39,7 @@ def _load_word(params_ptr, row, word: tl.constexpr, PARAM_WORDS: tl.constexpr):
 def _draw_kernel(
     logits_ptr,
     params_ptr,
+    bounds_ptr,
     maxima_ptr,
     scores_ptr,
     ids_ptr,
@@ -56,6 +48,7 @@ def _draw_kernel(
     num_tiles,
     PARAM_WORDS: tl.constexpr,
     TILE: tl.constexpr,
+    HAS_FILTERS: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     """Program (tile, row): the tile's largest logit, and its best score relative to that, and whose it is."""
@@ -68,8 +61,12 @@ def _draw_kernel(
     largest = tl.max(logits, axis=0)
     best = -_INFINITY
     best_id = 0
-    if (largest > -_INFINITY) & (largest < _INFINITY):
-        temperature, is_random = load_temperature(params_ptr, row, PARAM_WORDS)
+    is_live = (largest > -_INFINITY) & (largest < _INFINITY)
+    if HAS_FILTERS:
+        edge = tl.load(bounds_ptr + 2 * row)
+        is_live &= rank_key(largest) >= edge
+    if is_live:
+        temperature, is_random = load_temperature(params_ptr + row * PARAM_WORDS)
         scores = (logits - largest) * tl.div_rn(1.0, temperature)
         if is_random:
             words = words_of_groups(
@@ -80,6 +77,10 @@ def _draw_kernel(
                 _load_word(params_ptr, row, 7, PARAM_WORDS),
             )
             scores += gumbel(words, INTERPRET)
+        if HAS_FILTERS:
+            keys = rank_key(logits)
+            is_kept = (keys > edge) | ((keys == edge) & (ids <= tl.load(bounds_ptr + 2 * row + 1)))
+            scores = tl.where(is_kept, scores, -_INFINITY)
         best = tl.max(scores, axis=0)
         best_id = tl.min(tl.where(scores == best, ids, 0x7FFFFFFF), axis=0)
     at = row * num_tiles + tile
@@ -108,7 +109,7 @@ def _draw_reduce_kernel(
     maxima = tl.load(maxima_ptr + at, mask=is_inside, other=-_INFINITY)
     scores = tl.load(scores_ptr + at, mask=is_inside, other=-_INFINITY)
     ids = tl.load(ids_ptr + at, mask=is_inside, other=0x7FFFFFFF)
-    temperature, _ = load_temperature(params_ptr, row, PARAM_WORDS)
+    temperature, _ = load_temperature(params_ptr + row * PARAM_WORDS)
     totals = maxima.to(tl.float64) / temperature.to(tl.float64) + scores.to(tl.float64)
     largest = tl.max(maxima, axis=0)
     is_sound = (largest > -_INFINITY) & (largest < _INFINITY)
@@ -143,6 +144,7 @@ def draw(logits: Tensor, params: Tensor, *, has_filters: bool, token_ids: Tensor
     _draw_kernel[(num_tiles, rows)](
         logits,
         params,
+        find_bounds(logits, params) if has_filters else params,
         maxima,
         scores,
         ids,
@@ -151,6 +153,7 @@ def draw(logits: Tensor, params: Tensor, *, has_filters: bool, token_ids: Tensor
         num_tiles,
         PARAM_WORDS=PARAM_WORDS,
         TILE=tile,
+        HAS_FILTERS=has_filters,
         INTERPRET=is_interpreting(),
         num_warps=_NUM_WARPS,
     )
@@ -198,23 +201,33 @@ def compile_cases() -> list[CompileCase]:
     vocab = 128256
     num_tiles = triton.cdiv(vocab, _TILE)
     partials = {"maxima_ptr": "*fp32", "scores_ptr": "*fp32", "ids_ptr": "*i32"}
-    return [
+    draws = [
         CompileCase(
-            name=f"draw/vocab{vocab}",
+            name=f"draw/vocab{vocab}" + ("/filtered" if has_filters else ""),
             kernel=_draw_kernel,
             signature={
                 "logits_ptr": "*fp32",
                 "params_ptr": "*i32",
+                "bounds_ptr": "*i32",
                 **partials,
                 "stride_logits_n": "i32",
                 "vocab": "i32",
                 "num_tiles": "i32",
             },
-            constexprs={"PARAM_WORDS": PARAM_WORDS, "TILE": _TILE, "INTERPRET": False},
+            constexprs={
+                "PARAM_WORDS": PARAM_WORDS,
+                "TILE": _TILE,
+                "HAS_FILTERS": has_filters,
+                "INTERPRET": False,
+            },
             num_warps=_NUM_WARPS,
             num_stages=3,
             unaligned=frozenset(("num_tiles", "ids_ptr", "scores_ptr")),
-        ),
+        )
+        for has_filters in (False, True)
+    ]
+    return [
+        *draws,
         CompileCase(
             name=f"draw_reduce/vocab{vocab}",
             kernel=_draw_reduce_kernel,

@@ -137,3 +137,27 @@ def test_unfiltered_tokens_are_those_of_the_cpu(vocab: int, device: str) -> None
         for i in range(count)
     ]
     _compare(_logits(count, vocab), rows, device)
+
+
+_FILTERS = {
+    "top_k": [{"top_k": k} for k in (1, 2, 5, 50)],
+    "top_p": [{"top_p": p} for p in (1e-6, 0.3, 0.9, 0.999)],
+    "min_p": [{"min_p": p} for p in (1.0, 0.5, 0.02, 1e-7)],
+    "all": [
+        {"top_k": 20, "top_p": 0.95},
+        {"top_k": 7, "top_p": 0.6, "min_p": 0.01},
+        {"top_p": 0.8, "min_p": 0.05},
+        {},
+    ],
+}
+
+
+@pytest.mark.parametrize("filters", list(_FILTERS))
+@pytest.mark.parametrize("vocab", [7, 100, 1000, 5003])
+def test_filtered_tokens_are_those_of_the_cpu(vocab: int, filters: str, device: str) -> None:
+    some = _FILTERS[filters]
+    temperatures = [1.0, 0.3, 10.0, 1e-3, 0.0]
+    rows = [
+        Row(temperatures[i // 4 % 5], seed=i * 7919, index=i % 3, offset=i, **some[i % 4]) for i in range(20)
+    ]
+    _compare(_logits(20, vocab, seed=vocab), rows, device)
