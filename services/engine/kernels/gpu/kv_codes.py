@@ -103,11 +103,11 @@ def plane_tile(
 def pair_row(index, WORDS: tl.constexpr, FORMAT: tl.constexpr):
     """Element of head_dim that row `index` of a `pair_tile` of WORDS words holds.
 
-    Eight neighbouring rows, which eight neighbouring threads hold, are WORDS / 8 words apart: so a thread's
-    words are neighbours, and it reads them at once.
+    Eight neighbouring rows are held by eight neighbouring threads. Their words are up to four apart, so that
+    a thread's words are neighbours and it reads them at once.
     """
-    NEAR: tl.constexpr = WORDS // 8
-    word = index % 8 * NEAR + index // 8 % NEAR
+    NEAR: tl.constexpr = min(WORDS // 8, 4)
+    word = index % WORDS // (8 * NEAR) * (8 * NEAR) + index % 8 * NEAR + index // 8 % NEAR
     return word * codes_per_word(FORMAT) + index // WORDS
 
 
@@ -158,13 +158,14 @@ def pair_tile(
 @triton.jit
 def _turned(x, LANES: tl.constexpr, PAIRS: tl.constexpr, WORDS: tl.constexpr, CODES: tl.constexpr):
     """[lanes, pairs, words, codes (axes of two), token of the pair] -> [lanes, codes x words, tokens]."""
-    NEAR: tl.constexpr = WORDS // 8
+    NEAR: tl.constexpr = min(WORDS // 8, 4)
+    FAR: tl.constexpr = WORDS // (8 * NEAR)
     if CODES == 2:
-        y = tl.permute(x.reshape(LANES, PAIRS, 8, NEAR, 2, 2), (0, 4, 3, 2, 1, 5))
+        y = tl.permute(x.reshape(LANES, PAIRS, FAR, 8, NEAR, 2, 2), (0, 5, 2, 4, 3, 1, 6))
     elif CODES == 4:
-        y = tl.permute(x.reshape(LANES, PAIRS, 8, NEAR, 2, 2, 2), (0, 4, 5, 3, 2, 1, 6))
+        y = tl.permute(x.reshape(LANES, PAIRS, FAR, 8, NEAR, 2, 2, 2), (0, 5, 6, 2, 4, 3, 1, 7))
     else:
-        y = tl.permute(x.reshape(LANES, PAIRS, 8, NEAR, 2, 2, 2, 2), (0, 4, 5, 6, 3, 2, 1, 7))
+        y = tl.permute(x.reshape(LANES, PAIRS, FAR, 8, NEAR, 2, 2, 2, 2), (0, 5, 6, 7, 2, 4, 3, 1, 8))
     return y.reshape(LANES, CODES * WORDS, 2 * PAIRS)
 
 

@@ -16,7 +16,7 @@ CHUNK = 8
 NUM_WARPS = 4
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"], do_not_specialize_on_alignment=["lse_ptr", "context_lens_ptr"])
 def _paged_decode_reduce_kernel(
     out_ptr,
     partial_ptr,
@@ -110,7 +110,7 @@ def compile_cases() -> list[CompileCase]:
             },
             num_warps=NUM_WARPS,
             num_stages=3,
-            unaligned=frozenset({"num_splits", "lse_ptr"}),
+            unaligned=frozenset({"num_splits", "lse_ptr", "context_lens_ptr"}),
         )
         for dtype, head_dim in (("bf16", 128), ("fp16", 96))
     ]
