@@ -90,7 +90,9 @@ class RandomWeights:
         weight = self._normal(tuple(embedding.shape)) * embedding.shape[1] ** -0.5
         return ops.make_dense_linear(weight, None, self.numerics)
 
-    def linear(self, parts: Mapping[str, int], in_features: int, has_bias: bool) -> Linear:
+    def linear(
+        self, parts: Mapping[str, int], in_features: int, has_bias: bool, *, is_gate_up: bool = False
+    ) -> Linear:
         """One fused linear for all parts."""
         out_features = sum(parts.values())
         if self._weight_bits != 4:
@@ -104,7 +106,9 @@ class RandomWeights:
         spread = in_features**-0.5 / 4.6  # the standard deviation of 0 .. 15
         noise = torch.rand((groups, out_features), generator=self._generator, device=self.numerics.device)
         scales = (spread * (0.5 + noise)).half()
-        return ops.make_int4_linear(values, zeros, scales, None, self.numerics, self.scratch)
+        return ops.make_int4_linear(
+            values, zeros, scales, None, self.numerics, self.scratch, is_gate_up=is_gate_up
+        )
 
     def _normal(self, shape: tuple[int, ...]) -> Tensor:
         return torch.randn(

@@ -50,6 +50,8 @@ class CpuBackend:
         bias: Tensor | None,
         numerics: Numerics,
         scratch: Scratch,
+        *,
+        is_gate_up: bool = False,
     ) -> Linear:
         """torch's 4-bit matmul where it is fast, else dequantised for every call."""
         in_features, out_features = values.shape
@@ -171,9 +173,20 @@ def make_dense_linear(weight: Tensor, bias: Tensor | None, numerics: Numerics) -
 
 
 def make_int4_linear(
-    values: Tensor, zeros: Tensor, scales: Tensor, bias: Tensor | None, numerics: Numerics, scratch: Scratch
+    values: Tensor,
+    zeros: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    numerics: Numerics,
+    scratch: Scratch,
+    *,
+    is_gate_up: bool = False,
 ) -> Linear:
-    """Ready a 4-bit weight: values uint8 [in, out], zeros uint8 and scales [in / group, out]. Reorders
-    once.
+    """Ready a 4-bit weight: values uint8 [in, out], zeros uint8 and scales [in / group, out]. Reorders once.
+
+    `is_gate_up` says that the outputs' halves are for `linear_silu_mul`: it changes no result, but where they
+    lie.
     """
-    return _backend(values).make_int4_linear(values, zeros, scales, bias, numerics, scratch)
+    return _backend(values).make_int4_linear(
+        values, zeros, scales, bias, numerics, scratch, is_gate_up=is_gate_up
+    )

@@ -123,7 +123,10 @@ class Llama:
             post_attention_norm=loader.dense(prefix + "post_attention_layernorm.weight", (hidden,)),
             mlp=GatedMlp(
                 gate_up=loader.linear(
-                    {mlp + "gate_proj": width, mlp + "up_proj": width}, hidden, config.has_mlp_bias
+                    {mlp + "gate_proj": width, mlp + "up_proj": width},
+                    hidden,
+                    config.has_mlp_bias,
+                    is_gate_up=True,
                 ),
                 down=loader.linear({mlp + "down_proj": hidden}, width, config.has_mlp_bias),
             ),

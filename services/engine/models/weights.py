@@ -14,6 +14,7 @@ from torch import Tensor
 from services.engine.kernels import ops
 from services.engine.kernels.linear import ConcatLinear, Linear
 from services.engine.kernels.numerics import Numerics
+from services.engine.kernels.reference import dequantize_int4
 from services.engine.kernels.scratch import Scratch
 from services.engine.models.config import ModelConfig
 from weft.artifact.checkpoint import Checkpoint, CheckpointError
@@ -27,7 +28,8 @@ class WeightLoader:
     """Loads tensors by name, checks each, and remembers which were used.
 
     `is_strict` adds what our own artifacts promise: no subnormal scale. AutoAWQ writes some for groups that
-    are all zero, and they dequantise exactly.
+    are all zero, and they dequantise exactly. `output_factors` [out], by a linear's or a norm's name, are
+    multiplied into it as it is loaded.
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class WeightLoader:
         self.numerics = numerics
         self._is_strict = is_strict
         self.scratch = Scratch()
+        self.output_factors: dict[str, Tensor] = {}
         self._used: set[str] = set()
 
     def dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
@@ -45,7 +48,16 @@ class WeightLoader:
         tensor = self._load(name, shape, _FLOATS)
         if not bool(torch.isfinite(tensor).all()):
             raise self._error(name, "holds a value that is not finite")
+        factors = self.output_factors.get(name.rpartition(".")[0])
+        if factors is not None:
+            tensor = tensor.float() * factors.view(-1, *[1] * (tensor.ndim - 1))
         return tensor.to(self.numerics.device, self.numerics.dtype)
+
+    def weight(self, name: str, out_features: int, in_features: int) -> Tensor:
+        """The weight of one linear in fp32 [out, in], dequantised when it is packed."""
+        if f"{name}.qweight" in self.checkpoint.names:
+            return dequantize_int4(*self._int4(name, out_features, in_features)).t()
+        return self.dense(f"{name}.weight", (out_features, in_features)).float()
 
     def head(self, embedding: Tensor) -> Linear:
         """The output projection: the embedding itself when tied, else lm_head."""
@@ -58,12 +70,17 @@ class WeightLoader:
                 raise self._error(_HEAD, "differs from the embedding although tie_word_embeddings is true")
         return ops.make_dense_linear(embedding, None, self.numerics)
 
-    def linear(self, parts: Mapping[str, int], in_features: int, has_bias: bool) -> Linear:
-        """Linears that share an input, fused: {name: out_features} in order of their outputs."""
+    def linear(
+        self, parts: Mapping[str, int], in_features: int, has_bias: bool, *, is_gate_up: bool = False
+    ) -> Linear:
+        """Linears that share an input, fused: {name: out_features} in order of their outputs. `is_gate_up`
+        says that the two are for `linear_silu_mul`.
+        """
         is_packed = {name: f"{name}.qweight" in self.checkpoint.names for name in parts}
         biases = {name: self.dense(f"{name}.bias", (out,)) for name, out in parts.items()} if has_bias else {}
         if len(set(is_packed.values())) == 1:
-            return self._fused(parts, in_features, biases, is_packed=next(iter(is_packed.values())))
+            all_packed = next(iter(is_packed.values()))
+            return self._fused(parts, in_features, biases, is_packed=all_packed, is_gate_up=is_gate_up)
         return ConcatLinear(
             [
                 self._fused({name: out}, in_features, biases, is_packed=is_packed[name])
@@ -86,7 +103,13 @@ class WeightLoader:
             )
 
     def _fused(
-        self, parts: Mapping[str, int], in_features: int, biases: Mapping[str, Tensor], *, is_packed: bool
+        self,
+        parts: Mapping[str, int],
+        in_features: int,
+        biases: Mapping[str, Tensor],
+        *,
+        is_packed: bool,
+        is_gate_up: bool = False,
     ) -> Linear:
         bias = torch.cat([biases[name] for name in parts]) if biases else None
         if not is_packed:
@@ -94,7 +117,9 @@ class WeightLoader:
             return ops.make_dense_linear(torch.cat(weights), bias, self.numerics)
         packed = [self._int4(name, out, in_features) for name, out in parts.items()]
         values, zeros, scales = (torch.cat(tensors, dim=1) for tensors in zip(*packed, strict=True))
-        return ops.make_int4_linear(values, zeros, scales, bias, self.numerics, self.scratch)
+        return ops.make_int4_linear(
+            values, zeros, scales, bias, self.numerics, self.scratch, is_gate_up=is_gate_up
+        )
 
     def _int4(self, name: str, out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
         """(values uint8 [in, out], zeros uint8 [groups, out], scales fp16 [groups, out]) of one AutoAWQ
@@ -114,6 +139,9 @@ class WeightLoader:
         zeros = self._load(f"{name}.qzeros", (shape[0], out_features // 8), ("I32",))
         scales = self._load(f"{name}.scales", shape, _FLOATS)
         self._check_scales(f"{name}.scales", scales)
+        factors = self.output_factors.get(name)
+        if factors is not None:
+            scales = scales * factors.to(scales.dtype)
         device = self.numerics.device
         # Moved packed: an eighth of the bytes, and unpacked where that is fast.
         return unpack_int4(words.to(device)), unpack_int4(zeros.to(device)), scales.to(device)

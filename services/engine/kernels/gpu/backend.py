@@ -11,14 +11,16 @@ from torch import Tensor
 
 from services.engine.kernels import reference
 from services.engine.kernels.gpu import rotary_write
+from services.engine.kernels.gpu.dense_linear import GpuDenseLinear
 from services.engine.kernels.gpu.embedding import embedding, gather_rows
 from services.engine.kernels.gpu.gpu_metadata import GpuMetadata, gpu_metadata
 from services.engine.kernels.gpu.norm import add_rms_norm, rms_norm
 from services.engine.kernels.gpu.paged_decode import paged_decode
 from services.engine.kernels.gpu.paged_prefill import paged_prefill
 from services.engine.kernels.gpu.silu_mul import silu_mul
+from services.engine.kernels.gpu.w4a16_linear import GpuInt4Linear
 from services.engine.kernels.kv_format import LayerCache
-from services.engine.kernels.linear import DenseLinear, Int4Linear, Linear
+from services.engine.kernels.linear import Linear
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
 from services.engine.kernels.scratch import Scratch
@@ -96,8 +98,8 @@ class GpuBackend:
 
     @staticmethod
     def make_dense_linear(weight: Tensor, bias: Tensor | None, numerics: Numerics) -> Linear:
-        """Ready weight [out, in] and bias [out]."""
-        return DenseLinear(weight, bias, numerics)
+        """The vendor's matmul, or one of our own when a row must have the same bits in every batch."""
+        return GpuDenseLinear(weight, bias, numerics)
 
     @staticmethod
     def make_int4_linear(
@@ -107,9 +109,11 @@ class GpuBackend:
         bias: Tensor | None,
         numerics: Numerics,
         scratch: Scratch,
+        *,
+        is_gate_up: bool = False,
     ) -> Linear:
-        """Ready a 4-bit weight: values uint8 [in, out], zeros uint8 and scales [in / group, out]."""
-        return Int4Linear(values, zeros, scales, bias, numerics, scratch)
+        """Repacked for the product that dequantises in registers."""
+        return GpuInt4Linear(values, zeros, scales, bias, numerics, scratch, is_gate_up=is_gate_up)
 
 
 def _decode(

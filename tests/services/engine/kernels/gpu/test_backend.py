@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from services.engine.kernels import ops, reference
+from services.engine.kernels.gpu import backend
 from services.engine.kernels.gpu.backend import GpuBackend
 from services.engine.kernels.gpu.gpu_metadata import PLAN_KEY, GpuMetadata, gpu_metadata
 from services.engine.kernels.kv_format import FORMATS, LayerCache
@@ -25,27 +26,27 @@ from weft.artifact.checkpoint import Checkpoint
 
 BLOCK_SIZE = 16
 NUM_BLOCKS = 12
-TABLES = {"a": [3, 7], "b": [11], "c": [4, 1]}
+TABLES = {"a": [3, 7], "b": [11], "c": [4]}
 TOKENS = torch.randint(0, 97, (3, 64), generator=torch.Generator().manual_seed(0))
 STEPS = [
-    {"a": (0, 17), "b": (0, 3)},
-    {"a": (17, 19), "b": (3, 4), "c": (0, 18)},
-    {"a": (19, 20), "b": (4, 5), "c": (18, 19)},
-    {"c": (19, 20), "b": (5, 6)},
+    {"a": (0, 14), "b": (0, 3)},
+    {"a": (14, 18), "b": (3, 4), "c": (0, 5)},
+    {"a": (18, 19), "b": (4, 5), "c": (5, 6)},
+    {"c": (6, 7), "b": (5, 6)},
 ]
 """[first, last) positions of each sequence: two prefills, a mixture, two steps of decodes."""
 
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A Llama in groups of 32, its first layer alone, and a Qwen3, whose heads are normed, unquantised."""
+    """A Llama in groups of 32, its first layer alone, and one of a Qwen3, whose heads are normed, unquantised."""
     place = tmp_path_factory.mktemp("models")
     plain = write_checkpoint(place / "plain", LLAMA)
     shallow = write_checkpoint(place / "shallow", {**LLAMA, "num_hidden_layers": 1})
     return {
         "llama-int4": quantize_checkpoint(plain, place / "packed", 32),
         "one-layer-int4": quantize_checkpoint(shallow, place / "packed-shallow", 32),
-        "qwen3": write_checkpoint(place / "qwen3", QWEN3),
+        "qwen3": write_checkpoint(place / "qwen3", {**QWEN3, "num_hidden_layers": 1}),
     }
 
 
@@ -107,7 +108,7 @@ def _expected(directory: Path, kv_dtype: str) -> tuple[list[Tensor], KVCache]:
 @pytest.mark.parametrize(
     ("name", "kv_dtype", "num_padding"),
     [
-        ("llama-int4", "float32", 0),
+        ("one-layer-int4", "float32", 0),
         ("llama-int4", "int8", 3),
         ("one-layer-int4", "int4", 0),
         ("one-layer-int4", "fp8", 0),
@@ -163,7 +164,7 @@ def test_a_row_has_the_same_bits_in_every_batch_and_chunk(
     for name, parts in rows.items():
         alone = _gpu_engine(directory, "int8", device, is_deterministic=True)
         end = sum(map(len, parts))
-        cuts = [0, 4, 5, end] if end > 5 else [0, end]
+        cuts = [0, 4, 5, end]
         chunks = [alone.step({name: span}) for span in pairwise(cuts)]
         assert torch.equal(torch.cat(chunks), torch.cat(parts)), name
 
@@ -191,6 +192,25 @@ def test_decodes_of_a_captured_shape(is_deterministic: bool, device: str, poison
     actual = GpuBackend.paged_attention(query, cache, metadata, 0.25, numerics, Scratch()).cpu()
     torch.testing.assert_close(actual[:2], expected, rtol=0, atol=1e-5)
     assert torch.equal(actual[2:], torch.zeros(2, 4, 16))
+    # The same batch as a runner without graphs pads it: rows behind the last sequence.
+    padded = AttentionMetadata(
+        slots, slots.to(device), torch.tensor(tables, device=device), [1, 1], contexts, 16, 2
+    )
+    again = GpuBackend.paged_attention(query, cache, padded, 0.25, numerics, Scratch()).cpu()
+    assert torch.equal(again, actual)
+
+
+def test_a_deterministic_engine_has_one_attention(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "paged_prefill", lambda *_, **options: options["deterministic"])
+    monkeypatch.setattr(backend, "_decode", lambda *_: "decode")
+    cpu = torch.zeros(2, dtype=torch.int64)
+    found = []
+    for lengths in ([1, 1], [2]):
+        metadata = AttentionMetadata(cpu, cpu, cpu[:, None], lengths, [3] * len(lengths), 16)
+        for is_deterministic in (False, True):
+            numerics = Numerics(torch.float32, is_deterministic)
+            found.append(GpuBackend.paged_attention(cpu, None, metadata, 1.0, numerics, None))
+    assert found == ["decode", True, False, True]
 
 
 def test_metadata_of_the_runner_is_taken_as_it_is(device: str) -> None:
