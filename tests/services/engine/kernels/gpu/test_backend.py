@@ -39,7 +39,7 @@ STEPS = [
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A Llama in groups of 32, its first layer alone, and one of a Qwen3, whose heads are normed, unquantised."""
+    """A Llama in groups of 32, its first layer alone, and that of a Qwen3: heads normed, unquantised."""
     place = tmp_path_factory.mktemp("models")
     plain = write_checkpoint(place / "plain", LLAMA)
     shallow = write_checkpoint(place / "shallow", {**LLAMA, "num_hidden_layers": 1})
