@@ -160,7 +160,7 @@ def _paged_prefill_kernel(
             slot = start % BLOCK_SIZE + lane
         else:
             block = tl.load(table_ptr + key // BLOCK_SIZE, mask=is_key, other=0).to(tl.int64)
-            slot = key % BLOCK_SIZE
+            slot = lane % BLOCK_SIZE
         mask = is_key[:, None] & (units < ROW_SIZE)[None, :]
         k = load_tile(
             k_head_ptr,
@@ -350,6 +350,8 @@ def _check(query: Tensor, cache: LayerCache, scale: float, sliding_window: int |
             raise ValueError(f"{name} {tuple(tensor.shape)} holds no vectors of {query.shape[2]}")
         if tensor.stride()[2:] != (row_size, 1):
             raise ValueError(f"one head's vectors in a block must lie together, {name} has {tensor.stride()}")
+    if cache.k.element_size() > query.element_size():
+        raise ValueError(f"a {cache.k.dtype} cache under {query.dtype} rows would not fit into shared memory")
     if cache.block_size < 16 or cache.block_size & (cache.block_size - 1):
         raise ValueError(f"block size must be a power of two from 16 on, found {cache.block_size}")
     if not scale > 0:
