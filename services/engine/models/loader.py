@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from services.engine.kernels.numerics import Numerics
 from services.engine.models.config import ConfigError, ModelConfig, architecture_of, parse_eos_ids
+from services.engine.models.key_balance import balanced_keys
 from services.engine.models.llama import Llama
 from services.engine.models.registry import model_class
 from services.engine.models.weights import WeightLoader
@@ -55,9 +56,16 @@ def load_model(
     max_model_len: int,
     *,
     is_artifact: bool = False,
+    balances_keys: bool = False,
 ) -> Llama:
-    """Build the model. Raises CheckpointError naming the tensor that is missing, misshapen or not finite."""
+    """Build the model; `balances_keys` evens out the channels of its keys, for a cache with integer codes.
+    Raises CheckpointError naming the tensor that is missing, misshapen or not finite.
+    """
     loader = WeightLoader(checkpoint, config, numerics, is_strict=is_artifact)
-    model = model_class(config.architecture)(config, loader, max_model_len)
+    architecture = model_class(config.architecture)
+    if balances_keys:
+        has_qk_norm = architecture.has_qk_norm
+        loader.output_factors.update(balanced_keys(loader, config, has_qk_norm=has_qk_norm))
+    model = architecture(config, loader, max_model_len)
     loader.check_all_used()
     return model

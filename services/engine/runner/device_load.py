@@ -54,10 +54,15 @@ def load_device_runner(config: RunnerConfig) -> DeviceRunner:
         free, total = torch.cuda.mem_get_info(device)
         budget = resolve_limit(config.gpu_memory, total, free)
         check_weights(budget, stored_bytes(source.checkpoint))
-    model = load_model(
-        source.checkpoint, model_config, numerics, max_model_len, is_artifact=source.is_artifact
-    )
     kv_format = choose_kv_format(config, model_config, numerics.dtype)
+    model = load_model(
+        source.checkpoint,
+        model_config,
+        numerics,
+        max_model_len,
+        is_artifact=source.is_artifact,
+        balances_keys=kv_format.max_code is not None,
+    )
     loading = _Loading(config, source, model, numerics, kv_format, max_model_len)
     return loading.finish(loading.num_blocks(budget))
 

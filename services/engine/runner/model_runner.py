@@ -99,11 +99,16 @@ def load_runner(config: RunnerConfig) -> ModelRunner | DeviceRunner:
     model_config = read_model_config(source.checkpoint)
     numerics = choose_numerics(config, model_config)
     max_model_len = resolve_max_model_len(model_config, config.max_model_len)
+    kv_format = choose_kv_format(config, model_config, numerics.dtype)
     model = load_model(
-        source.checkpoint, model_config, numerics, max_model_len, is_artifact=source.is_artifact
+        source.checkpoint,
+        model_config,
+        numerics,
+        max_model_len,
+        is_artifact=source.is_artifact,
+        balances_keys=kv_format.max_code is not None,
     )
     crossover_rows = set_crossover(model.linears.values(), source.digest, config.cache_dir)
-    kv_format = choose_kv_format(config, model_config, numerics.dtype)
     num_blocks = resolve_num_blocks(config, kv_bytes_per_token(model_config, kv_format), max_model_len)
     cache = KVCache(model_config, num_blocks, config.block_size, kv_format, is_poisoned=config.is_poisoned)
     numerics, fingerprint = settle_numerics(model, cache, numerics, max_model_len, config)
