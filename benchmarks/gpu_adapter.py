@@ -27,11 +27,12 @@ from services.engine.kernels.linear import Linear
 from services.engine.kernels.numerics import Numerics
 from services.engine.kernels.scratch import Scratch
 from services.engine.models.llama import Llama
+from services.engine.models.loader import load_model, read_model_config, resolve_max_model_len
 from services.engine.runner.config import RunnerConfig
 from services.engine.runner.kv_cache import KVCache, choose_kv_format
 from services.engine.runner.load import make_info
 from services.engine.runner.model_runner import load_runner
-from services.engine.runner.source import Source
+from services.engine.runner.source import Source, open_source
 
 GROUP = 128
 
@@ -58,12 +59,20 @@ def cpu_runner(source: Path, **settings: Any) -> Any:
 
 
 def device_runner(bench: Bench, source: Path, **settings: Any) -> Any:
-    """The runner that serves on a device. Dry: on the CPU, in fp32, within `device_operations`."""
-    from services.engine.runner.device_load import load_device_runner
+    """The runner that serves on a device, loaded as it loads: with self-test and warm-up.
 
-    if bench.is_dry:
-        settings |= {"dtype": "float32"}
-    return load_device_runner(RunnerConfig(source=source, device=bench.device.type, **settings))
+    Dry: its parts put together in fp32 on the CPU, within `device_operations`; in the interpreter the
+    self-test alone would take minutes.
+    """
+    if not bench.is_dry:
+        return load_runner(RunnerConfig(source=source, device=bench.device.type, **settings))
+    config = RunnerConfig(source=source, device="cpu", **(settings | {"dtype": "float32"}))
+    opened = open_source(config)
+    model_config = read_model_config(opened.checkpoint)
+    numerics = Numerics(torch.float32, bool(config.is_deterministic), device=bench.device)
+    length = resolve_max_model_len(model_config, config.max_model_len)
+    model = load_model(opened.checkpoint, model_config, numerics, length)
+    return _assemble(bench, config, model, numerics, length)
 
 
 class RandomWeights:
@@ -136,25 +145,46 @@ def random_runner(
     model: Llama | None = None,
 ) -> Any:
     """A runner of a model of this config.json with random weights; `model` takes another runner's instead."""
-    from services.engine.runner.device_runner import DeviceRunner
-
     numerics = Numerics(bench.dtype, is_deterministic, device=bench.device)
-    config = RunnerConfig(source=Path("random"), device=bench.device.type, kv_dtype=kv_dtype)
+    config = RunnerConfig(
+        source=Path("random"),
+        device=bench.device.type,
+        kv_dtype=kv_dtype,
+        num_blocks=num_blocks,
+        max_batch_size=max_batch_size,
+        max_batched_tokens=max_batched_tokens,
+        has_graphs=has_graphs,
+    )
     if model is None:
         model = Llama(Llama.parse(raw_config), RandomWeights(numerics, weight_bits), max_model_len)  # type: ignore[arg-type]
     model.use(numerics)
+    return _assemble(bench, config, model, numerics, max_model_len)
+
+
+def _assemble(
+    bench: Bench, config: RunnerConfig, model: Llama, numerics: Numerics, max_model_len: int
+) -> Any:
+    """The device's runner around a model, without self-test or warm-up."""
+    from services.engine.runner.device_runner import DeviceRunner
+
     kv_format = choose_kv_format(config, model.config, numerics.dtype)
-    cache = KVCache(model.config, num_blocks, config.block_size, kv_format, device=bench.device)
+    cache = KVCache(
+        model.config,
+        config.num_blocks or 1,
+        config.block_size,
+        kv_format,
+        device=bench.device,
+        is_poisoned=config.is_poisoned,
+    )
     source = Source(None, "random", "", "", "", None, False)  # type: ignore[arg-type]
-    info = make_info(config, source, model, cache, numerics, max_model_len, "", None)
     return DeviceRunner(
         model,
         cache,
         numerics,
-        info,
-        max_batched_tokens=max_batched_tokens,
-        max_batch_size=max_batch_size,
-        has_graphs=has_graphs and not bench.is_dry,
+        make_info(config, source, model, cache, numerics, max_model_len, "", None),
+        max_batched_tokens=config.max_batched_tokens,
+        max_batch_size=config.max_batch_size,
+        has_graphs=config.has_graphs and not bench.is_dry,
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from benchmarks.gpu_measure import Bench, Timing
 from services.engine.kernels.linear import Linear
 from services.engine.kernels.numerics import Numerics
+from services.engine.kernels.scratch import Scratch
 
 GROUP = 128
 # name -> (in, out, whether it is the gate and up projection, whose output goes through silu * mul)
@@ -34,7 +35,7 @@ def run(bench: Bench) -> None:
     """Every shape with every number of rows, and the fused forms of the gate and up projection."""
     for name, (in_features, out_features, is_gated) in (DRY_SHAPES if bench.is_dry else SHAPES).items():
         with bench.case(name):
-            int4, dense = _linears(bench, in_features, out_features)
+            int4, dense = _linears(bench, in_features, out_features, is_gated)
             for rows in (1, 16) if bench.is_dry else ROWS:
                 with bench.case(f"w4a16 {name} rows={rows}"):
                     _compare(bench, f"w4a16 {name} rows={rows}", int4, dense, rows, _target(name, rows))
@@ -47,11 +48,14 @@ def _target(name: str, rows: int) -> float | None:
     return TARGETS.get(rows) if name == "8192x8192" else None
 
 
-def _linears(bench: Bench, in_features: int, out_features: int) -> tuple[list[Linear], list[Tensor]]:
+def _linears(
+    bench: Bench, in_features: int, out_features: int, is_gated: bool
+) -> tuple[list[Linear], list[Tensor]]:
     """Copies of one 4-bit linear, and of its weight in the benchmark's dtype [out, in]."""
     from services.engine.kernels.gpu.w4a16_linear import GpuInt4Linear
 
     numerics = Numerics(bench.dtype, is_deterministic=False, device=bench.device)
+    scratch = Scratch()
     num_int4 = bench.num_copies(in_features * out_features // 2)
     num_dense = bench.num_copies(in_features * out_features * 2)
     int4: list[Linear] = []
@@ -60,7 +64,7 @@ def _linears(bench: Bench, in_features: int, out_features: int) -> tuple[list[Li
         values = bench.randint(16, in_features, out_features, dtype=torch.uint8)
         zeros = bench.randint(16, in_features // GROUP, out_features, dtype=torch.uint8)
         scales = (torch.rand(zeros.shape, device=bench.device) * 0.01 + 0.001).half()
-        int4.append(GpuInt4Linear(values, zeros, scales, None, numerics))
+        int4.append(GpuInt4Linear(values, zeros, scales, None, numerics, scratch, is_gate_up=is_gated))
         if len(dense) < num_dense:
             spread = (part.float().repeat_interleave(GROUP, 0) for part in (zeros, scales))
             zero, scale = spread

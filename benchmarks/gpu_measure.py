@@ -191,7 +191,8 @@ class Bench:
         except OutOfTime:
             raise
         except (Missing, ImportError) as error:
-            self.emit(Row(self.name, name, status="missing", note=str(error)))
+            is_ours = (getattr(error, "name", None) or "").startswith("services")
+            self.emit(Row(self.name, name, status="failed" if is_ours else "missing", note=str(error)))
         except Exception as error:
             traceback.print_exc()
             note = f"{type(error).__name__}: {error}".splitlines()[0][:300]

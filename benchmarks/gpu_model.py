@@ -90,14 +90,15 @@ DRY_SETTINGS = (Setting(4, 2), Setting(4, 2, is_deterministic=True), Setting(16,
 
 
 def run(bench: Bench) -> None:
-    """All settings; the model of one weight width is made once."""
-    models: dict[int, Llama] = {}
+    """All settings; neighbours share a model where its linears are the same."""
+    models: dict[tuple[int, bool], Llama] = {}
     for setting in DRY_SETTINGS if bench.is_dry else SETTINGS:
-        if setting.weight_bits not in models:
+        kind = (setting.weight_bits, setting.is_deterministic)
+        if kind not in models:
             models.clear()
         with bench.case(setting.name):
-            runner = _runner(bench, setting, models.get(setting.weight_bits))
-            models[setting.weight_bits] = runner.model
+            runner = _runner(bench, setting, models.get(kind))
+            models[kind] = runner.model
             _decode(bench, setting, runner)
 
 

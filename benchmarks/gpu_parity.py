@@ -20,7 +20,7 @@ from benchmarks.gpu_adapter import Sequences
 from benchmarks.gpu_measure import Bench, Row, relative_error
 
 DEMO = Path(__file__).resolve().parents[1] / "models" / "demo"
-VOCABULARY = 4096
+VOCABULARIES = {False: 4096, True: 160}
 LENGTHS, NUM_NEW = (1, 17, 63, 130, 300, 511), 24
 DRY_LENGTHS, DRY_NUM_NEW = (3, 17), 1
 MARGIN = 0.5
@@ -41,26 +41,27 @@ class Trace:
 
 def run(bench: Bench) -> None:
     """Twin and transformers, cache formats, 4-bit weights, determinism."""
-    prompts = _prompts(DRY_LENGTHS if bench.is_dry else LENGTHS)
+    prompts = _prompts(bench.is_dry)
     with tempfile.TemporaryDirectory() as folder:
-        packed = _packed(Path(folder))
+        demo = _tiny(Path(folder)) if bench.is_dry else DEMO
+        packed = _packed(demo, Path(folder))
         twins: dict[tuple[str, str], Trace] = {}
-        for name, source in (("plain", DEMO), ("int4", packed)):
+        for name, source in (("plain", demo), ("int4", packed)):
             for kv_dtype in _formats(bench, name):
                 with bench.case(f"CPU twin, weights {name}, cache {kv_dtype}"):
                     runner = gpu_adapter.cpu_runner(source, **_settings(bench, kv_dtype, prompts))
                     twins[name, kv_dtype] = _trace(bench, runner, prompts)
         if ("plain", "auto") in twins:
             with bench.case("transformers, fp32"):
-                _check_transformers(bench, prompts, twins["plain", "auto"])
+                _check_transformers(bench, demo, prompts, twins["plain", "auto"])
         with bench.case("device operations"), gpu_adapter.device_operations(bench):
             for (name, kv_dtype), twin in twins.items():
-                source = DEMO if name == "plain" else packed
+                source = demo if name == "plain" else packed
                 for dtype in ("float32",) if bench.is_dry else ("bfloat16", "float16", "float32"):
                     case = f"device {dtype}, weights {name}, cache {kv_dtype}, against the CPU twin"
                     with bench.case(case):
                         _check(bench, case, source, dtype, kv_dtype, prompts, twin)
-            for name, source in (("plain", DEMO), ("int4", packed)):
+            for name, source in (("plain", demo), ("int4", packed)):
                 with bench.case(f"deterministic, weights {name}: a row alone and among others"):
                     _check_deterministic(bench, name, source, prompts)
 
@@ -73,34 +74,45 @@ def _formats(bench: Bench, weights: str) -> tuple[str, ...]:
 
 
 def _settings(bench: Bench, kv_dtype: str, prompts: list[list[int]]) -> dict[str, Any]:
-    longest = max(map(len, prompts)) + 64
+    longest = max(map(len, prompts)) + (7 if bench.is_dry else 64)
     return {
         "kv_dtype": kv_dtype,
         "block_size": 16,
         "num_blocks": 4 * len(prompts) * -(-longest // 16),
-        "max_batch_size": 16,
-        "max_batched_tokens": 64 if bench.is_dry else 512,
+        "max_batch_size": 2 if bench.is_dry else 16,
+        "max_batched_tokens": 32 if bench.is_dry else 512,
+        "max_model_len": 24 if bench.is_dry else None,
         "is_poisoned": True,
     }
 
 
-def _prompts(lengths: tuple[int, ...]) -> list[list[int]]:
+def _prompts(is_dry: bool) -> list[list[int]]:
+    lengths, vocabulary = DRY_LENGTHS if is_dry else LENGTHS, VOCABULARIES[is_dry]
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(6, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(6, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
 
-def _packed(folder: Path) -> Path:
-    """The demo checkpoint with its linears rounded to 4 bits."""
+def _tiny(folder: Path) -> Path:
+    """What stands in for the demo model when dry: one layer of random weights."""
+    from tests.services.engine.models.checkpoints import LLAMA, write_checkpoint
+
+    sizes = {"vocab_size": VOCABULARIES[True], "hidden_size": 128, "intermediate_size": 128, "head_dim": 64}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return write_checkpoint(folder / "tiny", LLAMA | sizes | heads)
+
+
+def _packed(source: Path, folder: Path) -> Path:
+    """The checkpoint with its linears rounded to 4 bits."""
     from tests.services.engine.models.checkpoints import quantize_checkpoint
 
-    return quantize_checkpoint(DEMO, folder / "packed", 128)
+    return quantize_checkpoint(source, folder / "packed", 128)
 
 
 def _trace(bench: Bench, runner: Any, prompts: list[list[int]], forced: Trace | None = None) -> Trace:
     """Prefill each prompt, then decode all together; greedy, or along another run's tokens."""
     num_new = DRY_NUM_NEW if bench.is_dry else NUM_NEW
     sequences = Sequences(runner, prompts, num_new)
-    logits = [sequences.prefill(step=100).float().cpu()]
+    logits = [sequences.prefill(step=32 if bench.is_dry else 100).float().cpu()]
     tokens: list[list[int]] = []
     for step in range(num_new):
         tokens.append(forced.tokens[step] if forced else logits[-1].argmax(-1).tolist())
@@ -135,11 +147,11 @@ def _check(
     _report(bench, case, _trace(bench, runner, prompts, twin).logits, twin.logits, TOLERANCES[dtype])
 
 
-def _check_transformers(bench: Bench, prompts: list[list[int]], twin: Trace) -> None:
+def _check_transformers(bench: Bench, source: Path, prompts: list[list[int]], twin: Trace) -> None:
     """The twin's logits against those of transformers' own model, in fp32 on the CPU."""
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     rows = []
     for index, prompt in enumerate(prompts):
         ids = prompt + [tokens[index] for tokens in twin.tokens]

@@ -6,14 +6,13 @@ rows, and the microseconds at few.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.gpu_measure import Bench
+from benchmarks.gpu_measure import Bench, Row
 from services.engine.kernels.kv_format import FORMATS, LayerCache
 
 HIDDEN, WIDTH = 4096, 14336
@@ -37,9 +36,61 @@ def run(bench: Bench) -> None:
 
 
 def run_sampling(bench: Bench) -> None:
-    """Rows of logits to tokens."""
-    with bench.case("sampling"):
-        importlib.import_module("services.engine.kernels.gpu.sampling")
+    """Rows of logits to tokens: keyed noise over all ids, then with filters."""
+    settings = {"temperature 0.8": (0, 1.0, 0.0), "top_k 50": (50, 1.0, 0.0), "top_p 0.9": (0, 0.9, 0.0)}
+    settings |= {"top_k 50, top_p 0.9, min_p 0.05": (50, 0.9, 0.05)}
+    for name, (top_k, top_p, min_p) in settings.items():
+        case = f"sampling {3 if bench.is_dry else SAMPLED_ROWS} rows, {name}"
+        with bench.case(case):
+            _sample(bench, case, top_k, top_p, min_p)
+
+
+def _sample(bench: Bench, case: str, top_k: int, top_p: float, min_p: float) -> None:
+    from services.engine.kernels.gpu.sampling import PARAM_WORDS, draw
+
+    rows, vocabulary = (3, 1500) if bench.is_dry else (SAMPLED_ROWS, VOCABULARY)
+    floats = torch.tensor([0.8, top_p, min_p]).view(torch.int32).tolist()
+    words = [[floats[0], top_k, floats[1], floats[2], 7, 0, row, 5] for row in range(rows)]
+    params = torch.tensor(words, dtype=torch.int32, device=bench.device)
+    if params.shape[1] != PARAM_WORDS:
+        raise ValueError(f"the sampler takes {PARAM_WORDS} words a row, this fills {params.shape[1]}")
+    copies = bench.num_copies(4 * rows * vocabulary)
+    logits = [4 * bench.randn(rows, vocabulary, dtype=torch.float32) for _ in range(copies)]
+    tokens = torch.full((rows,), -1, device=bench.device)
+    status = torch.full((rows,), -1, dtype=torch.int32, device=bench.device)
+    has_filters = top_k > 0 or top_p < 1 or min_p > 0
+
+    def ours(logits: Tensor) -> None:
+        draw(logits, params, has_filters=has_filters, token_ids=tokens, status=status)
+
+    def plain(logits: Tensor) -> Tensor:
+        return _sample_plain(logits / 0.8, top_k, top_p, min_p)
+
+    ours(logits[0])
+    if int(status.abs().sum()) or int(tokens.min()) < 0 or int(tokens.max()) >= vocabulary:
+        raise ValueError(f"tokens {tokens.tolist()}, status {status.tolist()}")
+    timing = bench.time([lambda x=x: ours(x) for x in logits])
+    base = bench.time([lambda x=x: plain(x) for x in logits])
+    bench.compare(case, timing, "torch softmax, sort and noise" if has_filters else "torch, noise", base)
+    us = 1e6 * timing.median
+    row = Row(
+        bench.name, f"{case}, against the target", "us", us, target=SAMPLING_TARGET_US, is_low_good=True
+    )
+    bench.emit(row)
+
+
+def _sample_plain(logits: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """The usual way: filter by a sort, then divide by exponential noise."""
+    probs = logits.softmax(-1)
+    if min_p > 0:
+        probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0.0)
+    if top_k > 0 or top_p < 1:
+        ordered, order = probs.sort(dim=-1, descending=True)
+        if top_k > 0:
+            ordered[:, top_k:] = 0.0
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered > top_p, 0.0)
+        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
+    return probs.div_(torch.empty_like(probs).exponential_()).argmax(-1)
 
 
 def _report(

@@ -48,7 +48,7 @@ def run(bench: Bench) -> None:
     with bench.case("transformers' model"):
         model, config = _transformers_model(bench)
         base = None
-        case = "transformers generate_batch (continuous batching), bf16"
+        base_name = case = "transformers generate_batch (continuous batching), bf16"
         with bench.case(case):
             base = _report(bench, case, load, _continuous(bench, model, config))
         getattr(model, "destroy_cached_continuous_batching_manager", _free)()
@@ -57,12 +57,11 @@ def run(bench: Bench) -> None:
         with bench.case(case):
             static = _report(bench, case, load, _static(bench, model, config))
             if base is None:
-                base = static
-                case = "transformers generate"
+                base, base_name = static, case
         for name, rate in ours.items():
             if base is not None:
                 target = TARGET if name == "int4" else None
-                bench.emit(_ratio(bench, f"weft {name} over {case}", rate, base, target))
+                bench.emit(_ratio(bench, f"weft {name} over {base_name}", rate, base, target))
 
 
 def _ratio(bench: Bench, case: str, rate: float, base: float, target: float | None) -> Row:
