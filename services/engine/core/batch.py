@@ -6,7 +6,7 @@ Knows no tensors: logits are opaque here.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceABC
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
 from services.engine.core.sequence import Sequence
@@ -51,6 +51,40 @@ class SampledToken(NamedTuple):
     token_id: int
     logprob: float | None = None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's work: chunks to compute, of which `num_sampling` draw a token, copies to do before,
+    sequences that lost their blocks for it.
+    """
+
+    chunks: list[Chunk] = field(default_factory=list)
+    copies: list[BlockCopy] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+    num_tokens: int = 0
+    num_sampling: int = 0
+
+    def add(self, sequence: Sequence, length: int) -> None:
+        """Schedule the next `length` tokens of a sequence, whose last is known to the host."""
+        start = sequence.num_scheduled_tokens
+        end = sequence.num_scheduled_tokens = start + length
+        is_sampling = end == sequence.num_foreseen_tokens
+        self.chunks.append(Chunk(sequence, start, length, is_sampling))
+        if is_sampling:
+            sequence.drawn_row = self.num_sampling
+            self.num_sampling += 1
+            if end < sequence.max_foreseen_tokens:
+                sequence.num_foreseen_tokens = end + 1
+
+    def drop(self, chunk: Chunk) -> None:
+        """Take a chunk out. The rows of those behind it move up."""
+        self.chunks.remove(chunk)
+        self.num_tokens -= chunk.length
+        sampling = [other for other in self.chunks if other.is_sampling]
+        self.num_sampling = len(sampling)
+        for row, other in enumerate(sampling):
+            other.sequence.drawn_row = row
 
 
 class Runner(Protocol):

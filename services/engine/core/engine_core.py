@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable
 from time import monotonic
 
 from services.engine.core.admission import Admission, CoreLimits
-from services.engine.core.batch import Chunk, ForwardRunner, Runner, SampledToken, as_runner
+from services.engine.core.batch import Batch, ForwardRunner, Runner, as_runner
 from services.engine.core.block_manager import BlockManager
 from services.engine.core.cost_model import CostModel
 from services.engine.core.deadlines import Deadlines
@@ -25,9 +25,10 @@ from services.engine.core.errors import (
     InternalFailure,
     RequestError,
 )
-from services.engine.core.events import Counters, FinishedEvent, StepReport, TokenEvent
+from services.engine.core.events import StepReport
 from services.engine.core.executor import Executor, Output, Step
-from services.engine.core.scheduler import Batch, Scheduler
+from services.engine.core.journal import Journal
+from services.engine.core.scheduler import Scheduler
 from services.engine.core.sequence import FinishReason, Sequence, SequenceStatus
 
 log = logging.getLogger("weft.engine.core")
@@ -61,11 +62,7 @@ class EngineCore:
         self._collected_at = 0.0
         self._live: dict[Hashable, Sequence] = {}
         self._deadlines = Deadlines()
-        self._tokens: list[TokenEvent] = []
-        self._finished: list[FinishedEvent] = []
-        self._num_batched_tokens = 0
-        self._num_steps = self._num_begun = self._num_ended = self._num_paused = 0
-        self._num_prompt_tokens = self._num_generation_tokens = self._peak_batch_size = 0
+        self._journal = Journal()
 
     # -- commands ------------------------------------------------------------
 
@@ -87,9 +84,7 @@ class EngineCore:
             raise failure from error
         self._live[sequence.key] = sequence
         self._deadlines.add(sequence)
-        self._num_paused += sequence.is_paused
-        self._num_begun += 1
-        self._num_prompt_tokens += len(sequence.prompt_token_ids)
+        self._journal.begin(sequence)
         self.scheduler.add(sequence)
         reason = sequence.stop_reason()
         if reason is not None:  # A resume of what had already ended.
@@ -117,7 +112,7 @@ class EngineCore:
         """Stop, or go on, scheduling a sequence. A token in flight still comes."""
         sequence = self._live.get(key)
         if sequence is not None:
-            self._num_paused += is_paused - sequence.is_paused
+            self._journal.num_paused += is_paused - sequence.is_paused
             sequence.is_paused = is_paused
             sequence.last_token_at = None  # The pause is no gap between two tokens.
 
@@ -134,7 +129,7 @@ class EngineCore:
     def has_work(self) -> bool:
         """Whether a step could do anything now: something in flight or runnable, or an event to report."""
         is_in_flight = self._current is not None or self._next is not None
-        return is_in_flight or bool(self._tokens or self._finished) or self.scheduler.has_runnable()
+        return is_in_flight or self._journal.has_news or self.scheduler.has_runnable()
 
     # -- the step ------------------------------------------------------------
 
@@ -176,7 +171,6 @@ class EngineCore:
             for chunk, failure in self._executor.prepare(batch):
                 self._fail(chunk.sequence, failure)
             if batch.chunks:
-                self._peak_batch_size = max(self._peak_batch_size, len(batch.chunks))
                 step = self._executor.launch(batch, now)
         finally:
             if step is None:
@@ -191,13 +185,7 @@ class EngineCore:
                 outputs = self._executor.collect(step, self._next)
             finally:
                 self._finish_copies(step.batch)
-            now = self.now()
-            took = now - max(step.started_at, self._collected_at)
-            self.costs.observe(step.batch.num_tokens, len(step.batch.chunks), took)
-            self._collected_at = now
-            self._num_steps += 1
-            self._num_batched_tokens += step.batch.num_tokens
-            self._update(step.batch, outputs, now)
+            self._take(step, outputs)
         self._current, self._next = self._next, None
         if self._current is None:
             self.step_started_at = None
@@ -218,35 +206,13 @@ class EngineCore:
 
     def report(self) -> StepReport:
         """The state now, with the tokens and ends that no report has told yet."""
-        report = StepReport(
-            step=self._num_steps,
-            tokens=self._tokens,
-            finished=self._finished,
-            num_batched_tokens=self._num_batched_tokens,
-            num_running=len(self.scheduler.running),
-            num_waiting=len(self.scheduler.waiting),
-            num_paused=self._num_paused,
-            blocks=self.blocks.counts(),
-            counters=Counters(
-                begun=self._num_begun,
-                ended=self._num_ended,
-                steps=self._num_steps,
-                preemptions=self.scheduler.num_preemptions,
-                cache_queries=self.scheduler.num_cache_queries,
-                cache_hits=self.scheduler.num_cache_hits,
-                prompt_tokens=self._num_prompt_tokens,
-                generation_tokens=self._num_generation_tokens,
-                peak_batch_size=self._peak_batch_size,
-            ),
-        )
-        self._tokens, self._finished, self._num_batched_tokens = [], [], 0
-        return report
+        return self._journal.report(self.scheduler, self.blocks)
 
     def check_integrity(self) -> None:
         """Recount blocks and sequences. Raises IntegrityError."""
         self.blocks.check_integrity(self._live.values())
         self.scheduler.check_integrity(self._live.values())
-        if self._num_paused != sum(sequence.is_paused for sequence in self._live.values()):
+        if self._journal.num_paused != sum(sequence.is_paused for sequence in self._live.values()):
             raise IntegrityError("the paused sequences are counted wrong")
 
     def _finish_copies(self, batch: Batch) -> None:
@@ -256,53 +222,41 @@ class EngineCore:
 
     # -- update ------------------------------------------------------------
 
+    def _take(self, step: Step, outputs: Iterable[Output]) -> None:
+        """Learn from the time that a step took, and take in its outputs."""
+        now = self.now()
+        num_tokens, num_sequences = step.batch.num_tokens, len(step.batch.chunks)
+        self.costs.observe(num_tokens, num_sequences, now - max(step.started_at, self._collected_at))
+        self._collected_at = now
+        self._journal.step(num_tokens, num_sequences)
+        self._update(step.batch, outputs, now)
+
     def _update(self, batch: Batch, outputs: Iterable[Output], now: float) -> None:
-        """Commit what was computed, take in the tokens, end what is done."""
+        """Commit what was computed, hand out the tokens, end what is done."""
+        finished, running = SequenceStatus.FINISHED, SequenceStatus.RUNNING
         for chunk, output in zip(batch.chunks, outputs, strict=True):
             sequence = chunk.sequence
-            if sequence.status is SequenceStatus.FINISHED:
+            if sequence.status is finished:
                 continue  # It ended while the step ran. What was computed in excess is nobody's.
-            if isinstance(output, Exception):
-                self._fail(sequence, output, "sample")
-                continue
+            reason = None
             try:
-                self._commit(chunk)
+                if isinstance(output, Exception):
+                    raise output
+                if sequence.status is running:
+                    sequence.num_computed_tokens = chunk.start + chunk.length
+                    if chunk.length > 1:
+                        self.blocks.record(sequence)
+                else:
+                    # It lost its blocks while the step ran. If it drew no token then, none is on its way now.
+                    sequence.num_foreseen_tokens = len(sequence.token_ids)
                 if output is not None:
-                    self._emit(sequence, output, now)
+                    self._journal.token(sequence, output, now)
+                    reason = sequence.append(output.token_id)
             except Exception as error:
-                self._fail(sequence, error, "emit")
+                self._fail(sequence, error, "sample" if error is output else "emit")
                 continue
-            reason = None if output is None else sequence.stop_reason()
             if reason is not None:
                 self._finish(sequence, reason)
-
-    def _commit(self, chunk: Chunk) -> None:
-        sequence = chunk.sequence
-        if sequence.status is not SequenceStatus.RUNNING:
-            # It lost its blocks while the step ran: all is to be computed again, the token drawn included.
-            sequence.num_foreseen_tokens = len(sequence.token_ids)
-            return
-        sequence.num_computed_tokens = chunk.start + chunk.length
-        if chunk.length > 1:
-            self.blocks.record(sequence)
-
-    def _emit(self, sequence: Sequence, token: SampledToken, now: float) -> None:
-        ttft_s = itl_s = None
-        if sequence.first_token_at is None:
-            sequence.first_token_at = now
-            ttft_s = now - sequence.arrival
-        elif sequence.last_token_at is not None:
-            sequence.last_itl_s = itl_s = now - sequence.last_token_at
-        position = len(sequence.output_token_ids)
-        event = TokenEvent(
-            sequence.key, token.token_id, position, token.logprob, token.top_logprobs, ttft_s, itl_s
-        )
-        if sequence.num_foreseen_tokens == len(sequence.token_ids):
-            sequence.num_foreseen_tokens += 1
-        sequence.append(token.token_id)
-        sequence.last_token_at = now
-        self._num_generation_tokens += 1
-        self._tokens.append(event)
 
     # -- the ends ------------------------------------------------------------
 
@@ -331,29 +285,8 @@ class EngineCore:
         finally:
             del self._live[sequence.key]
             self._deadlines.discard(sequence)
-            self._num_paused -= sequence.is_paused
-            self._num_ended += 1
             sequence.finish_reason = reason
-            self._finished.append(self._end_event(sequence, reason, error))
-
-    def _end_event(
-        self, sequence: Sequence, reason: FinishReason, error: RequestError | None
-    ) -> FinishedEvent:
-        now = self.now()
-        scheduled = now if sequence.first_scheduled_at is None else sequence.first_scheduled_at
-        first = sequence.first_token_at
-        return FinishedEvent(
-            key=sequence.key,
-            reason=reason,
-            num_prompt_tokens=len(sequence.prompt_token_ids),
-            num_output_tokens=len(sequence.output_token_ids),
-            num_cached_tokens=sequence.num_cached_tokens,
-            queue_s=scheduled - sequence.arrival,
-            ttft_s=None if first is None else first - sequence.arrival,
-            total_s=now - sequence.arrival,
-            num_preemptions=sequence.num_preemptions,
-            error=error,
-        )
+            self._journal.end(sequence, error, self.now())
 
 
 def _log_failure(sequence: Sequence, failure: RequestError) -> None:

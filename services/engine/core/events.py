@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from services.engine.core.block_manager import BlockCounts
@@ -29,6 +30,10 @@ class TokenEvent(NamedTuple):
     top_logprobs: tuple[tuple[int, float], ...]
     ttft_s: float | None
     itl_s: float | None
+
+
+token_event = partial(tuple.__new__, TokenEvent)
+"""Makes a TokenEvent of a tuple of all its fields in half the time: every token costs one."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,9 +10,8 @@ from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 from typing import Any
 
-from services.engine.core.batch import BlockCopy, Chunk, Runner, SampledToken
+from services.engine.core.batch import Batch, BlockCopy, Chunk, Runner, SampledToken
 from services.engine.core.errors import DeviceFault, InternalFailure
-from services.engine.core.scheduler import Batch
 from services.engine.core.sequence import SequenceStatus
 
 log = logging.getLogger("weft.engine.core")

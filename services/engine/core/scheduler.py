@@ -9,9 +9,9 @@ from __future__ import annotations
 import bisect
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from services.engine.core.batch import BlockCopy, Chunk
+from services.engine.core.batch import Batch, Chunk
 from services.engine.core.block import common_head
 from services.engine.core.block_manager import BlockManager, Match
 from services.engine.core.errors import IntegrityError
@@ -32,28 +32,6 @@ class SchedulerConfig:
     prefill_chunk: int = 512
     ageing_s: float = 10.0
     max_bypasses: int = 64
-
-
-@dataclass(slots=True)
-class Batch:
-    """One step's work: chunks to compute, of which `num_sampling` draw a token, copies to do before,
-    sequences that lost their blocks for it.
-    """
-
-    chunks: list[Chunk] = field(default_factory=list)
-    copies: list[BlockCopy] = field(default_factory=list)
-    preempted: list[Sequence] = field(default_factory=list)
-    num_tokens: int = 0
-    num_sampling: int = 0
-
-    def drop(self, chunk: Chunk) -> None:
-        """Take a chunk out. The rows of those behind it move up."""
-        self.chunks.remove(chunk)
-        self.num_tokens -= chunk.length
-        sampling = [other for other in self.chunks if other.is_sampling]
-        self.num_sampling = len(sampling)
-        for row, other in enumerate(sampling):
-            other.sequence.drawn_row = row
 
 
 class Scheduler:
@@ -131,31 +109,40 @@ class Scheduler:
 
     def _schedule_running(self, batch: Batch) -> int:
         """Decodes first, then prefill chunks; both in order of rank. Returns the budget left."""
-        budget = self.config.max_batched_tokens
-        prefills: list[Sequence] = []
-        for sequence in tuple(self.running):
-            start = sequence.num_scheduled_tokens
-            num_missing = sequence.num_foreseen_tokens - start
-            if num_missing != 1 or sequence.is_paused:
-                if num_missing > 1 and not sequence.is_paused:
-                    prefills.append(sequence)
-                continue
-            if not budget:
-                break
-            if start < sequence.num_slots or self._reserve_or_preempt(sequence, start + 1, batch):
-                _place(sequence, 1, batch)
-                budget -= 1
-        for sequence in prefills:
-            if not budget:
-                break
-            if sequence.status is not SequenceStatus.RUNNING:
-                continue  # Preempted for the sake of one before it.
+        others = self._schedule_decodes(batch)
+        budget = self.config.max_batched_tokens - len(batch.chunks)
+        for sequence in others:
             start = sequence.num_scheduled_tokens
             length = min(sequence.num_foreseen_tokens - start, budget, self.config.prefill_chunk)
+            if length <= 0 or sequence.is_paused:
+                continue
             if self._reserve_or_preempt(sequence, start + length, batch):
-                _place(sequence, length, batch)
+                batch.add(sequence, length)
                 budget -= length
         return budget
+
+    def _schedule_decodes(self, batch: Batch) -> list[Sequence]:
+        """Every running sequence that lacks one token. Returns the others: most steps have none, and are made
+        here without a call per sequence.
+        """
+        others: list[Sequence] = []
+        chunks, budget = batch.chunks, self.config.max_batched_tokens
+        for sequence in tuple(self.running):
+            start = sequence.num_scheduled_tokens
+            end = start + 1
+            if sequence.num_foreseen_tokens != end or sequence.is_paused:
+                others.append(sequence)
+            elif len(chunks) < budget and (
+                start < sequence.num_slots or self._reserve_or_preempt(sequence, end, batch)
+            ):
+                input_row = sequence.drawn_row if end > len(sequence.token_ids) else None
+                sequence.drawn_row = len(chunks)
+                chunks.append(Chunk(sequence, start, 1, True, input_row))
+                sequence.num_scheduled_tokens = end
+                if end < sequence.max_foreseen_tokens:
+                    sequence.num_foreseen_tokens = end + 1
+        batch.num_sampling = len(chunks)
+        return others
 
     def _reserve_or_preempt(self, sequence: Sequence, num_tokens: int, batch: Batch) -> bool:
         """Get blocks for a running sequence, taking them from the back if need be; False: it was preempted
@@ -270,7 +257,7 @@ class Scheduler:
             self.num_cache_hits += sequence.num_cached_tokens
         bisect.insort(self.running, sequence, key=_rank)
         length = min(sequence.num_uncomputed_tokens, budget, self.config.prefill_chunk)
-        _place(sequence, length, batch)
+        batch.add(sequence, length)
         return length
 
     # -- computing a shared prefix once ------------------------------------------------------------
@@ -303,22 +290,6 @@ class Scheduler:
             if gain >= self._blocks.min_head and 2 * gain >= wanted - match.num_head_tokens:
                 return True
         return False
-
-
-def _place(sequence: Sequence, length: int, batch: Batch) -> None:
-    """Put the next `length` tokens of a sequence into a batch."""
-    start = sequence.num_scheduled_tokens
-    end = sequence.num_scheduled_tokens = start + length
-    is_sampling = end == sequence.num_foreseen_tokens
-    # One token more is foreseen than known: the chunk's last is still in flight.
-    is_in_flight = is_sampling and end > len(sequence.token_ids)
-    input_row = sequence.drawn_row if is_in_flight else None
-    batch.chunks.append(Chunk(sequence, start, length, is_sampling, input_row))
-    if is_sampling:
-        sequence.drawn_row = batch.num_sampling
-        batch.num_sampling += 1
-        if end < sequence.max_foreseen_tokens:
-            sequence.num_foreseen_tokens = end + 1
 
 
 def _rank(sequence: Sequence) -> tuple[float, float, float]:

@@ -137,12 +137,17 @@ class Sequence:
         is_early = len(self.output_token_ids) < self.params.min_tokens
         self.banned_token_ids = self.stop_ids if is_early else frozenset()
 
-    def append(self, token_id: int) -> None:
-        """Take one sampled token."""
+    def append(self, token_id: int) -> FinishReason | None:
+        """Take one sampled token. Returns why the sequence ends with it, or None when it goes on."""
         self.output_token_ids.append(token_id)
         self.token_ids.append(token_id)
+        num_tokens = len(self.token_ids)
+        if self.num_foreseen_tokens < num_tokens:
+            self.num_foreseen_tokens = num_tokens
         if self.banned_token_ids:
             self.update_bans()
+        is_last = token_id in self.stop_ids or num_tokens >= self.max_length
+        return self.stop_reason() if is_last else None
 
     def stop_reason(self) -> FinishReason | None:
         """Why the sequence ends after its newest token, or None when it goes on."""

@@ -211,14 +211,14 @@ def test_a_failure_leaves_the_blocks_that_others_own_with_them():
 
 def test_an_exception_in_emit_ends_that_request_alone(monkeypatch):
     core, _ = make_core()
-    emit = core._emit
+    emit = core._journal.token
 
     def failing(sequence, token, now):
         if sequence.key == 1 and len(sequence.output_token_ids) == 2:
             raise RuntimeError("planted")
-        return emit(sequence, token, now)
+        emit(sequence, token, now)
 
-    monkeypatch.setattr(core, "_emit", failing)
+    monkeypatch.setattr(core._journal, "token", failing)
     sequences = [make_sequence(i, p, seed=i) for i, p in enumerate(prompts(3))]
     for sequence in sequences:
         core.add(sequence)
