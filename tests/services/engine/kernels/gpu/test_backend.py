@@ -156,6 +156,8 @@ def test_a_row_has_the_same_bits_in_every_batch_and_chunk(
         monkeypatch.setitem(ops._BACKENDS, "cpu", GpuBackend)
     directory = checkpoints["one-layer-int4"]
     together = _gpu_engine(directory, "int8", device, is_deterministic=True)
+    assert all(linear.path.endswith("-fixed") for linear in together.model.linears.values())
+    assert together.model.layers[0].mlp.gate_up.packed.is_interleaved
     rows: dict[str, list[Tensor]] = {name: [] for name in TABLES}
     for spans in STEPS:
         parts = together.step(spans).split([end - start for start, end in spans.values()])

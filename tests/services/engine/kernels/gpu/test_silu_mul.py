@@ -17,7 +17,7 @@ def test_silu_mul_is_that_of_the_twin(
     generator = torch.Generator().manual_seed(width)
     gate_up = (4 * torch.randn(3, 2 * width, generator=generator)).to(device, dtype)
     expected = reference.silu_mul(gate_up)
-    step = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    step = {torch.float32: 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     torch.testing.assert_close(silu_mul(gate_up), expected, rtol=step, atol=1e-7)
 
 
