@@ -197,16 +197,16 @@ def test_the_verdicts_of_pytest_are_read_plain_and_in_parallel(
         "FAILED in prose, with no test\n"
     )
     monkeypatch.setattr(device_tests, "_pytest", lambda *_: (text, 1))
-    rows = device_tests._run_each(["tests"], False, 0.0)
+    rows = device_tests._run_each(["pytest"], 0.0)
     assert [(row["case"], row["status"], row["note"]) for row in rows] == [
         ("test_x.py", "failed", "1 passed, 1 failed: test_two"),
         ("test_y.py", "ok", "1 skipped"),
         ("all kernel tests", "ok", "1 passed of 3"),
     ]
     monkeypatch.setattr(device_tests, "_pytest", lambda *_: ("", 4))
-    assert device_tests._run_each(["tests"], False, 0.0)[-1]["status"] == "failed"
+    assert device_tests._run_each(["pytest"], 0.0)[-1]["status"] == "failed"
     monkeypatch.setattr(device_tests, "_pytest", lambda *_: (text, None))
-    assert "stopped: out of time" in device_tests._run_each(["tests"], False, 0.0)[-1]["note"]
+    assert "stopped: out of time" in device_tests._run_each(["pytest"], 0.0)[-1]["note"]
 
 
 def test_all_phases_fit_their_time() -> None:
@@ -221,6 +221,40 @@ def test_a_benchmark_refuses_the_interpreter_unless_dry(root: Path) -> None:
     )
     assert done.returncode == 2
     assert "nothing would be measured" in done.stderr
+
+
+BARE = """
+import importlib, os, pkgutil, sys
+
+os.environ["TRITON_INTERPRET"] = "1"
+LACKING = {"grpc", "grpc_health", "google.protobuf", "prometheus_client", "starlette", "uvicorn", "typer"}
+
+
+class Lacking:
+    def find_spec(self, name, path=None, target=None):
+        if name in LACKING or name.partition(".")[0] in LACKING:
+            raise ModuleNotFoundError(f"a bare box has no {name}", name=name)
+
+
+sys.meta_path.insert(0, Lacking())
+import benchmarks
+import services.engine.kernels.gpu as kernels
+
+names = [f"benchmarks.{info.name}" for info in pkgutil.iter_modules(benchmarks.__path__)]
+names = [name for name in names if name.startswith("benchmarks.gpu_")]
+names += [f"services.engine.kernels.gpu.{info.name}" for info in pkgutil.iter_modules(kernels.__path__)]
+names += ["services.engine.runner.device_load", "tests.services.engine.models.checkpoints"]
+for name in names:
+    importlib.import_module(name)
+print(len(names))
+"""
+
+
+def test_a_bare_box_has_all_that_the_lane_imports(root: Path) -> None:
+    pytest.importorskip("triton")
+    done = subprocess.run([sys.executable, "-c", BARE], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20
 
 
 def test_dry_rows_hold_no_speed(root: Path, tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The phase that runs the kernel tests where the kernels run: pytest in a process, its verdicts counted.
+"""The phases that run the kernel tests where the kernels run: pytest in a process, its verdicts counted.
+
+`tests` are those of the default run, `sweeps` those marked slow.
 
 Reads verdicts off the running output, so that a run out of time still says what passed. Uses pytest-xdist
 where it is installed (compiling takes longer than running) and leans on no other plugin: the project's own
@@ -19,7 +21,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-PATHS = ("tests/services/engine/kernels/gpu", "tests/services/engine/runner/gpu")
+PATTERNS = ("tests/services/engine/kernels/gpu/test_*.py", "tests/services/engine/runner/test_device*.py")
 _VERDICT = re.compile(r"(?:^|\s)(PASSED|FAILED|ERROR|SKIPPED|XFAIL|XPASS)(?:\s|$)")
 _TEST = re.compile(r"(tests/[\w./-]+\.py)(::\S+)?")
 
@@ -33,10 +35,10 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def command(paths: list[str], is_dry: bool) -> list[str]:
+def command(paths: list[str], is_dry: bool, marks: str = "not slow") -> list[str]:
     """pytest without the project's ini file and without a cache."""
     base = [sys.executable, "-m", "pytest", "-c", "/dev/null", "--rootdir", ".", "-p", "no:cacheprovider"]
-    base += ["--import-mode=importlib", "-o", "pythonpath=.", "-v", "--tb=short", "-ra", "-m", "not slow"]
+    base += ["--import-mode=importlib", "-o", "pythonpath=.", "-v", "--tb=short", "-ra", "-m", marks]
     if is_dry:
         base += ["-p", "no:asyncio", "-p", "no:xdist"]
     elif importlib.util.find_spec("xdist"):
@@ -47,20 +49,23 @@ def command(paths: list[str], is_dry: bool) -> list[str]:
 def main() -> int:
     arguments = _arguments()
     give_up_at = time.monotonic() + arguments.seconds
-    paths = [path for path in PATHS if Path(path).exists()]
+    paths = sorted(str(path) for pattern in PATTERNS for path in Path().glob(pattern))
+    marks = "slow" if arguments.phase == "sweeps" else "not slow"
     rows = []
     if arguments.dry:
-        rows.append(_run("collected", [*command(paths, True), "--collect-only", "-q"], give_up_at))
-        paths = [str(next(Path(paths[0]).glob("test_silu*.py"), paths[0]))]
-    rows += _run_each(paths, arguments.dry, give_up_at)
+        collect = [*command(paths, True, marks), "--collect-only", "-q"]
+        rows.append(_run("collected", collect, give_up_at))
+        paths = [path for path in paths if "silu" in path and marks != "slow"]
+    if paths:
+        rows += _run_each(command(paths, arguments.dry, marks), give_up_at)
     with arguments.out.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
     return int(any(row["status"] == "failed" for row in rows))
 
 
-def _run_each(paths: list[str], is_dry: bool, give_up_at: float) -> list[dict[str, Any]]:
+def _run_each(arguments: list[str], give_up_at: float) -> list[dict[str, Any]]:
     """One row per test file from one pytest process, and one for the whole."""
-    text, code = _pytest(command(paths, is_dry), give_up_at)
+    text, code = _pytest(arguments, give_up_at)
     print(text, flush=True)
     by_file: dict[str, Counter[str]] = {}
     failed: dict[str, list[str]] = {}

@@ -44,6 +44,7 @@ PHASES = (
     Phase("model", "whole-model decoding, 8B shape", 100),
     Phase("small", "sampling, norms, rotary and KV write", 50),
     Phase("throughput", "throughput against transformers", 100),
+    Phase("sweeps", "the kernel tests that are marked slow", 200, "tools.gpu.device_tests"),
 )
 
 
