@@ -25,7 +25,7 @@ def finished(reason: FinishReason) -> FinishedEvent:
 
 REPORT = StepReport(
     step=9,
-    tokens=[token(1.9, None), token(None, 0.03), token(None, 0.04)],
+    tokens=[token(1.9, None), token(None, 0.03), token(None, 0.05), token(None, 0.03), token(None, 0.05001)],
     finished=[finished(FinishReason.STOP), finished(FinishReason.LENGTH), finished(FinishReason.CANCELLED)],
     num_running=3,
     num_waiting=2,
@@ -77,7 +77,12 @@ def page() -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
         ("vllm:time_to_first_token_seconds_count", {}, 1),
         ("vllm:time_to_first_token_seconds_bucket", {"le": "1.0"}, 0),
         ("vllm:time_to_first_token_seconds_bucket", {"le": "2.0"}, 1),
-        ("vllm:inter_token_latency_seconds_count", {}, 2),
+        ("vllm:time_to_first_token_seconds_bucket", {"le": "+Inf"}, 1),
+        ("vllm:inter_token_latency_seconds_count", {}, 4),
+        ("vllm:inter_token_latency_seconds_sum", {}, pytest.approx(0.16001)),
+        ("vllm:inter_token_latency_seconds_bucket", {"le": "0.025"}, 0),
+        ("vllm:inter_token_latency_seconds_bucket", {"le": "0.05"}, 3),
+        ("vllm:inter_token_latency_seconds_bucket", {"le": "0.075"}, 4),
         ("vllm:e2e_request_latency_seconds_sum", {}, pytest.approx(3.6)),
         ("weft:blocks", {"state": "free"}, 50),
         ("weft:blocks", {"state": "active"}, 20),
