@@ -121,7 +121,7 @@ def test_phases_without_time_are_skipped(run_lane: Callable[..., Any]) -> None:
     ("flags", "machine", "reason"),
     [
         (("--dry",), MACHINE, "no measurements"),
-        ((), MACHINE | {"device": "cpu"}, "no measurements"),
+        (("--dry",), MACHINE | {"device": "cpu"}, "no measurements"),
         ((), MACHINE | {"git": "unknown"}, "commit unknown"),
     ],
 )
@@ -138,6 +138,14 @@ def test_what_is_no_measurement_is_not_written_down(
     run_lane([writes(ROW)], "--write-results", *flags, machine=machine)
     assert not (tmp_path / "results.csv").exists()
     assert reason in capsys.readouterr().out
+
+
+def test_without_a_device_nothing_runs(
+    run_lane: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(FileNotFoundError):
+        run_lane([writes(ROW)], machine=MACHINE | {"device": "cpu"})
+    assert "no CUDA device" in capsys.readouterr().err
 
 
 def test_measurements_are_written_with_device_and_commit(

@@ -43,6 +43,9 @@ def main() -> int:
     out: Path = arguments.out
     out.mkdir(parents=True, exist_ok=True)
     machine = machine_facts(arguments.git_sha)
+    if machine["device"] == "cpu" and not arguments.dry:
+        print("torch sees no CUDA device. make gpu DRY=1 walks through on the CPU.", file=sys.stderr)
+        return 2
     results: list[PhaseResult] = []
     for phase in PHASES:
         if arguments.only and phase.name not in arguments.only:
