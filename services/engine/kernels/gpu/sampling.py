@@ -66,9 +66,9 @@ def _draw_kernel(
         edge = tl.load(bounds_ptr + 2 * row)
         is_live &= rank_key(largest) >= edge
     if is_live:
-        temperature, is_random = load_temperature(params_ptr + row * PARAM_WORDS)
-        scores = (logits - largest) * tl.div_rn(1.0, temperature)
-        if is_random:
+        temperature = load_temperature(params_ptr + row * PARAM_WORDS)
+        scores = (logits - largest) * tl.div_rn(1.0, tl.where(temperature > 0, temperature, 1.0))
+        if temperature > 0:
             words = words_of_groups(
                 tile * (TILE // 4) + tl.arange(0, TILE // 4),
                 _load_word(params_ptr, row, 4, PARAM_WORDS),
@@ -109,7 +109,8 @@ def _draw_reduce_kernel(
     maxima = tl.load(maxima_ptr + at, mask=is_inside, other=-_INFINITY)
     scores = tl.load(scores_ptr + at, mask=is_inside, other=-_INFINITY)
     ids = tl.load(ids_ptr + at, mask=is_inside, other=0x7FFFFFFF)
-    temperature, _ = load_temperature(params_ptr + row * PARAM_WORDS)
+    temperature = load_temperature(params_ptr + row * PARAM_WORDS)
+    temperature = tl.where(temperature > 0, temperature, 1.0)
     totals = maxima.to(tl.float64) / temperature.to(tl.float64) + scores.to(tl.float64)
     largest = tl.max(maxima, axis=0)
     is_sound = (largest > -_INFINITY) & (largest < _INFINITY)
