@@ -28,6 +28,7 @@ class LaunchConfig:
         block_m, block_n, block_k: rows of x, outputs and inputs of one tile.
         num_warps, num_stages, unroll: as given to the compiler.
         programs_per_sm: how many fit on a multiprocessor of sm_90, by registers and shared memory.
+        instructions: of the machine, per weight, in the main loop on sm_90.
         has_scale: whether weights are scaled before the product, not sums after it.
     """
 
@@ -37,28 +38,29 @@ class LaunchConfig:
     num_warps: int
     num_stages: int
     programs_per_sm: int
+    instructions: float
     has_scale: bool = False
     unroll: int = 1
 
 
-_ROWS_8 = LaunchConfig(8, 128, 128, 4, 4, programs_per_sm=6)
-_ROWS_16 = LaunchConfig(16, 128, 128, 4, 4, programs_per_sm=4)
-_ROWS_32 = LaunchConfig(32, 128, 128, 4, 4, programs_per_sm=3)
-_ROWS_32_WIDE = LaunchConfig(32, 256, 128, 8, 4, programs_per_sm=1)
-_ROWS_64 = LaunchConfig(64, 128, 128, 4, 3, programs_per_sm=2, has_scale=True)
-_ROWS_64_WIDE = LaunchConfig(64, 256, 128, 8, 3, programs_per_sm=1, has_scale=True)
-_ROWS_128 = LaunchConfig(128, 256, 64, 8, 4, programs_per_sm=1, has_scale=True)
+_ROWS_8 = LaunchConfig(8, 128, 128, 4, 4, programs_per_sm=6, instructions=2.4)
+_ROWS_16 = LaunchConfig(16, 128, 128, 4, 4, programs_per_sm=4, instructions=2.4)
+_ROWS_16_TWICE = LaunchConfig(16, 128, 128, 4, 2, programs_per_sm=2, instructions=2.9, unroll=2)
+_ROWS_32 = LaunchConfig(32, 128, 128, 4, 4, programs_per_sm=3, instructions=2.6)
+_ROWS_64 = LaunchConfig(64, 128, 128, 4, 3, programs_per_sm=2, instructions=3.3, has_scale=True)
+_ROWS_64_WIDE = LaunchConfig(64, 256, 128, 8, 3, programs_per_sm=1, instructions=3.2, has_scale=True)
+_ROWS_128 = LaunchConfig(128, 256, 64, 8, 4, programs_per_sm=1, instructions=3.8, has_scale=True)
 _TILES = {
     8: (_ROWS_8,),
     16: (_ROWS_16,),
-    32: (_ROWS_32, _ROWS_32_WIDE),
+    32: (_ROWS_32,),
     64: (_ROWS_64, _ROWS_64_WIDE),
     128: (_ROWS_64_WIDE, _ROWS_128),
     256: (_ROWS_64_WIDE, _ROWS_128),
 }
-DENSE_TILE = LaunchConfig(32, 128, 64, 4, 4, programs_per_sm=2)
+DENSE_TILE = LaunchConfig(32, 128, 64, 4, 4, programs_per_sm=2, instructions=1.4)
 """The one tile of the deterministic dense product."""
-DENSE_TILE_FP32 = LaunchConfig(16, 64, 32, 4, 2, programs_per_sm=4)
+DENSE_TILE_FP32 = LaunchConfig(16, 64, 32, 4, 2, programs_per_sm=7, instructions=20.8)
 """The same for fp32, which has no tensor core that keeps its precision."""
 _MAX_PARTIAL_BYTES = 64 << 20
 
@@ -72,8 +74,8 @@ _LAUNCH_US = 1.5
 """What a second launch costs inside a CUDA graph."""
 _FLOPS_PER_SM = 4.8e6
 """Tensor-core operations per us of one multiprocessor, in a kernel that also dequantises."""
-_WEIGHTS_PER_SM = 5.0e4
-"""Weights one multiprocessor dequantises in a us: 4 x 32 x 1,755 instructions at 3 for a weight, 2/3 used."""
+_ISSUE_PER_SM = 1.7e5
+"""Instructions of single threads in a us: 4 schedulers x 32 threads x 1,980 MHz, two thirds of them used."""
 
 
 def row_class(num_rows: int) -> int:
@@ -91,7 +93,7 @@ def w4a16_tiles(rows: int, span: int) -> tuple[LaunchConfig, ...]:
     if span >= 64:
         return _TILES[rows]
     if span == 32 and rows <= 16:
-        return (_ROWS_8,) if rows == 8 else (replace(_ROWS_16, num_stages=2, unroll=2, programs_per_sm=2),)
+        return (_ROWS_8,) if rows == 8 else (_ROWS_16_TWICE,)
     tiles = _TILES[rows] if rows <= 64 else _TILES[rows][:1]
     return tuple(replace(tile, has_scale=True) for tile in tiles)
 
@@ -155,7 +157,7 @@ def predict_us(
     step_bytes = weights * weight_bits // 8 + min(num_rows, tile.block_m) * tile.block_k * 2
     in_flight = max(tile.num_stages - 1, 1) * tile.unroll * step_bytes
     transfer_us = step_bytes / min(in_flight / _LATENCY_US, _L2_BANDWIDTH / resident)
-    issue_us = weights / _WEIGHTS_PER_SM if weight_bits == 4 else 0.0
+    issue_us = weights * tile.instructions / _ISSUE_PER_SM
     compute_us = max(2 * weights * tile.block_m / _FLOPS_PER_SM, issue_us) * -(-resident // num_sms)
     steps = -(-blocks // num_splits)
     main_us = -(-programs // slots) * (_LATENCY_US + steps * max(transfer_us, compute_us))

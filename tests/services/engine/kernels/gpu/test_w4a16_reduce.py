@@ -19,7 +19,8 @@ def _partial(num_splits: int, rows: int, outputs: int, device: str) -> torch.Ten
 )
 def test_first_split_first(device: str, num_splits: int, rows: int, outputs: int) -> None:
     partial = _partial(num_splits, rows, outputs, device)
-    partial[0] *= 1e6  # now the order of the additions shows in the bits
+    # Of many magnitudes, so that the order of the additions shows in the bits.
+    partial *= 10.0 ** (torch.arange(num_splits) * 3 % 7)[:, None, None].to(device)
     out = torch.full((rows + 1, outputs), float("nan"), device=device)
     expected = partial[0].clone()
     for part in partial[1:]:
