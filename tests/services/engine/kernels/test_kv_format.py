@@ -36,7 +36,7 @@ def _round_trip(x: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
     return dequantize(codes, params, FORMATS[name]), *unpack_params(params)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(vectors, st.sampled_from(["int8", "int4"]))
 def test_integer_codes_are_within_half_a_step(x: Tensor, name: str) -> None:
     found, scale, minimum = _round_trip(x, name)
@@ -52,7 +52,7 @@ def test_integer_codes_are_within_half_a_step(x: Tensor, name: str) -> None:
     assert float(minimum) <= float(wide.min())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(vectors)
 def test_float_codes_are_within_half_a_unit_of_their_own(x: Tensor) -> None:
     found, scale, minimum = _round_trip(x, "fp8")
