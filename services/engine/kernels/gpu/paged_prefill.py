@@ -202,11 +202,12 @@ def compile_cases() -> list[CompileCase]:
         _case(80, "int8", 1024),
         _case(128, "float32", 1024),
     ]
-    return cases + [
+    cases += [
         _case(head_dim, kv_name, 1024, is_sm90=False)
         for head_dim in (128, 256)
         for kv_name in ("bfloat16", "int8", "fp8")
     ]
+    return cases + [_case(head_dim, "fp8", 4, is_sm90=False) for head_dim in (128, 256)]
 
 
 def _case(
