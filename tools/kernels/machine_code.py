@@ -124,7 +124,11 @@ def _source(case: CompileCase) -> ASTSource:
 def _compile_and_read(
     case: CompileCase, source: ASTSource, arch: int, cache_dir: Path, listing_dir: Path | None
 ) -> Facts:
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {
+        "num_warps": case.num_warps,
+        "num_stages": case.num_stages,
+        "enable_fp_fusion": case.has_fp_fusion,
+    }
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         # The compiler prints the whole PTX when it fails, and keeps every stage of every kernel.
         triton.knobs.cache.dir = scratch
@@ -205,7 +209,8 @@ def _key(case: CompileCase, source: ASTSource, arch: int) -> str:
         arch,
         source.hash(),
         sorted(source.signature.items()),
-        [case.name, case.num_warps, case.num_stages, case.elements_per_iteration, case.notes.get("loop")],
+        [case.name, case.num_warps, case.num_stages, case.has_fp_fusion],
+        [case.elements_per_iteration, case.notes.get("loop")],
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 

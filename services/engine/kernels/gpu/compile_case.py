@@ -29,6 +29,9 @@ class CompileCase:
         max_instructions: gate on sm_90 for SASS instructions per element of the main loop; None has no gate.
         has_tensor_cores: whether the machine code must hold a tensor-core instruction (sm_90).
         is_gated: whether spills fail the build.
+        has_fp_fusion: whether the compiler may make a product and a sum into one operation, as launched.
+        notes: "sm_80" and so on: why that architecture does not have this launch; "loop": which of the
+            innermost loops with tensor-core instructions is the main one, in the order of the code.
     """
 
     name: str
@@ -42,4 +45,5 @@ class CompileCase:
     max_instructions: float | None = None
     has_tensor_cores: bool = False
     is_gated: bool = True
+    has_fp_fusion: bool = True
     notes: Mapping[str, str] = field(default_factory=dict)

@@ -105,5 +105,6 @@ def compile_cases() -> list[CompileCase]:
             constexprs={"IN_PROMPT": IN_PROMPT, "BLOCK": _BLOCK},
             num_warps=_NUM_WARPS,
             num_stages=3,
+            has_fp_fusion=False,
         )
     ]

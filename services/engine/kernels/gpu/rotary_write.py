@@ -468,6 +468,7 @@ def _case(
         },
         num_warps=_NUM_WARPS,
         num_stages=3,
+        has_fp_fusion=False,
         unaligned=frozenset({"eps", "slot_ptr"}),
         notes={"sm_80": "has no conversion to float8"} if kv_format == "fp8" and has_fp8 else {},
     )
