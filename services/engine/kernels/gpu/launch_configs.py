@@ -79,8 +79,11 @@ _ISSUE_PER_SM = 1.7e5
 
 
 def row_class(num_rows: int) -> int:
-    """The largest number of rows that is launched as num_rows is; num_rows <= MAX_FUSED_ROWS."""
-    return next(limit for limit in _ROW_CLASSES if num_rows <= limit)
+    """The largest number of rows that is launched as num_rows is. ValueError above MAX_FUSED_ROWS."""
+    for limit in _ROW_CLASSES:
+        if num_rows <= limit:
+            return limit
+    raise ValueError(f"{num_rows} rows are more than the {MAX_FUSED_ROWS} of the fused product")
 
 
 def w4a16_tiles(rows: int, span: int) -> tuple[LaunchConfig, ...]:

@@ -56,3 +56,8 @@ def test_launches_are_bounded_by_their_partial_sums() -> None:
     assert rows % tile.block_m == 0
     assert rows * 8 * 4096 * 4 <= 64 << 20
     assert configs.rows_per_launch(tile, 16, 10**9) == tile.block_m
+
+
+def test_more_rows_than_the_fused_product_takes_are_refused() -> None:
+    with pytest.raises(ValueError, match="257 rows"):
+        configs.row_class(257)
