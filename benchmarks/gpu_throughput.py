@@ -47,21 +47,22 @@ def run(bench: Bench) -> None:
         _free()
     with bench.case("transformers' model"):
         model, config = _transformers_model(bench)
-        base = None
-        base_name = case = "transformers generate_batch (continuous batching), bf16"
+        case = "transformers generate_batch (continuous batching), bf16"
         with bench.case(case):
-            base = _report(bench, case, load, _continuous(bench, model, config))
+            rate = _report(bench, case, load, _continuous(bench, model, config))
+            _compare(bench, ours, case, rate, TARGET)
         getattr(model, "destroy_cached_continuous_batching_manager", _free)()
         _free()
         case = f"transformers generate, batches of {STATIC_BATCH}, bf16"
         with bench.case(case):
-            static = _report(bench, case, load, _static(bench, model, config))
-            if base is None:
-                base, base_name = static, case
-        for name, rate in ours.items():
-            if base is not None:
-                target = TARGET if name == "int4" else None
-                bench.emit(_ratio(bench, f"weft {name} over {base_name}", rate, base, target))
+            rate = _report(bench, case, load, _static(bench, model, config))
+            _compare(bench, ours, case, rate, None)
+
+
+def _compare(bench: Bench, ours: dict[str, float], case: str, base: float, target: float | None) -> None:
+    for name, rate in ours.items():
+        found = f"weft {name} over {case}"
+        bench.emit(_ratio(bench, found, rate, base, target if name == "int4" else None))
 
 
 def _ratio(bench: Bench, case: str, rate: float, base: float, target: float | None) -> Row:
