@@ -17,7 +17,7 @@ SHELL := /bin/bash
 # A given PY is taken as it is; otherwise the stamp says when the environment was last brought up to date.
 STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.weft-installed,)
 
-.PHONY: help setup protos format check test test-slow kernels gpu demo up size
+.PHONY: help setup protos format check test retest test-slow kernels gpu demo up size
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -48,6 +48,9 @@ check: $(STAMP)  ## lint, format check, types
 
 test: $(STAMP)  ## the default tests: no GPU, no docker, no network
 	$(PY) -m pytest
+
+retest: $(STAMP)  ## the tests that failed last, once more
+	$(PY) -m pytest --last-failed --last-failed-no-failures none
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(PY) -m pytest -m slow --timeout 900
