@@ -76,7 +76,10 @@ def gumbel(words, INTERPRET: tl.constexpr):
     nearest = tl.where(is_upper, words ^ 0xFFFFFFFF, words).to(tl.float32) + 0.5
     x = nearest * _TWO_TO_MINUS_32
     u = tl.where(is_upper, 1.0 - x, x)
-    series = x * (1.0 + x * (0.5 + x * (1.0 / 3.0 + x * (0.25 + x * 0.2))))
+    series = tl.fma(x, 0.2, 0.25)
+    series = tl.fma(x, series, 1.0 / 3.0)
+    series = tl.fma(x, series, 0.5)
+    series = x * tl.fma(x, series, 1.0)
     is_close = is_upper & (x < _SMALL)
     y = tl.where(is_close, series, log2_positive(u, INTERPRET) * -_LN_2)
     return log2_positive(y, INTERPRET) * -_LN_2

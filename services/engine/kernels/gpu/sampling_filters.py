@@ -443,7 +443,8 @@ def find_bounds(logits: Tensor, params: Tensor) -> Tensor:
     rows, vocab = logits.shape
     shares, share, room = _shape(vocab)
     device = logits.device
-    maxima, masses = torch.empty((2, rows, shares), dtype=torch.float32, device=device).unbind()
+    maxima = torch.empty((rows, shares), dtype=torch.float32, device=device)
+    masses = torch.empty_like(maxima)
     row_masses = torch.empty((rows,), dtype=torch.float64, device=device)
     facts = torch.empty((rows, _FACTS.value), dtype=torch.int32, device=device)
     counts = torch.empty((rows, shares), dtype=torch.int32, device=device)
