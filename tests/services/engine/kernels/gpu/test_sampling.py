@@ -1,8 +1,8 @@
 """Tokens drawn on the device against the CPU's sampler, whose semantics are the law.
 
 The device computes in fp32, the CPU in fp64, so draws whose outcome hangs on less than that may differ: two
-best scores within 1e-4, or an id within 1e-6 of the edge of min_p or top_p. The tests look for those, leave
-them out and see to it that they are few.
+best scores within 1e-4, or the best id within 1e-6 of the edge of min_p or top_p. The tests look for those,
+leave them out and see to it that they are few.
 """
 
 from __future__ import annotations
@@ -88,26 +88,28 @@ def _cpu_token(logits: Tensor, row: Row) -> int:
 
 
 def _is_clear(logits: Tensor, row: Row) -> bool:
-    """Whether the draw's outcome hangs on more than fp32 can tell."""
+    """Whether the draw's outcome hangs on no more than fp32 can tell: the best of all ids that may be kept is
+    best by 1e-4, and is surely kept.
+    """
     if row.temperature == 0:
         return True
     order = rank_keys(logits[None])[0].argsort(descending=True)
     scaled = logits.double()[order] / row.temperature
     weights = (scaled - scaled[0]).exp()
-    is_kept = weights >= row.min_p
-    if row.min_p > 0 and float(((weights / row.min_p) - 1).abs().masked_fill(weights == 1, 1).min()) < 1e-6:
-        return False
+    may = weights >= row.min_p * (1 - 1e-6)
+    must = (weights >= row.min_p * (1 + 1e-6)) | (weights == 1)
     if row.top_k:
-        is_kept &= torch.arange(len(logits)) < row.top_k
-    weights = weights * is_kept
+        may &= torch.arange(len(logits)) < row.top_k
+        must &= torch.arange(len(logits)) < row.top_k
+    weights = weights * must
     shares = (weights.cumsum(0) - weights) / weights.sum()
     if row.top_p < 1:
-        if float((shares[is_kept] - row.top_p).abs().min()) < 1e-6:
-            return False
-        is_kept &= shares < row.top_p
+        may &= shares < row.top_p + 1e-6
+        must &= (shares < row.top_p - 1e-6) | (torch.arange(len(logits)) == 0)
     noise = gumbel(DrawKeys([row.seed], [row.index], [row.offset]).words_of(order[None]))[0]
-    best = (scaled + noise)[is_kept].topk(min(2, int(is_kept.sum()))).values
-    return len(best) < 2 or float(best[0] - best[1]) > 1e-4
+    best = (scaled + noise).masked_fill(~may, -float("inf")).topk(min(2, len(logits)))
+    gap = float(best.values[0] - best.values[-1]) if len(logits) > 1 else 1.0
+    return gap > 1e-4 and bool(must[best.indices[0]])
 
 
 def _compare(logits: Tensor, rows: list[Row], device: str, batch: int = 6) -> None:
@@ -184,7 +186,7 @@ def test_rows_with_more_candidates_than_room_are_searched_in_memory(
 @pytest.mark.slow
 @pytest.mark.parametrize("vocab", [7, 100, 1000, 5003])
 def test_many_tokens_are_those_of_the_cpu(vocab: int, device: str) -> None:
-    _compare(_logits(400, vocab, seed=vocab + 1), _rows(400, _FILTERS), device)
+    _compare(_logits(200, vocab, seed=vocab + 1), _rows(200, _FILTERS), device)
 
 
 @pytest.mark.slow
