@@ -41,13 +41,15 @@ def _block_of(table_ptr, start, key_end, BLOCK_SIZE: tl.constexpr):
 def _softmax_step(scores, maximum, total, scale_log2):
     """Running softmax over one more tile: (weights, factor of what was summed before, maximum, total).
 
-    Products and sums are fused by hand: which of them a compiler fuses may differ between two kernels.
+    The maximum is that of scores times scale_log2, rounded: a difference of two such maxima is exactly zero
+    where they are equal, and the factor exactly one. A product fused with that difference would leave the
+    product's rounding behind, and a tile that a row does not see would change its sums.
     """
-    new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+    new_maximum = tl.maximum(maximum, tl.max(scores, 1) * scale_log2)
     # A row that has seen no key yet: any finite base keeps its weights at zero.
-    base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum) * scale_log2
+    base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
     weights = tl.exp2(tl.fma(scores, scale_log2, -base[:, None]))
-    decay = tl.exp2(tl.fma(maximum, scale_log2, -base))
+    decay = tl.exp2(maximum - base)
     return weights, decay, new_maximum, tl.fma(total, decay, tl.sum(weights, 1))
 
 
