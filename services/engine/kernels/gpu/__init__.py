@@ -1,2 +1,1 @@
-"""Triton kernels, one to a file, and the backend made of them. Imported only on a GPU or in the interpreter.
-"""
+"""Triton kernels, one to a file, and the backend of them. Imported only on a GPU or in the interpreter."""
