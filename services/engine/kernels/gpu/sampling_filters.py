@@ -38,7 +38,7 @@ _INFINITY = tl.constexpr(float("inf"))
 _LOWEST_KEY = tl.constexpr(-(2**31))
 """Below the key of every logit."""
 _ALL = tl.constexpr(2**31 - 1)
-_FACTS = tl.constexpr(4)
+_FACTS = tl.constexpr(3)
 _MIN_TEMPERATURE = tl.constexpr(2.0**-120)
 """Temperatures between 0 and this are taken as this, so that reciprocals are finite."""
 
@@ -142,8 +142,8 @@ def _floor_kernel(
 ):
     """Program (row): from its shares to its facts, _FACTS words, and its mass relative to the largest logit.
 
-    Facts: whether anything is filtered; the bits of the largest logit; the least key that min_p leaves; a key
-    that no id which is kept lies below.
+    Facts: whether anything is filtered; the bits of the largest logit; the floor, a key that no id which is
+    kept lies below, and that no id which min_p strikes out reaches.
 
     The k largest of the shares' maxima are k ids, so the k-th of them is no likelier than the k-th of all. If
     all ids with less than (1 - top_p) / vocab of the mass go, less than 1 - top_p goes.
@@ -164,8 +164,7 @@ def _floor_kernel(
             top_k = _load_top_k(params_ptr, vocab)
             top_p = _load_float(params_ptr, 2)
             min_p = _load_float(params_ptr, 3)
-            lowest = _min_p_key(min_p, largest, temperature)
-            floor = lowest
+            floor = _min_p_key(min_p, largest, temperature)
             if (top_k > 0) & (top_k <= SHARES):
                 keys = rank_key(maxima)
                 ranks = tl.zeros_like(keys)
@@ -178,8 +177,7 @@ def _floor_kernel(
                 bound = largest.to(tl.float64) + temperature.to(tl.float64) * tl.log(least)
                 floor = tl.maximum(floor, rank_key(bound.to(tl.float32)) - 1)
             tl.store(facts_ptr + 1, largest.to(tl.int32, bitcast=True))
-            tl.store(facts_ptr + 2, lowest)
-            tl.store(facts_ptr + 3, floor)
+            tl.store(facts_ptr + 2, floor)
             tl.store(row_masses_ptr + row, mass)
     tl.store(facts_ptr, is_filtered.to(tl.int32))
 
@@ -206,7 +204,7 @@ def _collect_kernel(
         logits = tl.load(logits_ptr + row * stride_logits_n + ids, mask=ids < vocab, other=-_INFINITY)
         keys = rank_key(logits)
         # Banned ids are no candidates: nothing behind a candidate matters, and they carry no mass.
-        is_candidate = (keys >= tl.load(facts_ptr + 3)) & (logits > -_INFINITY)
+        is_candidate = (keys >= tl.load(facts_ptr + 2)) & (logits > -_INFINITY)
         places = tl.cumsum(is_candidate.to(tl.int32), axis=0) - 1
         at = (row * SHARES + share) * ROOM + places
         tl.store(keys_ptr + at, keys, mask=is_candidate & (places < ROOM))
@@ -297,7 +295,7 @@ def _find_edge(
 ):
     """(key of the last id that is kept, how many ids with that key are kept, at most).
 
-    `low` is the least key that min_p leaves; `mass` (fp64) is that of what min_p and top_k leave if has_mass.
+    `low` is the row's floor. `mass` (fp64) is that of what min_p and top_k leave if has_mass.
     """
     largest = row[2]
     high = rank_key(largest)
@@ -409,23 +407,23 @@ def _select_kernel(
         top_p = _load_float(params_ptr, 2)
         has_mass = (top_k == 0) & (_load_float(params_ptr, 3) == 0.0)
         mass = tl.load(row_masses_ptr + at)
-        lowest = tl.load(facts_ptr + 2)
+        floor = tl.load(facts_ptr + 2)
         counts_ptr += at * SHARES
         keys_ptr += at * (SHARES * ROOM)
         crowd = tl.max(tl.load(counts_ptr + tl.arange(0, SHARES)), axis=0)
         if crowd <= FEW:
             edge, room, equals = _find_edge_in_slots(
-                *(counts_ptr, keys_ptr, row, lowest, top_k, top_p, mass, has_mass),
+                *(counts_ptr, keys_ptr, row, floor, top_k, top_p, mass, has_mass),
                 *(SHARES, FEW, ROOM, LOOP_TILE, PIVOTS),
             )
         elif crowd <= ROOM:
             edge, room, equals = _find_edge_in_slots(
-                *(counts_ptr, keys_ptr, row, lowest, top_k, top_p, mass, has_mass),
+                *(counts_ptr, keys_ptr, row, floor, top_k, top_p, mass, has_mass),
                 *(SHARES, ROOM, ROOM, LOOP_TILE, PIVOTS),
             )
         else:
             edge, room = _find_edge(
-                (0, 0), row, lowest, top_k, top_p, mass, has_mass, False, LOOP_TILE, PIVOTS
+                (0, 0), row, floor, top_k, top_p, mass, has_mass, False, LOOP_TILE, PIVOTS
             )
             equals = tl.full((), _ALL, tl.int32)
         if room < equals:
