@@ -32,6 +32,11 @@ from services.engine.runner.kv_cache import KVCache
 from services.engine.runner.step_graphs import CudaGraph, Graph, StepGraphs
 from services.engine.runner.step_inputs import StepBuffers, StepInputs, StepShape, fill, shape_of
 
+_MOST_CLASSES = 10
+"""Rows are told apart by powers of two up to 512: the dequantised linears begin before that."""
+_LONG_CONTEXT = 1024
+"""Tokens that decode attention splits."""
+
 
 @dataclass(slots=True)
 class LaunchedStep:
@@ -87,6 +92,10 @@ class DeviceRunner:
     @torch.inference_mode()
     def launch(self, chunks: SequenceABC[Chunk], copies: SequenceABC[BlockCopy] = ()) -> LaunchedStep:
         """Queue one step: copies, forward, sampling. Returns before the device is done."""
+        if self.device.type == "cuda":
+            # Each thread has a current device of its own, and kernels are launched on that: this thread may
+            # not be the one that loaded the model.
+            torch.cuda.set_device(self.device)
         if copies:
             self.copy_blocks(copies)
         if not chunks:
@@ -140,23 +149,36 @@ class DeviceRunner:
     # -- before serving ------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Compile every kernel: a prefill, a large one, and decodes. Captures the graph of one sequence."""
+        """Compile every kernel that serving can launch: a compiler at work would hold up all requests.
+        Captures the graphs of one sequence and of a full batch.
+        """
         tokens = self._buffers.largest.max_query_len
-        sequences = self._sampler.max_batch_size
-        for num_rows, num_seqs in ((1, 1), (sequences, sequences), (min(tokens, 64), 1), (tokens, sequences)):
-            if num_rows >= num_seqs:
-                self.run_dummy(num_rows, num_seqs)
+        sequences = min(self._sampler.max_batch_size, tokens)
+        # Linears and attention go by classes of rows, whose limits are powers of two.
+        lengths = {min(1 << power, tokens) for power in range(_MOST_CLASSES)}
+        for num_rows, num_seqs in (*((n, 1) for n in sorted(lengths)), (sequences, sequences)):
+            self.run_dummy(num_rows, num_seqs)
+        self.run_dummy(tokens, sequences)
+        self.run_dummy(1, 1, top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=1.5)
+        if self.graphs is None:
+            # A captured decode provides for many splits of its keys; one that is not takes what it needs.
+            self.run_dummy(1, 1, start=min(self.info.max_model_len, _LONG_CONTEXT) - 1)
+        scratch = self.cache.scratch_block
+        self.copy_blocks([BlockCopy(scratch, scratch, 1)])
 
-    def run_dummy(self, num_rows: int, num_seqs: int) -> None:
-        """Run a step of this many rows, spread over sequences whose blocks are all the scratch block."""
+    def run_dummy(self, num_rows: int, num_seqs: int, *, start: int = 0, **sampling: Any) -> None:
+        """Run a step of this many rows, spread over sequences whose blocks are all the scratch block and of
+        which `start` tokens are computed; `sampling` are fields of SamplingParams.
+        """
         num_seqs = min(num_seqs, num_rows)
         chunks = []
         for index in range(num_seqs):
-            length = min(num_rows // num_seqs + (index < num_rows % num_seqs), self.info.max_model_len)
-            sequence = Sequence(("dummy", index), [0] * length, SamplingParams(max_tokens=1, seed=index))
-            num_blocks = -(-length // self.cache.block_size)
-            sequence.block_table = [self.cache.scratch_block] * num_blocks
-            chunks.append(Chunk(sequence, 0, length, True))
+            rows = num_rows // num_seqs + (index < num_rows % num_seqs)
+            end = min(start + rows, self.info.max_model_len)
+            params = SamplingParams(max_tokens=1, seed=index, **sampling)
+            sequence = Sequence(("dummy", index), [0] * end, params)
+            sequence.block_table = [self.cache.scratch_block] * -(-end // self.cache.block_size)
+            chunks.append(Chunk(sequence, start, end - start, True))
         try:
             for chunk in chunks:
                 self._sampler.prepare(chunk.sequence)

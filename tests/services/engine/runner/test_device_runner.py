@@ -259,6 +259,32 @@ def test_a_step_without_samples_or_without_chunks_has_nothing_to_collect(runner:
     assert runner.collect(runner.launch([], [BlockCopy(1, 2, 3)])) == []
 
 
+def test_warming_up_runs_all_classes_of_rows_and_every_draw_and_leaves_nothing(
+    runner: DeviceRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes, params = [], []
+    forward, launch = runner._forward, runner._sampler.launch
+
+    def run(shape: StepShape, chunks: Any = ()) -> Tensor:
+        shapes.append(shape)
+        return forward(shape, chunks)
+
+    def draw(logits: Tensor, sequences: Any, *rest: Any, **options: Any) -> Any:
+        params.extend(sequence.params for sequence in sequences)
+        return launch(logits, sequences, *rest, **options)
+
+    monkeypatch.setattr(runner, "_forward", run)
+    monkeypatch.setattr(runner._sampler, "launch", draw)
+    runner.warm_up()
+    assert {1, 2, 4, 8, 16, 24} <= {shape.num_rows for shape in shapes}
+    full = {shape.max_query_len for shape in shapes if shape.num_seqs == 4}
+    assert full == {1, 6}, "decodes and chunks of as many sequences as there may be"
+    assert max(shape.table_width for shape in shapes) * BLOCK_SIZE >= 32, "a decode of a long context"
+    assert any(p.top_k and p.top_p < 1 and p.min_p and p.repetition_penalty != 1 for p in params)
+    assert any(p.top_k == 0 and p.repetition_penalty == 1 for p in params)
+    assert (runner._sampler.num_states, runner._sampler.num_counted_rows) == (0, 0)
+
+
 def test_what_it_says_of_itself(runner: DeviceRunner, device: str) -> None:
     info = runner.info
     assert info.device == device
