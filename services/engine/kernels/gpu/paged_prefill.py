@@ -6,6 +6,7 @@ how the rows came to be.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -13,7 +14,11 @@ import triton
 from torch import Tensor
 
 from services.engine.kernels.gpu.compile_case import CompileCase
-from services.engine.kernels.gpu.paged_prefill_config import PrefillConfig, choose_config
+from services.engine.kernels.gpu.paged_prefill_config import (
+    SHARED_MEMORY,
+    PrefillConfig,
+    choose_config,
+)
 from services.engine.kernels.gpu.paged_prefill_kernel import paged_prefill_kernel
 from services.engine.kernels.gpu.rounding import has_fp8_conversion, is_interpreting
 from services.engine.kernels.kv_format import FORMATS, KVFormat, LayerCache
@@ -72,7 +77,7 @@ def paged_prefill(
             group,
             None if deterministic else max_query_len,
             cache.block_size,
-            is_sm90=is_interpreting() or torch.cuda.get_device_capability(query.device) >= (9, 0),
+            shared_memory=_shared_memory(query.device),
         )
     if config.block_m < group:
         raise ValueError(f"{group} query heads to a kv head do not fit into a tile of {config.block_m}")
@@ -103,8 +108,17 @@ def paged_prefill(
         USE_CVT=cache.kv_format.name == "fp8" and has_fp8_conversion(query.device),
         INTERPRET=is_interpreting(),
         num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     return out
+
+
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes for one program; in the interpreter those of sm_90."""
+    if is_interpreting():
+        return SHARED_MEMORY[90]
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_block_optin)
 
 
 def _operands(cache: LayerCache) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -203,11 +217,12 @@ def compile_cases() -> list[CompileCase]:
         _case(128, "float32", 1024),
     ]
     cases += [
-        _case(head_dim, kv_name, 1024, is_sm90=False)
+        _case(head_dim, kv_name, 1024, arch=80)
         for head_dim in (128, 256)
         for kv_name in ("bfloat16", "int8", "fp8")
     ]
-    return cases + [_case(head_dim, "fp8", 4, is_sm90=False) for head_dim in (128, 256)]
+    cases += [_case(head_dim, "fp8", 4, arch=80) for head_dim in (128, 256)]
+    return cases + [_case(head_dim, "bfloat16", 1024, arch=86) for head_dim in (128, 256)]
 
 
 def _case(
@@ -217,28 +232,28 @@ def _case(
     *,
     block_size: int = 128,
     window: int | None = None,
-    is_sm90: bool = True,
+    arch: int = 90,
 ) -> CompileCase:
     """Four query heads to a kv head, bfloat16 rows (fp32 over an fp32 cache)."""
     group = 4
     kv_format = FORMATS[kv_name]
     dtype, query = (torch.float32, "*fp32") if kv_name == "float32" else (torch.bfloat16, "*bf16")
-    config = choose_config(dtype, head_dim, group, rows, block_size, is_sm90=is_sm90)
+    config = choose_config(dtype, head_dim, group, rows, block_size, shared_memory=SHARED_MEMORY[arch])
     stored = "*i32" if kv_format.is_quantized else query
     pointers = dict.fromkeys(("out_ptr", "query_ptr"), query)
     pointers |= dict.fromkeys(("k_ptr", "v_ptr", "k_params_ptr", "v_params_ptr"), stored)
     pointers |= dict.fromkeys(("block_tables_ptr", "query_starts_ptr", "context_lens_ptr"), "*i32")
     constants = _constants(kv_format, block_size, config, group, head_dim, window)
-    constants |= {"USE_CVT": kv_name == "fp8" and is_sm90, "INTERPRET": False}
+    constants |= {"USE_CVT": kv_name == "fp8" and arch >= 89, "INTERPRET": False}
     numbers = [
         name for name in paged_prefill_kernel.arg_names if name not in pointers and name not in constants
     ]
     name = f"paged_prefill/{kv_name}/head{head_dim}/m{config.block_m}"
     name += f"/block{block_size}" * (block_size != 128) + f"/window{window}" * (window is not None)
-    if is_sm90:
+    if arch == 90:
         notes = {"sm_80": "launched otherwise"} if config.block_m == 128 or kv_name == "fp8" else {}
     else:
-        name += "/sm80"
+        name += f"/sm{arch}"
         notes = {"sm_90": "launched otherwise", "sm_100": "launched otherwise"}
     return CompileCase(
         name=name,

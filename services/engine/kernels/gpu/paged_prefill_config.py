@@ -1,6 +1,6 @@
 """How prefill attention is launched: tile sizes, warps and stages for each shape.
 
-Knows dtypes, sizes known on the host and the device's generation. Does not know the kernel. Chosen by what
+Knows dtypes, sizes known on the host and the device's shared memory. Does not know the kernel. Chosen by what
 the machine code says (registers without spills, shared memory, instructions for a tile), not by timing.
 """
 
@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 
 MAX_HEAD_DIM = 256
+SHARED_MEMORY = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10}
+"""Bytes for one program, by architecture: sm_100 has what sm_90 has, sm_89 and sm_120 what sm_86 has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +37,17 @@ _WIDE = {
     128: PrefillConfig(128, 128, 8, 3),
     256: PrefillConfig(128, 32, 8, 3),
 }
-# Before sm_90: 163 KiB of shared memory, and operands pass through registers.
-_WIDE_BEFORE_SM90 = {
+# As on sm_80, where operands pass through registers.
+_WIDE_163_KIB = {
     64: PrefillConfig(128, 64, 8, 3),
     128: PrefillConfig(128, 64, 8, 3),
     256: PrefillConfig(64, 32, 8, 3),
+}
+# As on sm_86: one tile on its way while one is worked on.
+_WIDE_99_KIB = {
+    64: PrefillConfig(128, 64, 8, 3),
+    128: PrefillConfig(128, 64, 8, 2),
+    256: PrefillConfig(64, 32, 8, 2),
 }
 # 16 or 32 query vectors: as many bytes of K and V, little to multiply.
 _NARROW = {128: PrefillConfig(16, 64, 4, 3), 256: PrefillConfig(16, 32, 4, 3)}
@@ -53,9 +61,10 @@ def choose_config(
     max_query_len: int | None,
     block_size: int,
     *,
-    is_sm90: bool,
+    shared_memory: int,
 ) -> PrefillConfig:
     """The configuration for chunks of at most `max_query_len` rows; None asks for the one for all chunks.
+    `shared_memory`: bytes of it that the device has for one program.
 
     Neither `block_size` nor the stages it chooses change a bit of the result. Raises ValueError for heads
     longer than MAX_HEAD_DIM.
@@ -66,7 +75,7 @@ def choose_config(
         # No tensor cores: registers bound the tile.
         config = PrefillConfig(max(16, _power_above(group)), 32, 4, 2)
     else:
-        config = _wide(head_dim, is_sm90)
+        config = _wide(head_dim, shared_memory)
         vectors = config.block_m if max_query_len is None else max_query_len * group
         for block_m in _NARROW_ROWS:
             if vectors <= block_m:
@@ -79,8 +88,10 @@ def choose_config(
     return config
 
 
-def _wide(head_dim: int, is_sm90: bool) -> PrefillConfig:
-    return _by_head_dim(_WIDE if is_sm90 else _WIDE_BEFORE_SM90, head_dim)
+def _wide(head_dim: int, shared_memory: int) -> PrefillConfig:
+    if shared_memory >= SHARED_MEMORY[90]:
+        return _by_head_dim(_WIDE, head_dim)
+    return _by_head_dim(_WIDE_163_KIB if shared_memory >= SHARED_MEMORY[80] else _WIDE_99_KIB, head_dim)
 
 
 def _by_head_dim(table: dict[int, PrefillConfig], head_dim: int) -> PrefillConfig:

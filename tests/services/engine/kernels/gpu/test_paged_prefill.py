@@ -10,7 +10,7 @@ import torch
 
 from services.engine.kernels import reference
 from services.engine.kernels.gpu.paged_prefill import paged_prefill
-from services.engine.kernels.gpu.paged_prefill_config import PrefillConfig
+from services.engine.kernels.gpu.paged_prefill_config import PrefillConfig, choose_config
 from services.engine.kernels.kv_format import FORMATS, LayerCache, quantize
 from services.engine.kernels.metadata import AttentionMetadata
 
@@ -314,3 +314,13 @@ def test_what_does_not_fit_is_refused(device):
     batch.block_tables = batch.block_tables.long()
     with pytest.raises(ValueError, match="int32"):
         batch.run()
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128, 256])
+def test_less_shared_memory_takes_smaller_tiles(device, head_dim):
+    """K and V of every tile on its way, and the query, within what a program may have."""
+    for shared in (227 << 10, 163 << 10, 99 << 10):
+        config = choose_config(torch.bfloat16, head_dim, 4, None, 128, shared_memory=shared)
+        width = 2 * (1 << (head_dim - 1).bit_length())
+        assert (2 * config.tile * config.num_stages + config.block_m) * width <= shared
+        assert choose_config(torch.bfloat16, head_dim, 4, None, 128, shared_memory=shared + 1024) == config
