@@ -15,6 +15,7 @@ from torch import Tensor
 from services.engine.core.sequence import Sequence
 from services.engine.kernels.gpu.penalties import IN_PROMPT, penalize
 from services.engine.runner.penalties import check_params
+from services.engine.runner.transfer import send_values
 
 _GROWTH = 8
 """Rows of counts by which their table grows: 4 MiB for a vocabulary of 128 thousand."""
@@ -35,7 +36,7 @@ class DeviceRow:
         self.bias: tuple[Tensor, Tensor] | None = None
         if params.logit_bias:
             ids, values = zip(*params.logit_bias, strict=True)
-            self.bias = (torch.tensor(ids, device=device), torch.tensor(values, device=device))
+            self.bias = send_values(ids, torch.int64, device), send_values(values, torch.float32, device)
         self.has_penalty = (
             params.repetition_penalty != 1.0 or params.presence_penalty != 0 or params.frequency_penalty != 0
         )
@@ -66,11 +67,11 @@ class PenaltyCounts:
                 self._grow()
             row.slot = self._free.pop()
         sequence, counts = row.sequence, self._table[row.slot]
-        device = counts.device
         counts.zero_()
-        counts[torch.tensor(sequence.prompt_token_ids, device=device)] = IN_PROMPT
+        prompt = send_values(sequence.prompt_token_ids, torch.int64, counts.device)
+        counts.index_fill_(0, prompt, IN_PROMPT)
         if sequence.output_token_ids:
-            output = torch.tensor(sequence.output_token_ids, device=device)
+            output = send_values(sequence.output_token_ids, torch.int64, counts.device)
             counts.index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
         row.num_counted = len(sequence.output_token_ids)
 
@@ -87,15 +88,16 @@ class PenaltyCounts:
         penalize(
             edited,
             self._table,
-            torch.tensor(slots, dtype=torch.int32, device=device),
-            torch.tensor([row.strengths for _, row in rows], dtype=torch.float32, device=device),
+            send_values(slots, torch.int32, device),
+            send_values([row.strengths for _, row in rows], torch.float32, device),
         )
 
     def count(self, tokens: Tensor, rows: SequenceABC[tuple[int, DeviceRow]]) -> None:
         """Count what was drawn: int64 tokens [n], the pairs as in `penalize`."""
-        device = tokens.device
-        indices = torch.tensor([[index, row.slot] for index, row in rows], device=device)
-        places = indices[:, 1] * self._table.shape[1] + tokens[indices[:, 0]]
+        indices, slots = send_values(
+            [[index for index, _ in rows], [row.slot for _, row in rows]], torch.int64, tokens.device
+        )
+        places = slots * self._table.shape[1] + tokens[indices]
         self._table.view(-1).index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
         for _, row in rows:
             row.num_counted += 1
@@ -120,12 +122,12 @@ def apply_device_edits(
     biased = [(index, row.bias) for index, row in enumerate(rows) if row.bias is not None]
     if not (bans or penalized or biased):
         return logits
-    edited = logits.clone()
+    edited = logits.clone(memory_format=torch.contiguous_format)
     for index, (ids, values) in biased:
         edited[index].index_add_(0, ids, values)
     if bans:
-        where = torch.tensor(bans, device=logits.device)
-        edited[where[:, 0], where[:, 1]] = float("-inf")
+        places = send_values([row * logits.shape[1] + i for row, i in bans], torch.int64, logits.device)
+        edited.view(-1).index_fill_(0, places, float("-inf"))
     if penalized:
         counts.penalize(edited, penalized)
     return edited

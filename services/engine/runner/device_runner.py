@@ -11,6 +11,7 @@ same code runs, and is tested, without overlap.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceABC
 from dataclasses import dataclass
 from typing import Any
@@ -26,23 +27,37 @@ from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
 from services.engine.models.llama import Llama
 from services.engine.runner.config import RunnerInfo
-from services.engine.runner.device_sampler import DeviceSampler
+from services.engine.runner.device_sampler import DeviceSampler, PendingTokens
 from services.engine.runner.inputs import check_chunk
 from services.engine.runner.kv_cache import KVCache
+from services.engine.runner.logprobs import MAX_LOGPROBS
 from services.engine.runner.step_graphs import CudaGraph, Graph, StepGraphs
 from services.engine.runner.step_inputs import StepBuffers, StepInputs, StepShape, fill, shape_of
+from services.engine.runner.transfer import send_values
 
 _MOST_CLASSES = 10
 """Rows are told apart by powers of two up to 512: the dequantised linears begin before that."""
 _LONG_CONTEXT = 1024
 """Tokens that decode attention splits."""
+_ALL_OF_SAMPLING: dict[str, Any] = {
+    "top_k": 2,
+    "top_p": 0.5,
+    "min_p": 0.1,
+    "repetition_penalty": 1.5,
+    "logit_bias": ((0, 1.0),),
+    "logprobs": MAX_LOGPROBS,
+}
+"""Every row with all of it: the largest step there can be, to the byte of its buffers."""
 
 
 @dataclass(slots=True)
 class LaunchedStep:
-    """A step on its way. `pending` is the sampler's; None when the step draws no token."""
+    """A step on its way: over once `event` has passed (None: at once). `pending` is the sampler's; None when
+    the step draws no token.
+    """
 
-    pending: Any
+    pending: PendingTokens | None
+    event: torch.cuda.Event | None
 
 
 class DeviceRunner:
@@ -76,7 +91,7 @@ class DeviceRunner:
         self._buffers = StepBuffers(largest, self.device)
         self._sampler = DeviceSampler(model.config.vocab_size, max_batch_size, self.device)
         self.graphs = StepGraphs(max_batch_size, max_blocks, self._capture) if has_graphs else None
-        self._graph_pool: Any = None
+        self._capture_place: tuple[Any, torch.cuda.Stream] | None = None
 
     # -- the core's protocol ------------------------------------------------------------
 
@@ -98,26 +113,27 @@ class DeviceRunner:
             torch.cuda.set_device(self.device)
         if copies:
             self.copy_blocks(copies)
-        if not chunks:
-            return LaunchedStep(None)
-        logits = self.forward(chunks)
+        logits = self.forward(chunks) if chunks else None
         sampling = [chunk for chunk in chunks if chunk.is_sampling]
-        if not sampling:
-            return LaunchedStep(None)
-        sequences = [chunk.sequence for chunk in sampling]
-        offsets = [chunk.output_position for chunk in sampling]
-        return LaunchedStep(self._sampler.launch(logits, sequences, offsets, out=self._buffers.drawn))
+        pending = None
+        if logits is not None and sampling:
+            sequences = [chunk.sequence for chunk in sampling]
+            offsets = [chunk.output_position for chunk in sampling]
+            pending = self._sampler.launch(logits, sequences, offsets, out=self._buffers.drawn)
+        return LaunchedStep(pending, self._mark())
 
     @torch.inference_mode()
     def collect(self, launched: LaunchedStep) -> list[SampledToken | Exception]:
-        """Wait for a step's tokens: one per chunk that samples, or what went wrong with it."""
+        """Wait for a step, also for one that draws nothing: else prefills would pile up on the device, and
+        what they cost would be learned as nothing. One token per chunk that samples, or what went wrong.
+        """
+        if launched.event is not None:
+            launched.event.synchronize()
         return [] if launched.pending is None else self._sampler.collect(launched.pending)
 
     def copy_blocks(self, copies: SequenceABC[BlockCopy]) -> None:
         """Queue copies of block contents. No block is both a source and a destination in one step."""
-        rows = torch.tensor([tuple(copy) for copy in copies], dtype=torch.int32)
-        if self.device.type == "cuda":
-            rows = rows.pin_memory().to(self.device, non_blocking=True)
+        rows = send_values(copies, torch.int32, self.device)
         for stored in (self.cache.data, self.cache.params):
             if stored is not None:
                 copy_blocks(stored, rows)
@@ -144,13 +160,15 @@ class DeviceRunner:
 
     def is_device_fault(self, error: BaseException) -> bool:
         """Whether the device's context is lost: every later call on it would fail as well."""
-        return is_device_fault(error)
+        return self.device.type == "cuda" and is_device_fault(
+            error, lambda: torch.cuda.synchronize(self.device)
+        )
 
     # -- before serving ------------------------------------------------------------
 
     def warm_up(self) -> None:
-        """Compile every kernel that serving can launch: a compiler at work would hold up all requests.
-        Captures the graphs of one sequence and of a full batch.
+        """Compile every kernel that serving can launch: a compiler at work would hold up all requests. The
+        largest step is among what runs. Captures the graphs of one sequence and of a full batch.
         """
         tokens = self._buffers.largest.max_query_len
         sequences = min(self._sampler.max_batch_size, tokens)
@@ -158,8 +176,7 @@ class DeviceRunner:
         lengths = {min(1 << power, tokens) for power in range(_MOST_CLASSES)}
         for num_rows, num_seqs in (*((n, 1) for n in sorted(lengths)), (sequences, sequences)):
             self.run_dummy(num_rows, num_seqs)
-        self.run_dummy(tokens, sequences)
-        self.run_dummy(1, 1, top_k=2, top_p=0.5, min_p=0.1, repetition_penalty=1.5)
+        self.run_dummy(tokens, sequences, **_ALL_OF_SAMPLING)
         if self.graphs is None:
             # A captured decode provides for many splits of its keys; one that is not takes what it needs.
             self.run_dummy(1, 1, start=min(self.info.max_model_len, _LONG_CONTEXT) - 1)
@@ -223,17 +240,29 @@ class DeviceRunner:
         )
 
     def _capture(self, shape: StepShape) -> Graph:
-        if self._graph_pool is None:
-            self._graph_pool = torch.cuda.graph_pool_handle()
-        return CudaGraph(lambda: self._forward(shape), self._graph_pool)
+        if self._capture_place is None:
+            self._capture_place = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        return CudaGraph(lambda: self._forward(shape), *self._capture_place)
+
+    def _mark(self) -> torch.cuda.Event | None:
+        """An event behind all that is queued."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
 
 
-def is_device_fault(error: BaseException) -> bool:
-    """Whether an error says that the CUDA context is beyond repair. Running out of memory does not."""
-    if isinstance(error, torch.OutOfMemoryError):
+def is_device_fault(error: BaseException, synchronize: Callable[[], None]) -> bool:
+    """Whether the CUDA context is beyond repair after an error.
+
+    The device is asked, because the error does not tell: a refused launch or capture passes, a fault in a
+    kernel is reported by every later call, and each library words both in its own way.
+    """
+    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, RuntimeError):
         return False
-    accelerator_error = getattr(torch, "AcceleratorError", None)
-    if accelerator_error is not None and isinstance(error, accelerator_error):
+    try:
+        synchronize()
+    except RuntimeError:
         return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("CUDA error" in text or "cuBLAS error" in text)
+    return False

@@ -1,4 +1,4 @@
-"""Sampling that never waits: tokens are drawn on the device and fetched when the host asks for them.
+"""Sampling that never waits: tokens are drawn on the device, and a copy for the host is queued behind them.
 
 The semantics, and for equal logits the tokens, are `sampler`'s: the same order of edits and filters, the same
 keyed noise. Knows sequences' parameters and tokens; does not know blocks, batches or stop conditions. On a
@@ -19,13 +19,14 @@ from services.engine.core.sequence import SamplingParams, Sequence
 from services.engine.kernels.gpu.sampling import PARAM_WORDS, draw
 from services.engine.runner.device_edits import DeviceRow, PenaltyCounts, apply_device_edits
 from services.engine.runner.logprobs import RowLogprobs, SamplingError, measure_logprobs, sampled_tokens
+from services.engine.runner.transfer import fetch, send, send_values
 
 _MASK = 0xFFFFFFFF
 
 
 @dataclass(slots=True)
 class PendingTokens:
-    """Tokens on their way to the host: valid once `event` has passed (None: at once).
+    """Tokens on their way to the host: valid once what was queued before has run.
 
     `wanted` are the rows that asked for logprobs, `found` theirs, `counts` how many alternatives each gets.
     """
@@ -36,7 +37,6 @@ class PendingTokens:
     wanted: list[int]
     counts: list[int]
     found: RowLogprobs | None
-    event: torch.cuda.Event | None
 
 
 class DeviceSampler:
@@ -46,7 +46,6 @@ class DeviceSampler:
         self.vocab_size = vocab_size
         self.max_batch_size = max_batch_size
         self._device = device
-        self._is_cuda = device.type == "cuda"
         self._status = torch.zeros(max_batch_size, dtype=torch.int32, device=device)
         self._counts = PenaltyCounts(vocab_size, device)
         self._rows: dict[Sequence, DeviceRow] = {}
@@ -89,7 +88,7 @@ class DeviceSampler:
         params = [sequence.params for sequence in sequences]
         draw(
             edited,
-            self._send(_pack_params(sequences, offsets)),
+            send(_pack_params(sequences, offsets), self._device),
             has_filters=any(self._has_filter(p) for p in params),
             token_ids=out,
             status=self._status,
@@ -101,24 +100,18 @@ class DeviceSampler:
         counts = [params[index].logprobs or 0 for index in wanted]
         found = None
         if wanted:
-            chosen = torch.tensor(wanted, device=self._device)
+            chosen = send_values(wanted, torch.int64, self._device)
             found = measure_logprobs(logits[chosen], out[chosen], max(counts))
-            found = RowLogprobs(*map(self._fetch, found))
+            found = RowLogprobs(*map(fetch, found))
         has_edits = [
             row.bias is not None or row.has_penalty or bool(row.banned(offset))
             for row, offset in zip(rows, offsets, strict=True)
         ]
-        tokens, status = self._fetch(out[:num_rows]), self._fetch(self._status[:num_rows])
-        event = None
-        if self._is_cuda:
-            event = torch.cuda.Event()
-            event.record()
-        return PendingTokens(tokens, status, has_edits, wanted, counts, found, event)
+        tokens, status = fetch(out[:num_rows]), fetch(self._status[:num_rows])
+        return PendingTokens(tokens, status, has_edits, wanted, counts, found)
 
     def collect(self, pending: PendingTokens) -> list[SampledToken | Exception]:
-        """Wait for a draw. A row's failure takes its place in the result."""
-        if pending.event is not None:
-            pending.event.synchronize()
+        """The tokens of a draw that has run. A row's failure takes its place in the result."""
         tokens = pending.tokens.tolist()
         results: list[SampledToken | Exception] = [SampledToken(token) for token in tokens]
         if pending.found is not None:
@@ -139,16 +132,6 @@ class DeviceSampler:
         if params.temperature == 0:
             return False
         return 0 < params.top_k < self.vocab_size or params.top_p < 1 or params.min_p > 0
-
-    def _send(self, host: Tensor) -> Tensor:
-        return host.pin_memory().to(self._device, non_blocking=True) if self._is_cuda else host
-
-    def _fetch(self, tensor: Tensor) -> Tensor:
-        """A copy on the host; on its way, when the device is not the host."""
-        if not self._is_cuda:
-            return tensor.clone()
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
 
 
 def _pack_params(sequences: SequenceABC[Sequence], offsets: SequenceABC[int]) -> Tensor:

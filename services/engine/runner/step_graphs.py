@@ -34,17 +34,17 @@ class Graph(Protocol):
 
 
 class CudaGraph:
-    """One captured CUDA graph."""
+    """One captured CUDA graph. `stream` is for captures, the same for all that share a pool."""
 
-    def __init__(self, step: Callable[[], Tensor], pool: Any) -> None:
+    def __init__(self, step: Callable[[], Tensor], pool: Any, stream: torch.cuda.Stream) -> None:
         self._graph = torch.cuda.CUDAGraph()
-        # Kernels compile, and libraries allocate, at their first call: neither may happen while capturing.
-        stream = torch.cuda.Stream()
+        # Kernels compile at their first call, and libraries allocate at their first on a stream, for good
+        # (cuBLAS 32 MiB): the one may not happen while capturing, the other not for every graph.
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             step()
         torch.cuda.current_stream().wait_stream(stream)
-        with torch.cuda.graph(self._graph, pool=pool):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream):
             self.output = step()
 
     def replay(self) -> None:
@@ -71,22 +71,20 @@ def width_buckets(max_blocks: int) -> list[int]:
     return [*widths, max_blocks]
 
 
-class StepGraphs:
-    """The graphs of one runner. `capture` makes one for a shape; `on_capture` is told before each."""
+def logits_held(max_batch_size: int, max_blocks: int) -> int:
+    """Rows of logits that all graphs together keep between replays."""
+    return sum(batch_buckets(max_batch_size)) * len(width_buckets(max_blocks))
 
-    def __init__(
-        self,
-        max_batch_size: int,
-        max_blocks: int,
-        capture: Callable[[StepShape], Graph],
-        on_capture: Callable[[], None] = lambda: None,
-    ) -> None:
+
+class StepGraphs:
+    """The graphs of one runner. `capture` makes one for a shape."""
+
+    def __init__(self, max_batch_size: int, max_blocks: int, capture: Callable[[StepShape], Graph]) -> None:
         self._batches = batch_buckets(max_batch_size)
         self._widths = width_buckets(max_blocks)
         self._capture = capture
-        self._on_capture = on_capture
         self._graphs: dict[StepShape, Graph] = {}
-        self._is_broken = False
+        self._is_full = False
 
     @property
     def num_captured(self) -> int:
@@ -96,25 +94,27 @@ class StepGraphs:
     def bucket(self, shape: StepShape) -> StepShape | None:
         """The shape to pad a step to, or None when no graph holds it: it prefills, or is too large."""
         is_decode = shape.max_query_len == 1 and shape.num_logits == shape.num_seqs
-        if self._is_broken or not is_decode or shape.num_seqs > self._batches[-1]:
+        if not is_decode or shape.num_seqs > self._batches[-1]:
             return None
         size = self._batches[bisect.bisect_left(self._batches, shape.num_seqs)]
         width = self._widths[bisect.bisect_left(self._widths, shape.table_width)]
-        return StepShape(size, size, size, width, 1)
+        bucket = StepShape(size, size, size, width, 1)
+        return None if self._is_full and bucket not in self._graphs else bucket
 
     def run(self, shape: StepShape) -> Tensor | None:
         """Replay the graph of a bucket, capturing it first if need be; its logits, valid until the next
-        replay. None when it cannot be captured: then and from then on steps run without graphs.
+        replay. None when it cannot be captured: that step, and those of other buckets that have no graph by
+        then, run without one. What made it fail shows again there, if it was not the capture's own.
         """
         graph = self._graphs.get(shape)
         if graph is None:
-            self._on_capture()
             begin = time.perf_counter()
             try:
                 graph = self._graphs[shape] = self._capture(shape)
-            except torch.OutOfMemoryError as error:
-                _log.warning("no memory for more CUDA graphs; steps run without them: %s", error)
-                self._is_broken = True
+            except Exception as error:
+                is_full = isinstance(error, torch.OutOfMemoryError)
+                _log.warning("no more CUDA graphs: %s", error, exc_info=None if is_full else error)
+                self._is_full = True
                 return None
             _log.info("captured a decode graph: %s in %.2f s", shape, time.perf_counter() - begin)
         graph.replay()

@@ -18,6 +18,7 @@ from services.engine.core.sequence import FinishReason, SamplingParams, Sequence
 from services.engine.kernels import ops
 from services.engine.kernels.gpu.backend import GpuBackend
 from services.engine.runner.device_load import load_device_runner
+from services.engine.runner.device_runner import DeviceRunner
 from services.engine.runner.model_runner import load_runner
 from tests.services.engine.models.checkpoints import LLAMA, quantize_checkpoint, write_checkpoint
 from tests.services.engine.runner.test_device_runner import config_of, use_graphs
@@ -76,6 +77,8 @@ def test_the_tokens_of_the_plain_engine(
     expected, expected_ends, _ = run(load_runner(config))
     if device == "cpu":
         monkeypatch.setitem(ops._BACKENDS, "cpu", GpuBackend)
+        # Nothing is to be compiled, and the interpreter takes its time over every row.
+        monkeypatch.setattr(DeviceRunner, "warm_up", lambda _: None)
     runner = load_device_runner(config_of(checkpoint, device, num_blocks=NUM_BLOCKS))
     use_graphs(runner)
     runner.has_overlap = True

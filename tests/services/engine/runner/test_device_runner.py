@@ -259,6 +259,48 @@ def test_a_step_without_samples_or_without_chunks_has_nothing_to_collect(runner:
     assert runner.collect(runner.launch([], [BlockCopy(1, 2, 3)])) == []
 
 
+def test_a_step_that_draws_nothing_is_waited_for_too(
+    runner: DeviceRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Mark:
+        num_waits = 0
+
+        def synchronize(self) -> None:
+            self.num_waits += 1
+
+    marks = [Mark(), Mark()]
+    monkeypatch.setattr(runner, "_mark", iter(marks).__next__)
+    steps = [
+        runner.launch([Chunk(sequences_of()["c"], 0, 3, False)], []),
+        runner.launch([], [BlockCopy(1, 2, 3)]),
+    ]
+    assert [mark.num_waits for mark in marks] == [0, 0]
+    for step in steps:
+        assert runner.collect(step) == []
+    assert [mark.num_waits for mark in marks] == [1, 1]
+
+
+def test_no_step_copies_to_the_device_in_a_way_that_waits(
+    runner: DeviceRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bias, bans, penalties and logprobs: all that a step can need from the host."""
+    make, kinds = torch.tensor, []
+
+    def tensor(*values: Any, **options: Any) -> Tensor:
+        kinds.append(options.get("device"))
+        return make(*values, **options)
+
+    monkeypatch.setattr(torch, "tensor", tensor)
+    sequences = list(sequences_of().values())
+    for sequence in sequences:
+        runner.prepare(prefill(sequence))
+    runner.collect(runner.launch([prefill(s) for s in sequences], [BlockCopy(1, 11, 3)]))
+    for sequence in sequences:
+        runner.forget(sequence)
+    assert len(kinds) > 6
+    assert set(kinds) == {None}, "made on the host, in memory that is sent without waiting"
+
+
 def test_warming_up_runs_all_classes_of_rows_and_every_draw_and_leaves_nothing(
     runner: DeviceRunner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -282,6 +324,7 @@ def test_warming_up_runs_all_classes_of_rows_and_every_draw_and_leaves_nothing(
     assert max(shape.table_width for shape in shapes) * BLOCK_SIZE >= 32, "a decode of a long context"
     assert any(p.top_k and p.top_p < 1 and p.min_p and p.repetition_penalty != 1 for p in params)
     assert any(p.top_k == 0 and p.repetition_penalty == 1 for p in params)
+    assert sum(p.logprobs is not None and p.repetition_penalty != 1 for p in params) == 4, "all of a batch"
     assert (runner._sampler.num_states, runner._sampler.num_counted_rows) == (0, 0)
 
 
@@ -311,7 +354,13 @@ def test_stored_bytes_are_those_of_the_file(checkpoint: Path) -> None:
     assert 0 < size - stored_bytes(opened) < 16_384, "the rest is the header"
 
 
-def test_running_out_of_memory_is_no_device_fault() -> None:
-    assert not is_device_fault(torch.OutOfMemoryError("full"))
-    assert not is_device_fault(ValueError("CUDA error"))
-    assert is_device_fault(RuntimeError("CUDA error: an illegal memory access was encountered"))
+def test_the_device_says_whether_an_error_is_its_end() -> None:
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    assert is_device_fault(RuntimeError("CUDA error: an illegal memory access was encountered"), lost)
+    assert is_device_fault(RuntimeError("Triton Error [CUDA]: misaligned address"), lost)
+    refused = RuntimeError("CUDA error: operation not permitted when stream is capturing")
+    assert not is_device_fault(refused, lambda: None), "the next call may well succeed"
+    assert not is_device_fault(torch.OutOfMemoryError("full"), lost)
+    assert not is_device_fault(ValueError("CUDA error"), lost), "nothing of the device's: it is not asked"
