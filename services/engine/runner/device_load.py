@@ -1,15 +1,16 @@
 """Loads a model onto an accelerator: dtype, memory measured rather than guessed, self-test, canary, warm-up.
 
-The order matters. Weights are refused before they are loaded when they cannot fit; activations are measured
-by running the largest step there can be; what is then left becomes the KV cache. Knows CUDA's memory counters
-and nothing of kernels. On a CPU (tests, and a dry run of the device lane) the same path sizes the cache as
-the plain runner does.
+The order matters. Weights are refused before they are loaded when they cannot fit; what else an engine takes
+is measured by running the largest step there can be; what is then left becomes the KV cache. Knows CUDA's
+memory counters and nothing of kernels. On a CPU (tests, and a dry run of the device lane) the same path sizes
+the cache as the plain runner does.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from dataclasses import replace
 
 import torch
 
@@ -22,9 +23,18 @@ from services.engine.runner.config import RunnerConfig, RunnerConfigError
 from services.engine.runner.device_runner import DeviceRunner
 from services.engine.runner.kv_cache import KVCache, choose_kv_format, kv_bytes_per_token, resolve_num_blocks
 from services.engine.runner.load import make_info, weight_bytes
-from services.engine.runner.memory_budget import MemoryBudget, blocks_that_fit, check_weights, resolve_limit
+from services.engine.runner.memory_budget import (
+    MemoryBudget,
+    MemoryUse,
+    blocks_that_fit,
+    check_cache,
+    check_weights,
+    graph_bytes,
+    resolve_limit,
+)
 from services.engine.runner.self_test import settle_numerics
 from services.engine.runner.source import Source, open_source
+from services.engine.runner.step_graphs import logits_held
 from weft.artifact.checkpoint import Checkpoint
 
 MIN_CAPABILITY = (8, 0)
@@ -35,6 +45,7 @@ _DTYPES = {
     "float32": torch.float32,
 }
 _BYTES = {"I32": 4, "I64": 8, "F32": 4, "F64": 8, "F16": 2, "BF16": 2}
+_FLOATS = ("F16", "BF16", "F32", "F64")
 _log = logging.getLogger(__name__)
 
 
@@ -45,6 +56,15 @@ def load_device_runner(config: RunnerConfig) -> DeviceRunner:
     or CheckpointError (the model directory), ArtifactError (the store; DigestMismatch, CanaryError).
     """
     device = open_device(config.device)
+    try:
+        return _load(config, device)
+    except torch.OutOfMemoryError as error:
+        raise RunnerConfigError(
+            f"device {config.device} ran out of memory while the model was loaded: {error}"
+        ) from error
+
+
+def _load(config: RunnerConfig, device: torch.device) -> DeviceRunner:
     source = open_source(config)
     model_config = read_model_config(source.checkpoint)
     numerics = Numerics(_DTYPES[config.dtype], bool(config.is_deterministic), device=device)
@@ -53,8 +73,12 @@ def load_device_runner(config: RunnerConfig) -> DeviceRunner:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         budget = resolve_limit(config.gpu_memory, total, free)
-        check_weights(budget, stored_bytes(source.checkpoint))
+        check_weights(budget, least_weight_bytes(source.checkpoint, numerics.dtype))
     kv_format = choose_kv_format(config, model_config, numerics.dtype)
+    if kv_format.storage.itemsize > numerics.dtype.itemsize:
+        raise RunnerConfigError(
+            f"kv_dtype {kv_format.name} is wider than the activations ({numerics.dtype}): take dtype float32"
+        )
     model = load_model(
         source.checkpoint,
         model_config,
@@ -91,12 +115,18 @@ def open_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
-def stored_bytes(checkpoint: Checkpoint) -> int:
-    """Bytes of all tensors as stored: a floor of what they take on the device in 16 bits."""
-    return sum(
-        math.prod(checkpoint.shape(name)) * min(_BYTES.get(checkpoint.dtype(name), 1), 4)
-        for name in checkpoint.names
-    )
+def least_weight_bytes(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes that all tensors take on the device at least: packed words as stored, floating-point numbers as
+    wide as `dtype` if they are not narrower.
+    """
+    total = 0
+    for name in checkpoint.names:
+        stored = checkpoint.dtype(name)
+        width = _BYTES.get(stored, 1)
+        if stored in _FLOATS:
+            width = min(width, dtype.itemsize)
+        total += math.prod(checkpoint.shape(name)) * width
+    return total
 
 
 class _Loading:
@@ -120,19 +150,24 @@ class _Loading:
 
     def num_blocks(self, budget: MemoryBudget | None) -> int:
         """Blocks of the cache: as told, or as many as fit. Raises RunnerConfigError."""
-        config, model = self.config, self.model
-        bytes_per_token = kv_bytes_per_token(model.config, self.kv_format)
-        if budget is None or config.num_blocks is not None or config.kv_memory_bytes is not None:
+        config = self.config
+        bytes_per_token = kv_bytes_per_token(self.model.config, self.kv_format)
+        block_bytes = bytes_per_token * config.block_size
+        is_told = config.num_blocks is not None or config.kv_memory_bytes is not None
+        if budget is None:
             return resolve_num_blocks(config, bytes_per_token, self.max_model_len)
-        activations = self._measure_activations()
-        blocks = blocks_that_fit(
-            budget,
-            weight_bytes(model),
-            activations,
-            bytes_per_token * config.block_size,
-            -(-self.max_model_len // config.block_size),
-        )
-        _log.info("weights %d, activations %d bytes; %d blocks", weight_bytes(model), activations, blocks)
+        use = self._measure(budget)
+        if is_told:
+            blocks = resolve_num_blocks(config, bytes_per_token, self.max_model_len)
+            # Graphs get what is left: without any, decodes are slower and no less right.
+            use = replace(use, graphs=0)
+            if config.gpu_memory is None:
+                budget = replace(budget, limit=budget.free)
+            check_cache(budget, use, (blocks + 1) * block_bytes)
+        else:
+            blocks_each = -(-self.max_model_len // config.block_size)
+            blocks = blocks_that_fit(budget, use, block_bytes, blocks_each)
+        _log.info("%d blocks of the KV cache take %d bytes; %s", blocks, (blocks + 1) * block_bytes, use)
         return blocks
 
     def finish(self, num_blocks: int) -> DeviceRunner:
@@ -144,24 +179,36 @@ class _Loading:
             replay_canary(self.source.canary, self.model, cache, numerics.dtype, self.max_model_len)
         elif self.source.is_artifact:
             _log.warning("the artifact has no canary: that it was loaded right is not shown")
-        runner = self._runner(cache, numerics, fingerprint)
+        has_graphs = config.has_graphs and numerics.device.type == "cuda"
+        runner = self._runner(cache, numerics, fingerprint, has_graphs=has_graphs)
         runner.warm_up()
         cache.reset(is_poisoned=config.is_poisoned)
         return runner
 
-    def _measure_activations(self) -> int:
-        """Bytes that the largest step takes beyond weights and cache, over a cache of one block."""
-        runner = self._runner(self._cache(1), self.numerics, "")
-        runner.warm_up()
-        device = self.numerics.device
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        runner.run_dummy(self.config.max_batched_tokens, self.config.max_batch_size)
-        peak = torch.cuda.max_memory_allocated(device) - before
-        del runner
+    def _measure(self, budget: MemoryBudget) -> MemoryUse:
+        """What everything but the cache takes. All that a warm engine holds is counted as activations if it
+        is no weight: tables, buffers, scratch, and, outside of torch's allocator, the code of kernels.
+        """
+        config, device = self.config, self.numerics.device
         torch.cuda.empty_cache()
-        return peak
+        torch.cuda.reset_peak_memory_stats(device)
+        cache = self._cache(1)
+        # Without graphs: a graph's memory is not in the peak, and what it refers to is freed late.
+        runner = self._runner(cache, self.numerics, "", has_graphs=False)
+        runner.warm_up()
+        torch.cuda.synchronize(device)
+        peak = torch.cuda.max_memory_allocated(device) - cache.num_bytes
+        free, _ = torch.cuda.mem_get_info(device)
+        outside = max(0, budget.free - free - torch.cuda.memory_reserved(device))
+        del runner, cache
+        torch.cuda.empty_cache()
+        weights = weight_bytes(self.model)
+        graphs = 0
+        if config.has_graphs:
+            blocks_each = -(-self.max_model_len // config.block_size)
+            rows = logits_held(config.max_batch_size, blocks_each)
+            graphs = graph_bytes(self.model.config.vocab_size, rows)
+        return MemoryUse(weights, peak - weights + outside, graphs)
 
     def _cache(self, num_blocks: int) -> KVCache:
         return KVCache(
@@ -173,7 +220,9 @@ class _Loading:
             is_poisoned=self.config.is_poisoned,
         )
 
-    def _runner(self, cache: KVCache, numerics: Numerics, fingerprint: str) -> DeviceRunner:
+    def _runner(
+        self, cache: KVCache, numerics: Numerics, fingerprint: str, *, has_graphs: bool
+    ) -> DeviceRunner:
         config = self.config
         info = make_info(
             config, self.source, self.model, cache, numerics, self.max_model_len, fingerprint, None
@@ -185,5 +234,5 @@ class _Loading:
             info,
             max_batched_tokens=config.max_batched_tokens,
             max_batch_size=config.max_batch_size,
-            has_graphs=config.has_graphs and numerics.device.type == "cuda",
+            has_graphs=has_graphs,
         )

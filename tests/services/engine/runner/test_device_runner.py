@@ -17,13 +17,12 @@ from services.engine.core.sequence import SamplingParams, Sequence
 from services.engine.kernels import ops
 from services.engine.kernels.gpu.backend import GpuBackend
 from services.engine.runner.config import RunnerConfig, RunnerConfigError
-from services.engine.runner.device_load import load_device_runner, open_device, stored_bytes
+from services.engine.runner.device_load import load_device_runner, open_device
 from services.engine.runner.device_runner import DeviceRunner, is_device_fault
 from services.engine.runner.model_runner import ModelRunner, load_runner
 from services.engine.runner.step_graphs import StepGraphs
 from services.engine.runner.step_inputs import StepShape
 from tests.services.engine.models.checkpoints import LLAMA, quantize_checkpoint, write_checkpoint
-from weft.artifact.checkpoint import Checkpoint
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 12
 PROMPTS = {"a": [5, 9, 33, 71, 2, 60], "b": [44], "c": [8, 8, 90, 17, 3, 25, 31, 77, 12]}
@@ -346,12 +345,6 @@ def test_devices_that_are_not_there_are_named() -> None:
     else:
         with pytest.raises(RunnerConfigError, match="there are"):
             open_device("cuda:99")
-
-
-def test_stored_bytes_are_those_of_the_file(checkpoint: Path) -> None:
-    opened = Checkpoint.open(checkpoint)
-    size = (checkpoint / "model.safetensors").stat().st_size
-    assert 0 < size - stored_bytes(opened) < 16_384, "the rest is the header"
 
 
 def test_the_device_says_whether_an_error_is_its_end() -> None:
