@@ -45,7 +45,8 @@ class MainLoop:
 @dataclass(frozen=True, slots=True)
 class Facts:
     """What the machine code of one case says. `error`: why there is none. `loops`: (instructions, tensor-core
-    instructions, is innermost) of every loop in the order of the code. Bytes; `tensor_memory` in columns.
+    instructions, is innermost) of every loop in the order of the code. `loop_spills`: those of the spill
+    instructions that are inside of a loop. Bytes; `tensor_memory` in columns.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Facts:
     registers: int = 0
     stack: int = 0
     spills: int = 0
+    loop_spills: int = 0
     shared: int = 0
     tensor_memory: int = 0
     num_warps: int = 0
@@ -128,6 +130,7 @@ def _compile_and_read(
         "num_warps": case.num_warps,
         "num_stages": case.num_stages,
         "enable_fp_fusion": case.has_fp_fusion,
+        "maxnreg": case.max_registers,
     }
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
         # The compiler prints the whole PTX when it fails, and keeps every stage of every kernel.
@@ -163,6 +166,7 @@ def _facts(
         registers=registers,
         stack=stack + local,
         spills=listing.count("LDL", "STL"),
+        loop_spills=listing.count_in_loops("LDL", "STL"),
         shared=metadata.shared,
         tensor_memory=getattr(metadata, "tmem_size", 0) or 0,
         num_warps=metadata.num_warps,
@@ -209,7 +213,7 @@ def _key(case: CompileCase, source: ASTSource, arch: int) -> str:
         arch,
         source.hash(),
         sorted(source.signature.items()),
-        [case.name, case.num_warps, case.num_stages, case.has_fp_fusion],
+        [case.name, case.num_warps, case.num_stages, case.has_fp_fusion, case.max_registers],
         [case.elements_per_iteration, case.notes.get("loop")],
     ]
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]

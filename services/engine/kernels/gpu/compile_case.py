@@ -30,8 +30,10 @@ class CompileCase:
         has_tensor_cores: whether the machine code must hold a tensor-core instruction (sm_90).
         is_gated: whether spills fail the build.
         has_fp_fusion: whether the compiler may make a product and a sum into one operation, as launched.
+        max_registers: bound on a thread's registers, as launched with maxnreg; None where there is none.
         notes: "sm_80" and so on: why that architecture does not have this launch; "loop": which of the
-            innermost loops with tensor-core instructions is the main one, in the order of the code.
+            innermost loops with tensor-core instructions is the main one, in the order of the code; "spills":
+            why those outside of loops, which run once, are accepted.
     """
 
     name: str
@@ -46,4 +48,5 @@ class CompileCase:
     has_tensor_cores: bool = False
     is_gated: bool = True
     has_fp_fusion: bool = True
+    max_registers: int | None = None
     notes: Mapping[str, str] = field(default_factory=dict)

@@ -2,11 +2,13 @@
 
 Knows rows, blocks and formats of the cache; not who owns a block, nor how the rows came to be.
 
-A program holds one kv head of one sequence, all query heads that share it, and one split: SPLIT keys from an
-absolute multiple of SPLIT on (arXiv 2205.14135 for the running softmax, 2311.01282 for the split). Its result
-and the logarithm of its weights' sum go to a workspace, where `paged_decode_reduce` adds splits in order.
-Split and tile sizes depend on the shapes of the model and the cache alone, so a row has the same bits
-whatever rows are beside it, whatever the bound on the context, and wherever its blocks lie.
+A program holds one kv head of one sequence, all query heads that share it, and one split at a time: SPLIT
+keys from an absolute multiple of SPLIT on (arXiv 2205.14135 for the running softmax, 2311.01282 for the
+split). Its result and the logarithm of its weights' sum go to a workspace, where `paged_decode_reduce` adds
+splits in order. Split and tile sizes depend on the shapes of the model and the cache alone, so a row has the
+same bits whatever rows are beside it, whatever the bound on the context, and wherever its blocks lie. A bound
+may be far above the contexts, as in a CUDA graph: so a sequence has a limited number of programs, which take
+its splits in turn, instead of one for every split that there could be.
 
 Inside, everything is turned: scores are K.q with keys as the rows of the tensor cores' tiles and the query
 heads as their columns, eight or sixteen, so that little tensor-core work is spent on absent query rows. Each
@@ -45,6 +47,8 @@ from services.engine.kernels.gpu.paged_decode_config import (
     as_operands,
     check_arguments,
     launch_constants,
+    max_registers,
+    num_programs,
     num_splits,
     sample_launches,
     workspace_size,
@@ -61,19 +65,19 @@ from services.engine.kernels.gpu.paged_decode_tile import (
     pairs_of_keys,
     power_to_fit,
     query_planes,
+    splits_of,
     sum_of_lanes,
 )
 from services.engine.kernels.gpu.rounding import has_fp8_conversion, is_interpreting
 from services.engine.kernels.kv_format import LayerCache
 
+UNALIGNED = ("num_splits", "num_kv_heads", "stride_table", "block_tables_ptr", "context_lens_ptr")
+"""Arguments that may be any number: no kernel of its own for those that happen to be divisible by 16."""
 NO_KEY = tl.constexpr(-1.0e30)
 """Maximum of a lane that has seen no key: finite, so that no infinity is taken from another."""
 
 
-@triton.jit(
-    do_not_specialize=["num_kv_heads", "stride_table"],
-    do_not_specialize_on_alignment=["block_tables_ptr", "context_lens_ptr"],
-)
+@triton.jit(do_not_specialize=UNALIGNED[:3], do_not_specialize_on_alignment=UNALIGNED[3:])
 def _paged_decode_kernel(
     out_ptr,
     lse_ptr,
@@ -85,6 +89,7 @@ def _paged_decode_kernel(
     block_tables_ptr,
     context_lens_ptr,
     scale_log2,
+    num_splits,
     num_kv_heads,
     stride_query_s,
     stride_query_h,
@@ -105,13 +110,91 @@ def _paged_decode_kernel(
     INTERPRET: tl.constexpr,
     NUM_STAGES: tl.constexpr,
 ):
+    sequence = tl.program_id(0)
+    HEAD_TILES: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
+    kv_head = tl.program_id(1) // HEAD_TILES
+    member = tl.program_id(1) % HEAD_TILES * BLOCK_H + tl.arange(0, BLOCK_H)
+    head = kv_head * GROUP + member
+    context = tl.load(context_lens_ptr + sequence)
+    splits, first_split = splits_of(context, num_splits, SPLIT, WINDOW)
+    if IS_SINGLE:
+        # A padding row is written too.
+        splits = 1
+    row = sequence.to(tl.int64) * (num_kv_heads * GROUP) + head
+    for split in range(tl.program_id(2), splits, tl.num_programs(2)):
+        _attend(
+            out_ptr,
+            lse_ptr,
+            query_ptr + sequence.to(tl.int64) * stride_query_s + head * stride_query_h,
+            k_ptr,
+            v_ptr,
+            k_params_ptr,
+            v_params_ptr,
+            block_tables_ptr + sequence.to(tl.int64) * stride_table,
+            scale_log2,
+            num_kv_heads,
+            kv_head,
+            member < GROUP,
+            row * num_splits + split,
+            first_split + split,
+            context,
+            FORMAT,
+            HEAD_DIM,
+            BLOCK_D,
+            BLOCK_SIZE,
+            BLOCK_H,
+            BLOCK_N,
+            LANES,
+            SPLIT,
+            WINDOW,
+            IS_SINGLE,
+            IS_WIDE,
+            USE_CVT,
+            INTERPRET,
+            NUM_STAGES,
+        )
+
+
+@triton.jit
+def _attend(
+    out_ptr,
+    lse_ptr,
+    heads_ptr,
+    k_ptr,
+    v_ptr,
+    k_params_ptr,
+    v_params_ptr,
+    table_ptr,
+    scale_log2,
+    num_kv_heads,
+    kv_head,
+    is_member,
+    out_row,
+    split,
+    context,
+    FORMAT: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LANES: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WINDOW: tl.constexpr,
+    IS_SINGLE: tl.constexpr,
+    IS_WIDE: tl.constexpr,
+    USE_CVT: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+):
+    """One split of one sequence: its keys' share of the output and the logarithm of their weights' sum."""
     IS_QUANTIZED: tl.constexpr = FORMAT != "float"
     HAS_MINIMUM: tl.constexpr = FORMAT == "int8" or FORMAT == "int4"
     # Codes of integers cannot be NaN: what lies past the context is weighed with zero.
     CAN_BE_NAN: tl.constexpr = not HAS_MINIMUM
     USE_PERMUTE: tl.constexpr = not INTERPRET
     V_IN_WORDS: tl.constexpr = IS_QUANTIZED or not IS_WIDE
-    HALF: tl.constexpr = tl.float16 if IS_QUANTIZED else query_ptr.dtype.element_ty
+    HALF: tl.constexpr = tl.float16 if IS_QUANTIZED else heads_ptr.dtype.element_ty
     DTYPE: tl.constexpr = tl.float32 if IS_WIDE else HALF
     CODES: tl.constexpr = codes_per_word(FORMAT)
     K_ROW: tl.constexpr = HEAD_DIM // CODES if IS_QUANTIZED else HEAD_DIM
@@ -123,32 +206,12 @@ def _paged_decode_kernel(
     # biased by 127.
     OFFSET: tl.constexpr = 141.0 if IS_QUANTIZED else (14.0 if tl.float16 == HALF else 0.0)
 
-    sequence, split = tl.program_id(0), tl.program_id(2)
-    HEAD_TILES: tl.constexpr = (GROUP + BLOCK_H - 1) // BLOCK_H
-    kv_head = tl.program_id(1) // HEAD_TILES
-    member = tl.program_id(1) % HEAD_TILES * BLOCK_H + tl.arange(0, BLOCK_H)
-    is_member = member < GROUP
-    head = kv_head * GROUP + member
-    out_row = sequence.to(tl.int64) * (num_kv_heads * GROUP) + head
-    if not IS_SINGLE:
-        out_row = out_row * tl.num_programs(2) + split
-
-    context = tl.load(context_lens_ptr + sequence)
     first_key = 0
     if WINDOW > 0:
         first_key = tl.maximum(context - WINDOW, 0)
-        split += first_key // SPLIT
     end = tl.minimum(split * SPLIT + SPLIT, context)
     begin = tl.maximum(split * SPLIT, first_key // BLOCK_N * BLOCK_N)
     element = tl.arange(0, BLOCK_D)
-    if begin >= end:
-        if IS_SINGLE:
-            is_stored = (element < HEAD_DIM)[:, None] & is_member[None, :]
-            nothing = tl.zeros((BLOCK_D, BLOCK_H), tl.float32)
-            tl.store(out_ptr + out_row[None, :] * HEAD_DIM + element[:, None], nothing, mask=is_stored)
-        return
-
-    heads_ptr = query_ptr + sequence.to(tl.int64) * stride_query_s + head * stride_query_h
     if IS_QUANTIZED:
         is_query = is_member[:, None] & (element < HEAD_DIM)[None, :]
         query = tl.load(heads_ptr[:, None] + element[None, :], mask=is_query, other=0.0).to(tl.float32)
@@ -170,7 +233,6 @@ def _paged_decode_kernel(
     else:
         v_key, v_column = key[:, :, None], k_column
     k_inside, v_inside = key[:, :, None] * K_ROW + k_column, v_key * V_ROW + v_column
-    table_ptr = block_tables_ptr + sequence.to(tl.int64) * stride_table
     # The table is read a tile ahead: an address that waits for a load would halve the loads in flight.
     if BLOCK_SIZE >= BLOCK_N:
         block = tl.load(table_ptr + owned(begin, first_key, end) // BLOCK_SIZE)
@@ -224,7 +286,8 @@ def _paged_decode_kernel(
                 scores = dot(k_plane, planes[j], scores, INTERPRET)
             scores *= ((k_params << 16).to(tl.float32, bitcast=True) * k_unit)[:, :, None]
             if HAS_MINIMUM:
-                scores += (k_params & -65536).to(tl.float32, bitcast=True)[:, :, None] * query_sum
+                minimum = (k_params & -65536).to(tl.float32, bitcast=True)[:, :, None]
+                scores = tl.fma(minimum, query_sum, scores)
             # Scales of less than 2^-64 are not weighed down further: weights stay within fp32.
             exponent = tl.maximum((v_params >> 7) & 0xFF, 63).to(tl.float32)[:, :, None]
             scores = tl.where(is_key[:, :, None], scores, float("-inf"))
@@ -236,10 +299,10 @@ def _paged_decode_kernel(
         decay = tl.exp2(maximum - new_maximum)
         weights = tl.exp2(scores - (new_maximum - OFFSET))
         maximum = new_maximum
-        total = total * decay + weights
+        total = tl.fma(total, decay, weights)
         if HAS_MINIMUM:
             minimum = (v_params & -65536).to(tl.float32, bitcast=True)[:, :, None]
-            minimums = minimums * decay + weights * minimum
+            minimums = tl.fma(minimums, decay, weights * minimum)
         if IS_QUANTIZED:
             weights *= (v_params << 16).to(tl.float32, bitcast=True)[:, :, None]
         acc = dot(v.to(DTYPE), weights.to(DTYPE), acc * decay, INTERPRET)
@@ -253,7 +316,8 @@ def _paged_decode_kernel(
             acc += tl.sum(minimums, 1, keep_dims=True) * share
     else:
         acc *= share
-    out = sum_of_lanes(acc) * (1.0 / total)[None, :]
+    # A padding row has no key: zeros.
+    out = sum_of_lanes(acc) * (1.0 / tl.where(total > 0.0, total, 1.0))[None, :]
     if V_IN_WORDS:
         element = pair_row(element, V_BLOCK, FORMAT)
     is_stored = (element < HEAD_DIM)[:, None] & is_member[None, :]
@@ -306,8 +370,8 @@ def paged_decode(
         partial, lse = _split_workspace(workspace, query, splits)
     constants = launch_constants(query.dtype, cache, num_heads, head_dim, split_size, sliding_window)
     k, v = as_operands(cache, constants["IS_WIDE"])
-    head_tiles = triton.cdiv(constants["GROUP"], constants["BLOCK_H"])
-    _paged_decode_kernel[(num_seqs, cache.num_kv_heads * head_tiles, splits)](
+    heads = cache.num_kv_heads * triton.cdiv(constants["GROUP"], constants["BLOCK_H"])
+    _paged_decode_kernel[(num_seqs, heads, num_programs(query.device, num_seqs * heads, splits))](
         partial,
         lse,
         query,
@@ -318,6 +382,7 @@ def paged_decode(
         block_tables,
         context_lens,
         scale * math.log2(math.e),
+        splits,
         cache.num_kv_heads,
         query.stride(0),
         query.stride(1),
@@ -328,6 +393,9 @@ def paged_decode(
         INTERPRET=is_interpreting(),
         num_warps=constants["LANES"],
         num_stages=constants["NUM_STAGES"],
+        maxnreg=max_registers(constants),
+        # Sums of products are fused where the kernel says so: the same in every variant of it.
+        enable_fp_fusion=False,
     )
     if splits > 1:
         paged_decode_reduce(partial, lse, context_lens, out, splits, split_size, sliding_window)
@@ -356,10 +424,12 @@ def compile_cases() -> list[CompileCase]:
             constexprs=launch.constants,
             num_warps=launch.constants["LANES"],
             num_stages=launch.constants["NUM_STAGES"],
-            unaligned=frozenset({"num_kv_heads", "stride_table", "block_tables_ptr", "context_lens_ptr"}),
+            unaligned=frozenset(UNALIGNED),
             elements_per_iteration=2 * launch.constants["BLOCK_N"] * launch.constants["HEAD_DIM"],
             max_instructions=launch.gate,
             has_tensor_cores=not launch.constants["IS_WIDE"],
+            has_fp_fusion=False,
+            max_registers=max_registers(launch.constants),
             # fp32 is multiplied without tensor cores, for tests of small models: it may spill.
             is_gated=not launch.constants["IS_WIDE"],
             notes={"sm_80": "float8 is converted by integers there"} if launch.constants["USE_CVT"] else {},

@@ -17,6 +17,10 @@ from services.engine.kernels.kv_format import FORMATS, LayerCache
 SPLIT_SIZE = 512
 """Keys of a split. A constant: with another split a row has other bits."""
 NUM_LANES = 4
+PROGRAMS_PER_PROCESSOR = 32
+"""Ten rounds of what is resident, roughly: more would be spent on empty programs under a loose bound, and
+with fewer a long sequence among short ones would be left to few programs.
+"""
 
 
 def num_splits(max_context: int, split_size: int = SPLIT_SIZE, sliding_window: int | None = None) -> int:
@@ -26,6 +30,15 @@ def num_splits(max_context: int, split_size: int = SPLIT_SIZE, sliding_window: i
         return splits
     # A window that begins at the last key of a split.
     return min(splits, (sliding_window + split_size - 2) // split_size + 1)
+
+
+def num_programs(device: torch.device, num_heads: int, splits: int) -> int:
+    """Programs that share up to `splits` splits of one of `num_heads` tiles of heads of all sequences."""
+    if device.type != "cuda":
+        # In the interpreter some programs take several splits, and some one.
+        return min(splits, 2)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return min(splits, max(4, triton.cdiv(PROGRAMS_PER_PROCESSOR * processors, num_heads)))
 
 
 def workspace_size(num_sequences: int, num_heads: int, head_dim: int, splits: int) -> int:
@@ -67,12 +80,21 @@ def launch_constants(
 def _tile(row_bytes: int, block_h: int, is_wide: bool) -> tuple[int, int]:
     """(keys of a tile, stages of the pipeline) for K and V vectors of so many bytes each.
 
-    Tiles of 16 to 32 KB, two of them on their way while one is worked on, and registers for three or four
-    programs on a multiprocessor. Sixteen heads need twice the registers for scores.
+    Tiles of 16 to 32 KB, one or two of them on their way while one is worked on. Sixteen heads need twice the
+    registers for scores.
     """
     if is_wide or row_bytes > 256:
         return 64, 2
-    return 128 if row_bytes <= 64 and block_h == 8 else 64, 3
+    if row_bytes > 128 or block_h > 8:
+        return 64, 3
+    return 128, 3 if row_bytes <= 64 else 2
+
+
+def max_registers(constants: dict[str, Any]) -> int | None:
+    """Bound on a thread's registers: room for three programs on a multiprocessor, where nothing spills."""
+    has_one_block = constants["BLOCK_SIZE"] >= constants["BLOCK_N"]
+    is_small = constants["BLOCK_H"] == 8 and constants["BLOCK_D"] <= 128
+    return 168 if has_one_block and is_small and not constants["IS_WIDE"] else None
 
 
 def as_operands(cache: LayerCache, is_wide: bool) -> tuple[Tensor, Tensor]:
@@ -127,7 +149,7 @@ class SampleLaunch:
     gate: float | None
 
 
-_GATES = {"bfloat16": 2.5, "float16": 2.5, "fp8": 3.0, "int8": 3.0, "int4": 3.0}
+_GATES = {"bfloat16": 2.5, "float16": 2.5, "fp8": 2.5, "int8": 2.5, "int4": 2.5}
 
 
 def sample_launches() -> list[SampleLaunch]:
@@ -139,6 +161,7 @@ def sample_launches() -> list[SampleLaunch]:
         _sample("int8", 16, 128),
         _sample("bfloat16", 4, 128, block_size=16),
         _sample("int8", 4, 128, block_size=16),
+        _sample("int8", 8, 128, window=4096),
         _sample("int4", 1, 64),
         _sample("fp8", 3, 80),
         _sample("bfloat16", 8, 256, window=4096),
@@ -167,6 +190,7 @@ def _sample(
     words = "*i32" if kv_format.is_quantized else pointer
     is_gated = head_dim == 128 and group <= 8 and block_size == 128 and use_cvt == (format_name == "fp8")
     name = f"paged_decode/{format_name}/group{group}/head_dim{head_dim}/block{block_size}"
+    name += "" if window is None else f"/window{window}"
     return SampleLaunch(
         name=name if use_cvt or format_name != "fp8" else f"{name}/integers",
         signature={
@@ -180,6 +204,7 @@ def _sample(
             "block_tables_ptr": "*i32",
             "context_lens_ptr": "*i32",
             "scale_log2": "fp32",
+            "num_splits": "i32",
             "num_kv_heads": "i32",
             "stride_query_s": "i32",
             "stride_query_h": "i32",

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from services.engine.kernels.gpu.compile_case import CompileCase
+from services.engine.kernels.gpu.paged_decode_tile import splits_of
 
 CHUNK = 8
 NUM_WARPS = 4
@@ -32,11 +33,7 @@ def _paged_decode_reduce_kernel(
     sequence = tl.program_id(0)
     row = sequence.to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     context = tl.load(context_lens_ptr + sequence)
-    splits = (context + SPLIT - 1) // SPLIT
-    if WINDOW > 0:
-        splits -= tl.maximum(context - WINDOW, 0) // SPLIT
-    # A context beyond the bound that the grid was made for.
-    splits = tl.minimum(splits, num_splits)
+    splits, _ = splits_of(context, num_splits, SPLIT, WINDOW)
     index, element = tl.arange(0, CHUNK), tl.arange(0, BLOCK_D)
     lse_ptr += row * num_splits
     partial_ptr += row * num_splits * HEAD_DIM

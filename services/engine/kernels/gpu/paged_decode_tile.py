@@ -29,6 +29,15 @@ def power_to_fit(largest):
 
 
 @triton.jit
+def splits_of(context, num_splits, SPLIT: tl.constexpr, WINDOW: tl.constexpr):
+    """(how many splits the row sees a key of, at most `num_splits`; the first of them)."""
+    splits, first = (context + SPLIT - 1) // SPLIT, 0
+    if WINDOW > 0:
+        first = tl.maximum(context - WINDOW, 0) // SPLIT
+    return tl.minimum(splits - first, num_splits), first
+
+
+@triton.jit
 def is_seen(position, first_key, end, WINDOW: tl.constexpr):
     """Whether the row sees the key at a position of the split."""
     if WINDOW > 0:
