@@ -27,7 +27,7 @@ BLOCK_SIZE, NUM_BLOCKS = 16, 3
 HEAD = [5, 9, 33, 71, 2, 60, 12, 18, 90, 44, 3, 3, 7, 81, 29, 64, 50, 11]
 REQUESTS: dict[str, tuple[list[int], dict[str, Any]]] = {
     "greedy": (HEAD, {"temperature": 0.0, "max_tokens": 14, "ignore_eos": True}),
-    "drawn": ([44, 8], {"seed": 7, "max_tokens": 18, "presence_penalty": 0.8, "min_tokens": 18}),
+    "drawn": ([44, 8], {"seed": 7, "max_tokens": 18, "presence_penalty": 1.8, "frequency_penalty": 1.5, "min_tokens": 18}),
     "same head": ([*HEAD[:17], 1], {"seed": 3, "top_k": 9, "max_tokens": 4, "logprobs": 2}),
     "cancelled": ([13, 37], {"seed": 1, "max_tokens": 14, "ignore_eos": True}),
 }
@@ -70,9 +70,24 @@ def run(runner: Any) -> tuple[dict[str, list[Any]], dict[str, FinishReason], int
     return tokens, ends, core.report().counters.preemptions
 
 
+def fail_once(monkeypatch: pytest.MonkeyPatch, runner: DeviceRunner, verb: str, at: int) -> None:
+    """One call fails when its work is done: penalties are counted, tokens drawn, keys written."""
+    real, calls = getattr(runner, verb), iter(range(1000))
+
+    def failing(*arguments: Any) -> Any:
+        result = real(*arguments)
+        if next(calls) == at:
+            raise ValueError("planted")
+        return result
+
+    monkeypatch.setattr(runner, verb, failing)
+
+
+@pytest.mark.parametrize("has_failures", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_tokens_of_the_plain_engine(
-    checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch
+    checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch, has_failures: bool
 ) -> None:
+    """Also when steps fail, and their sequences, and those of the step on top, are computed again alone."""
     config = config_of(checkpoint, "cpu", num_blocks=NUM_BLOCKS, is_deterministic=True)
     expected, expected_ends, _ = run(load_runner(config))
     if device == "cpu":
@@ -82,6 +97,9 @@ def test_the_tokens_of_the_plain_engine(
     runner = load_device_runner(config_of(checkpoint, device, num_blocks=NUM_BLOCKS))
     use_graphs(runner)
     runner.has_overlap = True
+    if has_failures:
+        fail_once(monkeypatch, runner, "launch", 5)
+        fail_once(monkeypatch, runner, "collect", 9)
     tokens, ends, preemptions = run(runner)
     for name, drawn in tokens.items():
         assert drawn == expected[name][: len(drawn)], name
