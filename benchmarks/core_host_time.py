@@ -12,6 +12,7 @@ On a busy machine --cpu-clock counts the processor time of the engine's thread, 
 from __future__ import annotations
 
 import argparse
+import gc
 import platform
 import statistics
 import threading
@@ -26,7 +27,7 @@ from services.engine.core.block_manager import BlockManager
 from services.engine.core.engine_core import EngineCore
 from services.engine.core.scheduler import Scheduler, SchedulerConfig
 from services.engine.core.sequence import SamplingParams, Sequence
-from services.engine.loop import EngineLoop, LinkEvents
+from services.engine.loop import GC_THRESHOLDS, EngineLoop, LinkEvents
 
 BATCHES = (1, 64, 256, 1024)
 MAX_PROMPT_TOKENS, MAX_MODEL_LEN, VOCABULARY = 135, 100_000, 1_000
@@ -139,6 +140,7 @@ def main() -> None:
     parser.add_argument("--cpu-clock", action="store_true")
     parser.add_argument("--batches", type=int, nargs="+", default=BATCHES)
     args = parser.parse_args()
+    gc.set_threshold(*GC_THRESHOLDS)  # As the engine's process does.
     print(f"{platform.machine()} {platform.python_implementation()} {platform.python_version()}", end="")
     print(f", blocks of {args.block_size}, {args.device_ms} ms on the device; microseconds per step")
     print("batch  mode      total p50      p99   exposed p50      p99   device idle p50      p99")

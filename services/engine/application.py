@@ -22,7 +22,7 @@ from services.engine.core.block_manager import BlockManager
 from services.engine.core.engine_core import EngineCore
 from services.engine.core.errors import IntegrityError
 from services.engine.core.scheduler import Scheduler, SchedulerConfig
-from services.engine.loop import EngineLoop
+from services.engine.loop import GC_THRESHOLDS, EngineLoop
 from services.engine.metrics import EngineMetrics, MetricsServer
 from services.engine.rpc import convert
 from services.engine.rpc.errors import engine_failed, shutting_down
@@ -152,6 +152,7 @@ class EngineApplication:
         # What was loaded stays: no collection needs to look through it again.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(*GC_THRESHOLDS)
         loop.start()
         self._loop = loop
         self._watch = asyncio.create_task(self._watch_steps(loop, server))

@@ -24,6 +24,11 @@ log = logging.getLogger("weft.engine.loop")
 IDLE_POLL_S = 0.02
 """How often a loop with nothing runnable looks at deadlines, while anything is live."""
 
+GC_THRESHOLDS = (50_000, 20, 50)
+"""For `gc.set_threshold` in a process with a loop. A step makes three objects per sequence that live for two
+steps; collecting after every 700 of them, as by default, looks through the long-lived ones far too often.
+"""
+
 
 @dataclass(slots=True)
 class LinkEvents:

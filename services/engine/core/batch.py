@@ -114,15 +114,16 @@ class Runner(Protocol):
     def collect(self, launched: Any) -> list[SampledToken | Exception]:
         """Wait for a launched step, the oldest first, without holding the interpreter up.
 
-        One token per sampling chunk, in row order; a row's failure is returned in its place. An exception
-        concerns the whole step: its sequences are launched again, one at a time.
+        Returns when the step is over, even if it draws no token: its time is measured, and what is launched
+        ahead is bounded. One token per sampling chunk, in row order; a row's failure is returned in its
+        place. An exception concerns the whole step: its sequences are launched again, one at a time.
         """
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is held for a sequence. May come twice, and while a launched step still computes it.
 
-        A sequence that is launched again after a failed step is forgotten and prepared once more: what was
-        counted from its drawn tokens has to be counted anew.
+        A sequence of a failed step is forgotten before it is prepared and launched again: whatever the runner
+        counts from draws is to be made anew then from the sequence's own tokens.
         """
 
     def is_device_fault(self, error: BaseException) -> bool:

@@ -10,6 +10,7 @@ from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from typing import NamedTuple
 
 TOKEN_TYPECODE = "I"
 """Token ids are kept as unsigned 32-bit integers."""
@@ -45,6 +46,32 @@ class Block:
     def num_filled(self) -> int:
         """How many leading slots hold the K and V of known tokens."""
         return len(self.token_ids)
+
+
+class BlockCounts(NamedTuple):
+    """How many blocks are in each state."""
+
+    free: int
+    active: int
+    cached: int
+
+
+@dataclass(slots=True)
+class Match:
+    """What the cache holds of a sequence's head.
+
+    `blocks` are full blocks to share. After them, `head` may share its first `num_head_tokens`: by taking the
+    block over when `is_takeover`, else by a copy into a fresh block.
+    """
+
+    blocks: list[Block] = field(default_factory=list)
+    head: Block | None = None
+    num_head_tokens: int = 0
+    is_takeover: bool = False
+
+    def num_tokens(self, block_size: int) -> int:
+        """Tokens that need not be computed."""
+        return len(self.blocks) * block_size + self.num_head_tokens
 
 
 def root_hash(namespace: str, salt: str) -> bytes:

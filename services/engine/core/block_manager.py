@@ -10,43 +10,23 @@ from __future__ import annotations
 from array import array
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
 
 from services.engine.core.batch import BlockCopy
-from services.engine.core.block import TOKEN_TYPECODE, Block, BlockState, chain_hash, root_hash
+from services.engine.core.block import (
+    TOKEN_TYPECODE,
+    Block,
+    BlockCounts,
+    BlockState,
+    Match,
+    chain_hash,
+    root_hash,
+)
 from services.engine.core.errors import IntegrityError
 from services.engine.core.prefix_index import PrefixIndex
 from services.engine.core.sequence import Sequence
 
 DEFAULT_MIN_HEAD = 4
 """Shortest common head worth a copy, in tokens: measured on a CPU, where 4 tokens cost 29 copies."""
-
-
-class BlockCounts(NamedTuple):
-    """How many blocks are in each state."""
-
-    free: int
-    active: int
-    cached: int
-
-
-@dataclass(slots=True)
-class Match:
-    """What the cache holds of a sequence's head.
-
-    `blocks` are full blocks to share. After them, `head` may share its first `num_head_tokens`: by taking the
-    block over when `is_takeover`, else by a copy into a fresh block.
-    """
-
-    blocks: list[Block] = field(default_factory=list)
-    head: Block | None = None
-    num_head_tokens: int = 0
-    is_takeover: bool = False
-
-    def num_tokens(self, block_size: int) -> int:
-        """Tokens that need not be computed."""
-        return len(self.blocks) * block_size + self.num_head_tokens
 
 
 class BlockManager:

@@ -113,7 +113,7 @@ class EngineCore:
         sequence = self._live.get(key)
         if sequence is not None:
             self._journal.num_paused += is_paused - sequence.is_paused
-            sequence.is_paused = is_paused
+            self.scheduler.set_paused(sequence, is_paused)
             sequence.last_token_at = None  # The pause is no gap between two tokens.
 
     def abort_all(self, reason: FinishReason, error: RequestError | None = None) -> None:
@@ -152,7 +152,7 @@ class EngineCore:
             self.step_bound_s = self.costs.step_bound_s(0)
             self.step_started_at = now
         # Nothing can be built on a step that failed before its sequences have run again.
-        if self._current is None or self._current.error is None:
+        if self._live and (self._current is None or self._current.error is None):
             self._end_late(now)
             step = self._launch(self.scheduler.schedule(now), now)
             if self.has_overlap:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import NamedTuple
 
-from services.engine.core.block_manager import BlockCounts
+from services.engine.core.block import BlockCounts
 from services.engine.core.errors import RequestError
 from services.engine.core.sequence import FinishReason
 

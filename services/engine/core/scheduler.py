@@ -7,17 +7,19 @@ arrival, with ageing. Knows blocks through the block manager; does not know clie
 from __future__ import annotations
 
 import bisect
-from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from services.engine.core.batch import Batch, Chunk
-from services.engine.core.block import common_head
-from services.engine.core.block_manager import BlockManager, Match
+from services.engine.core.block import Match
+from services.engine.core.block_manager import BlockManager
+from services.engine.core.coming_heads import ComingHeads
 from services.engine.core.errors import IntegrityError
 from services.engine.core.sequence import Sequence, SequenceStatus
 
 NEVER = float("inf")
+MAX_BLOCKED = 32
+"""So many sequences without room are looked at in one step; who comes behind them waits with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +52,14 @@ class Scheduler:
         self.num_cache_queries = 0
         self.num_cache_hits = 0
         self._blocks = blocks
+        # The blocks available when nobody waiting found room. Until there are more, or something else that
+        # matters changes, nobody will.
+        self._stalled_at: int | None = None
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
         sequence.status = SequenceStatus.WAITING
+        self._stalled_at = None
         can_overlap = self.has_overlap and not sequence.has_host_state
         sequence.max_foreseen_tokens = sequence.max_length - 1 if can_overlap else 0
         self.waiting.append(sequence)
@@ -62,11 +68,18 @@ class Scheduler:
         """Drop a sequence, wherever it is, and release its blocks; if not sound, for nobody to find."""
         (self.running if sequence.status is SequenceStatus.RUNNING else self.waiting).remove(sequence)
         sequence.status = SequenceStatus.FINISHED
+        self._stalled_at = None
         self._blocks.release(sequence, is_sound=is_sound)
 
     def reorder(self) -> None:
-        """A running sequence's priority or deadline changed."""
+        """A sequence's priority or deadline changed."""
         self.running.sort(key=_rank)
+        self._stalled_at = None
+
+    def set_paused(self, sequence: Sequence, is_paused: bool) -> None:
+        """Stop, or go on, scheduling a sequence. A paused one gives way to those that wait."""
+        sequence.is_paused = is_paused
+        self._stalled_at = None
 
     def has_runnable(self) -> bool:
         """Whether anything could be scheduled, given blocks."""
@@ -182,30 +195,37 @@ class Scheduler:
         """Move sequences from waiting to running while budget, batch size and blocks last. Returns the budget
         left.
         """
+        if self._stalled_at is not None and self._blocks.num_available <= self._stalled_at:
+            return budget
         for sequence in self.running:
             if sequence.num_recorded_tokens < sequence.num_computed_tokens:
                 self._blocks.record(sequence)
-        heads = self._heads_in_flight()
+        coming = ComingHeads(self._blocks, self.running)
         candidates = sorted(
             (s for s in self.waiting if not s.is_paused), key=lambda s: _aged_rank(s, now, self.config)
         )
         blocked: list[Sequence] = []
+        is_stalled = True
         for sequence in candidates:
             if not budget or not self._has_place():
                 break
-            if heads and self._is_computed_elsewhere(sequence, heads):
+            if coming.is_worth_waiting_for(sequence):
+                is_stalled = False
                 continue
             self._make_place(batch)
             match = self._find_room(sequence, batch)
             if match is None:
                 blocked.append(sequence)
-                if sequence.num_bypassed >= self.config.max_bypasses:
+                if sequence.num_bypassed >= self.config.max_bypasses or len(blocked) == MAX_BLOCKED:
                     break
                 continue
+            is_stalled = False
             budget -= self._start(sequence, match, budget, batch, now)
-            self._note_heads(sequence, heads)
+            coming.add(sequence)
             for passed in blocked:
                 passed.num_bypassed += 1
+        if is_stalled and not batch.preempted:
+            self._stalled_at = self._blocks.num_available
         return budget
 
     def _has_place(self) -> bool:
@@ -259,37 +279,6 @@ class Scheduler:
         length = min(sequence.num_uncomputed_tokens, budget, self.config.prefill_chunk)
         batch.add(sequence, length)
         return length
-
-    # -- computing a shared prefix once ------------------------------------------------------------
-
-    def _heads_in_flight(self) -> dict[bytes, list[array[int]]]:
-        """What running sequences are about to compute: parent hash -> tokens of the block after it."""
-        heads: dict[bytes, list[array[int]]] = {}
-        for sequence in self.running:
-            if sequence.num_uncomputed_tokens > 1 and not sequence.is_paused:
-                self._note_heads(sequence, heads)
-        return heads
-
-    def _note_heads(self, sequence: Sequence, heads: dict[bytes, list[array[int]]]) -> None:
-        if not self._blocks.has_prefix_cache:
-            return  # Nothing is shared, so nothing is worth waiting for.
-        size = self._blocks.block_size
-        first = sequence.num_computed_tokens - sequence.num_computed_tokens % size
-        for start in range(first, len(sequence), size):
-            parent, tokens = self._blocks.next_head(sequence, start)
-            heads.setdefault(parent, []).append(tokens)
-
-    def _is_computed_elsewhere(self, sequence: Sequence, heads: dict[bytes, list[array[int]]]) -> bool:
-        """Whether waiting for a running prefill saves at least half of what is left of the next block."""
-        match = self._blocks.match(sequence)
-        start = len(match.blocks) * self._blocks.block_size
-        parent, tokens = self._blocks.next_head(sequence, start)
-        wanted = len(tokens) - (start + len(tokens) == len(sequence))
-        for coming in heads.get(parent, ()):
-            gain = min(common_head(coming, tokens), wanted) - match.num_head_tokens
-            if gain >= self._blocks.min_head and 2 * gain >= wanted - match.num_head_tokens:
-                return True
-        return False
 
 
 def _rank(sequence: Sequence) -> tuple[float, float, float]:

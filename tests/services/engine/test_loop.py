@@ -79,15 +79,15 @@ def test_streams_of_several_links_stay_apart(start):
 
 
 def test_a_refusal_is_the_slots_own(start):
-    loop, _, _ = start()
+    loop, _, _ = start(num_blocks=600)
     client = Client(loop)
     loop.submit(client.link_id, 0, make_sequence(None, []))
-    loop.submit(client.link_id, 1, make_sequence(None, [1], max_tokens=100))
+    loop.submit(client.link_id, 1, make_sequence(None, [1], max_tokens=2000))
     loop.submit(client.link_id, 1, make_sequence(None, [2], max_tokens=3))
     client.wait(lambda: len(client.rejected) == 2 and 1 in client.ends)
     assert isinstance(client.rejected[0], InvalidRequest)
     assert isinstance(client.rejected[1], DuplicateRequest)
-    assert len(client.tokens[1]) == 100
+    assert len(client.tokens[1]) == 2000
 
 
 def test_closing_a_link_cancels_all_of_it_and_nothing_else(start):
@@ -139,10 +139,10 @@ def test_drain_refuses_the_new_and_ends_the_old_at_the_deadline(start):
 
 def test_a_device_fault_ends_everything_and_is_told_once(start):
     faults = []
-    loop, _, runner = start(on_fault=faults.append)
+    loop, _, runner = start(on_fault=faults.append, num_blocks=2600)
     client = Client(loop)
     runner.fail["forward", (client.link_id, 1)] = RuntimeError("CUDA error: unspecified launch failure")
-    loop.submit(client.link_id, 0, make_sequence(None, [1], max_tokens=100))
+    loop.submit(client.link_id, 0, make_sequence(None, [1], max_tokens=9000))
     loop.submit(client.link_id, 1, make_sequence(None, [2], max_tokens=100))
     client.wait(lambda: len(client.ends) == 2)
     assert all(isinstance(end.error, EngineUnavailable) for end in client.ends.values())

@@ -125,6 +125,7 @@ class Launched:
                 chunk.length,
                 chunk.is_sampling,
                 chunk.input_row,
+                chunk.output_position,
             )
             for chunk in chunks
         ]
@@ -146,13 +147,25 @@ class DelayedRunner(OracleRunner):
 
     has_overlap = True
 
-    def __init__(self, num_blocks, block_size, seed=0):
+    def __init__(self, num_blocks, block_size):
         super().__init__(num_blocks, block_size)
         self.violations = []
         self.num_in_flight_inputs = 0
-        self._rng = random.Random(seed)
+        self._num_drawn = {}
+        self._rng = random.Random(0)
         self._queue = []
         self._newest = None
+
+    def reseed(self, seed):
+        """Let steps run, and fail, at other times."""
+        self._rng.seed(seed)
+
+    def prepare(self, chunk):
+        super().prepare(chunk)
+        self._num_drawn.setdefault(chunk.sequence, len(chunk.sequence.output_token_ids))
+
+    def forget(self, sequence):
+        self._num_drawn.pop(sequence, None)
 
     def _require(self, is_right, text):
         if not is_right:
@@ -199,7 +212,9 @@ class DelayedRunner(OracleRunner):
         for row in step.rows:
             self._run_row(step, is_rubbish, *row)
 
-    def _run_row(self, step, is_rubbish, sequence, table, start, tokens, length, is_sampling, input_row):
+    def _run_row(
+        self, step, is_rubbish, sequence, table, start, tokens, length, is_sampling, input_row, position
+    ):
         if input_row is not None:
             self.num_in_flight_inputs += 1
             self._require(len(tokens) == length - 1, "a row for a token that the host knew")
@@ -208,8 +223,8 @@ class DelayedRunner(OracleRunner):
             is_rubbish = not isinstance(drawn, SampledToken)
             tokens = [*tokens, POISON if is_rubbish else drawn.token_id]
         self._require(len(tokens) == length, "neither a token nor a row to take it from")
-        for position, token in enumerate(tokens, start):
-            block, offset = divmod(position, self.block_size)
+        for slot, token in enumerate(tokens, start):
+            block, offset = divmod(slot, self.block_size)
             self.slots[table[block]][offset] = token
         self.num_computed_tokens += length
         if not is_sampling:
@@ -217,6 +232,11 @@ class DelayedRunner(OracleRunner):
         history = [token for index in table for token in self.slots[index]][: start + length]
         is_whole = POISON not in history and len(history) == start + length
         self._require(is_whole or is_rubbish, f"{sequence.key}: unwritten slots in its own history")
+        if sequence in self._num_drawn:
+            # As penalties are counted on a device: by draws, beginning with what the host knew.
+            is_next = self._num_drawn[sequence] == position
+            self._require(is_next or is_rubbish, f"{sequence.key}: draw {position} out of order")
+            self._num_drawn[sequence] += 1
         error = self._error("sample", sequence.key)
         step.drawn.append(
             error or SampledToken(next_token(history, sequence.params.seed, sequence.sample_index))

@@ -65,6 +65,8 @@ class History:
     def __init__(self, configuration, *, overlap):
         self.clock = Clock()
         self.core, self.runner = make_core(clock=self.clock, overlap=overlap, **configuration)
+        if overlap:
+            self.runner.reseed(configuration["num_blocks"] * configuration["block_size"])
         self.num_added, self.resubmitted = 0, set()
         self.sequences, self.tokens, self.ends, self.failing = {}, {}, {}, set()
 

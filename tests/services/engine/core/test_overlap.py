@@ -270,8 +270,10 @@ def test_a_copy_of_a_failed_step_is_done_again_for_its_owner_alone(stage):
     assert ends["a"].num_cached_tokens == 3
 
 
-def test_who_loses_its_blocks_while_its_step_fails_draws_again():
+@pytest.mark.parametrize("seed", range(6))
+def test_who_loses_its_blocks_while_its_step_fails_draws_again(seed):
     core, runner = make(num_blocks=8, max_batch_size=8)
+    runner.reseed(seed)
     sequences = [make_sequence(i, [i, 2, 3, 4, 5, 6], max_tokens=14, seed=i) for i in range(4)]
     for sequence in sequences:
         core.add(sequence)
@@ -342,3 +344,18 @@ def test_the_wait_for_a_step_begins_when_the_device_gets_to_it():
     while core.num_live:
         core.step()
     assert core.step_started_at is None
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_tokens_decoded_since_the_last_block_boundary_are_found(overlap):
+    """They are written down late, but in time for whoever looks for them."""
+    core, _ = make_core(16, 16, overlap=overlap)
+    first = make_sequence("first", [1, 2, 3], max_tokens=12)
+    core.add(first)
+    for _ in range(8):
+        core.step()
+    num_computed = first.num_computed_tokens
+    assert 8 <= num_computed < 16
+    core.add(make_sequence("second", [*first.token_ids, 9], max_tokens=1))
+    _, ends = run(core)
+    assert ends["second"].num_cached_tokens == num_computed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from services.engine.core.scheduler import MAX_BLOCKED
 from services.engine.core.sequence import FinishReason
 from tests.services.engine.core.oracle import (
     Clock,
@@ -75,3 +76,57 @@ def test_a_pause_is_no_gap_between_tokens():
     gaps = [event.itl_s for event in events if event.itl_s is not None]
     assert len(gaps) == 28
     assert max(gaps) < 1
+
+
+def full_core(num_waiting, prompt_tokens=30):
+    """A cache that one sequence fills, and others that wait for it; how often a cached head was looked up."""
+    core, _ = make_core(10, 4, prefix_cache=False)
+    core.add(make_sequence("running", list(range(20)), max_tokens=20))
+    core.step()
+    for i in range(num_waiting):
+        core.add(make_sequence(i, [i] * prompt_tokens, max_tokens=5, seed=i))
+    calls, match = [], core.blocks.match
+    core.blocks.match = lambda sequence: calls.append(sequence.key) or match(sequence)
+    return core, calls
+
+
+def test_who_found_no_room_does_not_look_again_before_something_changes():
+    core, calls = full_core(3)
+    for _ in range(5):
+        core.step()
+    assert calls == [0, 1, 2]
+    core.cancel(1)
+    core.step()
+    assert calls[3:] == [0, 2]
+    core.update(2, priority=-1)
+    core.step()
+    assert calls[5:] == [2, 0]
+
+
+def test_a_newcomer_that_fits_is_placed_beside_those_that_do_not():
+    core, _ = full_core(3)
+    core.step()
+    core.add(make_sequence("small", [9, 9], max_tokens=2))
+    core.step()
+    assert [s.key for s in core.scheduler.running] == ["running", "small"]
+
+
+def test_who_waits_is_placed_when_blocks_are_released_or_somebody_pauses():
+    for end in (lambda core: core.cancel("running"), lambda core: core.set_paused("running", True)):
+        core, _ = full_core(2)
+        core.step()
+        end(core)
+        core.step()
+        assert [s.key for s in core.scheduler.running] == [0]
+
+
+def test_a_long_queue_without_room_is_not_looked_through():
+    core, calls = full_core(MAX_BLOCKED + 10)
+    core.step()
+    assert len(calls) == MAX_BLOCKED
+    core.set_paused("running", True)
+    core.set_paused("running", False)
+    while core.num_live:
+        core.step()
+        core.check_integrity()
+    assert set(calls) == set(range(MAX_BLOCKED + 10))
