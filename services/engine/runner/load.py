@@ -73,16 +73,19 @@ def numerics_id(numerics: Numerics, kv_format: KVFormat, paths: dict[str, str], 
     weights = "+".join(sorted(set(paths.values())))
     mode = "deterministic" if numerics.is_deterministic else "fast"
     return (
-        f"{name}-kv{kv_format.name}-{_where(numerics.device)}-{weights}-{mode}"
+        f"{name}-kv{kv_format.name}-{_where(numerics)}-{weights}-{mode}"
         f"-torch{torch.__version__.split('+')[0]}-{fingerprint}"
     )
 
 
-def _where(device: torch.device) -> str:
+def _where(numerics: Numerics) -> str:
     """The class of device, and what else there decides the order of sums."""
+    device = numerics.device
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return f"cuda-sm{major}{minor}-triton{version('triton')}"
+        properties = torch.cuda.get_device_properties(device)
+        # A fast engine splits sums by how many multiprocessors share them.
+        split = "" if numerics.is_deterministic else f"x{properties.multi_processor_count}"
+        return f"cuda-sm{properties.major}{properties.minor}{split}-triton{version('triton')}"
     capability = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "")
     return f"cpu-{platform.machine()}-{capability}-t{torch.get_num_threads()}-tile{KEY_TILE}v1"
 

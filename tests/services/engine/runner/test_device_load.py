@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from services.engine.kernels.kv_format import FORMATS
 from services.engine.kernels.numerics import Numerics
 from services.engine.models.loader import load_model, read_model_config
 from services.engine.runner import device_load
 from services.engine.runner.config import RunnerConfig, RunnerConfigError
 from services.engine.runner.device_load import _Loading, least_weight_bytes, load_device_runner
 from services.engine.runner.kv_cache import choose_kv_format, kv_bytes_per_token
-from services.engine.runner.load import weight_bytes
+from services.engine.runner.load import numerics_id, weight_bytes
 from services.engine.runner.memory_budget import MemoryBudget
+from services.engine.runner.self_test import _check_linears
 from services.engine.runner.source import open_source
 from tests.services.engine.models.checkpoints import LLAMA, quantize_checkpoint, write_checkpoint
 from weft.artifact.checkpoint import Checkpoint
@@ -164,3 +167,38 @@ def test_a_cache_wider_than_the_activations_is_refused_before_weights_are_loaded
     config = RunnerConfig(source=plain, device="cuda", dtype="bfloat16", kv_dtype="float32")
     with pytest.raises(RunnerConfigError, match="float32 is wider than the activations"):
         load_device_runner(config)
+
+
+def test_the_numerics_id_names_what_splits_the_sums_of_a_fast_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = {}
+    for processors in (114, 132):
+        found = SimpleNamespace(major=9, minor=0, multi_processor_count=processors)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=found: found)
+        for is_deterministic in (False, True):
+            numerics = Numerics(torch.bfloat16, is_deterministic, device=torch.device("cuda", 0))
+            ids[processors, is_deterministic] = numerics_id(
+                numerics, FORMATS["int8"], {"qkv": "w4a16"}, "f00d"
+            )
+    assert ids[114, False] != ids[132, False]
+    assert ids[114, True] == ids[132, True]
+    assert ids[132, False].startswith("bfloat16-kvint8-cuda-sm90x132-triton")
+
+
+def test_a_deterministic_gpu_engine_tries_its_linears_with_as_many_rows_as_a_step_has() -> None:
+    """Seen on the CPU through a device that only looks like one."""
+    rows = []
+
+    class Row:
+        in_features, out_features, path = 4096, 4096, "fixed"
+
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            rows.append(len(x))
+            return x
+
+    for kind in ("cpu", "cuda"):
+        numerics = SimpleNamespace(device=SimpleNamespace(type=kind), dtype=torch.float32)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.Tensor, "to", lambda tensor, *_: tensor)
+            assert _check_linears({"qkv": Row()}, numerics, 2048) is None  # type: ignore[dict-item, arg-type]
+    half = len(rows) // 2
+    assert (max(rows[:half]), max(rows[half:])) == (128, 2048)
