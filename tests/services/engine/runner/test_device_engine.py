@@ -27,7 +27,10 @@ BLOCK_SIZE, NUM_BLOCKS = 16, 3
 HEAD = [5, 9, 33, 71, 2, 60, 12, 18, 90, 44, 3, 3, 7, 81, 29, 64, 50, 11]
 REQUESTS: dict[str, tuple[list[int], dict[str, Any]]] = {
     "greedy": (HEAD, {"temperature": 0.0, "max_tokens": 14, "ignore_eos": True}),
-    "drawn": ([44, 8], {"seed": 7, "max_tokens": 18, "presence_penalty": 1.8, "frequency_penalty": 1.5, "min_tokens": 18}),
+    "drawn": (
+        [44, 8],
+        {"seed": 7, "max_tokens": 18, "presence_penalty": 1.8, "frequency_penalty": 1.5, "min_tokens": 18},
+    ),
     "same head": ([*HEAD[:17], 1], {"seed": 3, "top_k": 9, "max_tokens": 4, "logprobs": 2}),
     "cancelled": ([13, 37], {"seed": 1, "max_tokens": 14, "ignore_eos": True}),
 }
