@@ -133,7 +133,9 @@ def check_arguments(
                 f"a cache of {cache.kv_format.name} needs dense params {(blocks, kv_heads, block_size)}"
             )
     for name, tensor in (("block_tables", block_tables), ("context_lens", context_lens)):
-        if tensor.dtype != torch.int32 or tensor.shape[0] != num_seqs or tensor.stride(-1) != 1:
+        # Even a row without a key has the first entry of its table read.
+        is_empty = num_seqs > 0 and tensor.numel() == 0
+        if tensor.dtype != torch.int32 or tensor.shape[0] != num_seqs or tensor.stride(-1) != 1 or is_empty:
             raise ValueError(
                 f"{name} must be int32 for {num_seqs} sequences: {tensor.dtype} {tuple(tensor.shape)}"
             )

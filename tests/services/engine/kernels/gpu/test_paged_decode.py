@@ -335,6 +335,12 @@ def test_the_number_of_splits():
     assert [num_splits(1000, 128, window) for window in (1, 2, 129, 130, 5000)] == [1, 2, 2, 3, 8]
 
 
+def test_rows_of_padding_alone_are_zeros(device):
+    batch = make_batch(device, [0, 0], kv="int8")
+    for bound in (0, 1000):
+        assert torch.equal(batch.run(max_context=bound), torch.zeros_like(batch.query))
+
+
 def test_no_row_launches_nothing(device):
     assert make_batch(device, [5]).rows().run().shape == (0, 4, 64)
 
@@ -359,6 +365,7 @@ def test_options_that_do_not_fit_are_refused(options, message, device):
         (lambda batch: replace(batch, query=batch.query[..., :32]), "head_dim"),
         (lambda batch: replace(batch, block_tables=batch.block_tables.long()), "block_tables"),
         (lambda batch: replace(batch, block_tables=batch.block_tables[:0]), "block_tables"),
+        (lambda batch: replace(batch, block_tables=batch.block_tables[:, :0]), "block_tables"),
         (lambda batch: replace(batch, cache=replace(batch.cache, k_params=None)), "params"),
         (lambda batch: replace(batch, cache=replace(batch.cache, v=batch.cache.v[:, :1])), "dense"),
     ],
