@@ -160,6 +160,30 @@ def test_a_compiler_that_dies_is_told_by_name(root: Path, tmp_path: Path) -> Non
     assert "1 fail" in done.stdout.splitlines()[-1]
 
 
+LAUNCHED = """
+from tools.kernels.cases import find_cases
+
+found = find_cases([])
+assert not found.failures, found.failures
+launched = {e.case.kernel.__name__ for e in found.entries if e.case.name.startswith("launched/")}
+listed = {e.case.kernel.__name__ for e in found.entries if not e.case.name.startswith("launched/")}
+print(*sorted(launched - listed))
+print(*sorted(listed - launched))
+"""
+
+
+def test_what_is_launched_is_listed_and_what_is_listed_is_launched(root: Path) -> None:
+    """Block copies and penalties have no place in a model's step."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCHED], cwd=root, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    unlisted, elsewhere = done.stdout.splitlines()
+    assert unlisted == ""
+    assert set(elsewhere.split()) == {"_copy_blocks_kernel", "_penalize_kernel"}
+
+
 @pytest.mark.timeout(300)
 def test_the_kernels_hold_their_gates(root: Path) -> None:
     """Every launch of the engine, compiled for sm_90; results are kept for `make kernels`."""

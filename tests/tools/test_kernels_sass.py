@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("triton")
+from services.engine.kernels.gpu.compile_case import CompileCase
 from tools.kernels import ptx
 from tools.kernels.flow import loop_bodies
+from tools.kernels.gates import failures, remarks
+from tools.kernels.machine_code import Facts
 from tools.kernels.sass import main_loop, parse
 
 
@@ -106,8 +111,22 @@ def test_the_hot_loop_is_the_longest_with_tensor_cores_unless_told() -> None:
 
 def test_spills_and_empty_listings() -> None:
     assert parse("").loops == ()
-    read = parse(listing("@P0 LDL.LU R1, [R1+0x4]", "STL [R1], R2", "LDGSTS.E [R1], [R2.64]", "EXIT"))
+    loop = (".L_x_1:", "STL [R1], R2", "LDGSTS.E [R1], [R2.64]", "@P0 BRA `(.L_x_1)", "EXIT")
+    read = parse(listing("@P0 LDL.LU R1, [R1+0x4]", *loop))
     assert read.count("LDL", "STL") == 2
+    assert read.count_in_loops("LDL", "STL") == 1
+
+
+def test_spills_outside_of_loops_are_accepted_with_a_reason_only() -> None:
+    strict = CompileCase("one", None, {}, {}, 4, 3)
+    lenient = replace(strict, notes={"spills": "saved before the loop"})
+    before, inside = (Facts("one", 90, spills=14, loop_spills=count) for count in (0, 3))
+    assert failures(strict, before) == ["14 spill instructions"]
+    assert failures(lenient, before) == []
+    assert remarks(lenient, before) == ["14 spill instructions, 0 of them in loops"]
+    assert failures(lenient, inside) == ["3 spill instructions"]
+    assert failures(replace(strict, is_gated=False), inside) == []
+    assert failures(strict, replace(inside, arch=80)) == []
 
 
 def test_loops_of_a_graph() -> None:

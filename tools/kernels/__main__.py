@@ -53,11 +53,16 @@ def main() -> int:
     for failure in found.failures:
         print(f"FAIL {failure}", file=sys.stderr)
     entries = [entry for entry in found.entries if arguments.only in entry.case.name]
-    if not entries:
+    archs = sorted(set(arguments.arch or MULTIPROCESSORS))
+    jobs = [
+        (index, arch)
+        for index, entry in enumerate(entries)
+        for arch in archs
+        if entry.archs is None or arch in entry.archs
+    ]
+    if not jobs:
         print(f"no case to compile among {len(found.entries)}", file=sys.stderr)
         return 1
-    archs = sorted(set(arguments.arch or MULTIPROCESSORS))
-    jobs = [(index, arch) for index in range(len(entries)) for arch in archs]
     by_job = compile_all(entries, jobs, arguments.jobs, arguments.cache, arguments.listing)
     results = [(entries[job[0]], by_job[job]) for job in jobs]
     print(table([row(*result) for result in results], arguments.markdown))

@@ -16,14 +16,16 @@ from types import ModuleType
 from services.engine.kernels.gpu.compile_case import CompileCase
 
 PACKAGE = "services.engine.kernels.gpu"
+LAUNCHES = "tools.kernels.launches"
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A case and the module it came from."""
+    """A case and the module it came from. `archs`: the only architectures it is for; None for all."""
 
     module: str
     case: CompileCase
+    archs: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,9 @@ class Found:
 
 
 def find_cases(sources: list[str]) -> Found:
-    """Cases of `sources` (module names or paths of Python files); all of the kernel package for an empty
-    list. Names must be unique.
+    """Cases of `sources` (module names or paths of Python files); for an empty list all of the kernel package
+    and what the engine was seen to launch. Names must be unique. A module's ARCHS are its cases' only
+    architectures.
     """
     entries: list[Entry] = []
     failures: list[str] = []
@@ -48,7 +51,8 @@ def find_cases(sources: list[str]) -> Found:
                     failures.append(f"{source}: has no compile_cases()")
                 continue
             short = source.removesuffix(".py").replace("/", ".").rpartition(".")[2]
-            entries.extend(Entry(short, case) for case in module.compile_cases())
+            archs = getattr(module, "ARCHS", None)
+            entries.extend(Entry(short, case, archs) for case in module.compile_cases())
         except Exception as error:
             failures.append(f"{source}: {type(error).__name__}: {error}")
     names = [entry.case.name for entry in entries]
@@ -60,7 +64,7 @@ def find_cases(sources: list[str]) -> Found:
 
 def _kernel_modules() -> list[str]:
     package = importlib.import_module(PACKAGE)
-    return [f"{PACKAGE}.{info.name}" for info in pkgutil.iter_modules(package.__path__)]
+    return [*(f"{PACKAGE}.{info.name}" for info in pkgutil.iter_modules(package.__path__)), LAUNCHES]
 
 
 def _load(source: str) -> ModuleType:

@@ -56,8 +56,8 @@ def failures(case: CompileCase, facts: Facts) -> list[str]:
     if facts.shared > limit:
         found.append(f"{facts.shared} bytes of shared memory, a block has {limit}")
     if facts.arch == GATE_ARCH:
-        if case.is_gated and facts.spills:
-            found.append(f"{facts.spills} spill instructions")
+        if case.is_gated and (num_spills := facts.loop_spills if "spills" in case.notes else facts.spills):
+            found.append(f"{num_spills} spill instructions")
         if case.has_tensor_cores and not facts.tensor_core:
             found.append("no tensor-core instruction")
         found.extend(_loop_failures(case, facts))
@@ -85,8 +85,8 @@ def remarks(case: CompileCase, facts: Facts) -> list[str]:
         return [f"skipped: {facts.skipped}"]
     if facts.error:
         return []
-    if facts.spills and (facts.arch != GATE_ARCH or not case.is_gated):
-        found.append(f"{facts.spills} spill instructions")
+    if facts.spills and not any("spill" in failure for failure in failures(case, facts)):
+        found.append(f"{facts.spills} spill instructions, {facts.loop_spills} of them in loops")
     if case.has_tensor_cores and facts.arch != GATE_ARCH and not facts.tensor_core:
         found.append("no tensor-core instruction")
     if facts.main_loop is not None and facts.main_loop.unroll > 1:

@@ -95,6 +95,11 @@ class Listing:
         """Instructions with one of these names."""
         return sum(i.name in names for block in self.blocks for i in block.instructions)
 
+    def count_in_loops(self, *names: str) -> int:
+        """The same, of those inside of any loop."""
+        inside = frozenset[int]().union(*(loop.blocks for loop in self.loops))
+        return sum(i.name in names for number in inside for i in self.blocks[number].instructions)
+
     def tensor_core(self) -> dict[str, int]:
         """How often each tensor-core instruction stands in the code, by name."""
         return dict(Counter(i.name for b in self.blocks for i in b.instructions if i.is_tensor_core))
