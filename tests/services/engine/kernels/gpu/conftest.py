@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 interpreter = pytest.importorskip("triton.runtime.interpreter")
 
+from tests.services.engine.kernels.gpu.ptx_emulator import create_inline_asm  # noqa: E402
+
 
 def _fused(self, x, y, z):
     """A product and a sum rounded once, as on a device; the interpreter would round twice, and a kernel that
@@ -25,6 +27,7 @@ def _fused(self, x, y, z):
 
 
 interpreter.InterpreterBuilder.create_fma = _fused
+interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm
 
 
 @pytest.fixture(scope="session")

@@ -85,12 +85,10 @@ def _codes(kv_format, device):
 
 
 def _ways(kv_format, device):
-    """(use_cvt, use_permute) as far as the device goes."""
-    ways = [(False, False)]
-    if not is_interpreting():
-        ways.append((False, True))
-        if kv_format == "fp8" and has_fp8_conversion(torch.device(device)):
-            ways.append((True, True))
+    """(use_cvt, use_permute): inline assembly runs on a device, and emulated in the interpreter."""
+    ways = [(False, False), (False, True)]
+    if kv_format == "fp8" and (is_interpreting() or has_fp8_conversion(torch.device(device))):
+        ways.append((True, True))
     return ways
 
 
