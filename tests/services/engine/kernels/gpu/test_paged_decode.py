@@ -7,6 +7,7 @@ dtype. Nothing in it knows of the error of quantising: codes are multiplied as t
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass, replace
 
 import pytest
@@ -373,3 +374,22 @@ def test_options_that_do_not_fit_are_refused(options, message, device):
 def test_tensors_that_do_not_fit_are_refused(change, message, device):
     with pytest.raises(ValueError, match=message):
         change(make_batch(device, [5], kv="int8")).run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(40))
+def test_any_shape(seed, device):
+    rng = random.Random(seed)
+    kv = rng.choice(["float16", "int8", "int4", "fp8"])
+    kv_heads = rng.choice([1, 2, 3])
+    batch = make_batch(
+        device,
+        [rng.choice([0, 1, 15, 64, 127, rng.randrange(1, 520)]) for _ in range(rng.randrange(1, 4))],
+        heads=(kv_heads * rng.choice([1, 2, 5, 8, 9, 17]), kv_heads),
+        head_dim=rng.choice([64, 72, 80, 96, 128, 160, 256]),
+        block_size=rng.choice([16, 32, 64, 128, 256]),
+        dtype=rng.choice([torch.float16, torch.float32]),
+        kv=kv,
+        seed=seed,
+    )
+    check(batch, sliding_window=rng.choice([None, None, rng.randrange(1, 400)]))
