@@ -200,8 +200,15 @@ async def test_the_demo_model_end_to_end(engine):
                 break
         link.cancel()
         assert resumed == alone[7:]
-    page = (await asyncio.to_thread(urllib.request.urlopen, f"http://{metrics}/metrics")).read().decode()
+    # Counted after the tokens have been handed out.
+    wanted = 'vllm:request_success_total{finished_reason="length",model_name="demo"} 6.0'
+    page = ""
+    for _ in range(100):
+        page = (await asyncio.to_thread(urllib.request.urlopen, f"http://{metrics}/metrics")).read().decode()
+        if wanted in page:
+            break
+        await asyncio.sleep(0.05)
+    assert wanted in page
     assert 'vllm:generation_tokens_total{model_name="demo"} 137.0' in page
-    assert 'vllm:request_success_total{finished_reason="length",model_name="demo"} 6.0' in page
     process.popen.send_signal(signal.SIGTERM)
     assert process.end() == 0

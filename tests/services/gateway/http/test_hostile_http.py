@@ -235,7 +235,9 @@ async def test_text_parts_are_joined(http: httpx.AsyncClient, engine: Any) -> No
     assert engine.submits[0].prompt_token_ids == engine.submits[1].prompt_token_ids
 
 
-async def test_health_follows_the_engine(gateway: Any, engine: Any, settle: Any) -> None:
+async def test_health_follows_the_engine(start_engine: Any, start_gateway: Any, settle: Any) -> None:
+    engine = await start_engine()
+    gateway = await start_gateway(engine, engine_wait_seconds=0)
     async with httpx.AsyncClient(base_url=gateway.http_url) as client:
         assert (await client.get("/healthz")).status_code == 200
         await engine.die()
