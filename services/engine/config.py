@@ -57,7 +57,8 @@ class EngineConfig:
     )
     gpu_memory: float | int | None = option(
         None,
-        "memory of the GPU to use, weights included: 40GiB, or a fraction of it such as 0.8",
+        "memory of the GPU to use, weights included: 40GiB, or a fraction of it such as 0.8; unset takes "
+        "nine tenths of what is free",
         parse=parse_gpu_memory,
         metavar="SIZE",
     )

@@ -97,7 +97,7 @@ def open_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise RunnerConfigError(f"device {name!r} is not supported (there are: cpu, cuda)") from None
-    if device.type == "cpu":
+    if name == "cpu":
         return device
     if device.type != "cuda":
         raise RunnerConfigError(f"device {name!r} is not supported (there are: cpu, cuda)")

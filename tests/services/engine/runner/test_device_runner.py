@@ -336,7 +336,7 @@ def test_what_it_says_of_itself(runner: DeviceRunner, device: str) -> None:
 
 
 def test_devices_that_are_not_there_are_named() -> None:
-    for name in ("xpu", "tpu:0", "cuda:x"):
+    for name in ("xpu", "tpu:0", "cuda:x", "cpu:0"):
         with pytest.raises(RunnerConfigError, match=r"not supported"):
             open_device(name)
     if not torch.cuda.is_available():
