@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from services.gateway.http import protocol
+from weft.rpc.address import parse_address
 
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
 TEXT: dict[str, Any] = {"model": "demo", "prompt": "hi", "max_tokens": 3}
@@ -237,7 +238,7 @@ async def test_text_parts_are_joined(http: httpx.AsyncClient, engine: Any) -> No
 
 async def test_health_follows_the_engine(start_engine: Any, start_gateway: Any, settle: Any) -> None:
     engine = await start_engine()
-    gateway = await start_gateway(engine, engine_wait_seconds=0)
+    gateway = await start_gateway(engine, http=parse_address("127.0.0.1:0"), engine_wait_seconds=0)
     async with httpx.AsyncClient(base_url=gateway.http_url) as client:
         assert (await client.get("/healthz")).status_code == 200
         await engine.die()
