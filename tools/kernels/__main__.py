@@ -33,6 +33,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("sources", nargs="*", help="modules or files to look in; default: the kernel package")
     parser.add_argument("--only", default="", help="compile the cases with this in their name")
+    parser.add_argument("--first", action="store_true", help="only the first of each module's launches")
     parser.add_argument("--arch", type=int, action="append", choices=sorted(MULTIPROCESSORS))
     parser.add_argument("--json", type=Path, help="write all facts here")
     parser.add_argument("--listing", type=Path, help="write disassembly and PTX into this directory")
@@ -53,6 +54,8 @@ def main() -> int:
     for failure in found.failures:
         print(f"FAIL {failure}", file=sys.stderr)
     entries = [entry for entry in found.entries if arguments.only in entry.case.name]
+    if arguments.first:
+        entries = list({entry.module: entry for entry in reversed(entries)}.values())[::-1]
     archs = sorted(set(arguments.arch or MULTIPROCESSORS))
     jobs = [
         (index, arch)

@@ -10,7 +10,9 @@ spills, or does not compile, is found whether or not anyone thought of it. Nothi
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
+import pkgutil
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from types import SimpleNamespace
@@ -23,7 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from services.engine.kernels import ops
+from services.engine.kernels import gpu, ops
 from services.engine.kernels.gpu import w4a16_repack
 from services.engine.kernels.gpu.backend import GpuBackend
 from services.engine.kernels.gpu.compile_case import CompileCase
@@ -70,6 +72,19 @@ PREFILLS = ((2, 1), (17,), (512,), (300, 1, 1, 63))
 CONTEXTS = (256, 4096)
 
 
+def launch_key(case: CompileCase) -> str:
+    """Equal for launches with the same machine code but for the arithmetic of addresses: Triton makes a copy
+    of a kernel for every size that is 1 or a multiple of 16, and those count as one.
+    """
+    declared = {param.name for param in case.kernel.params if param.is_constexpr}
+    constants = {name: str(value) for name, value in case.constexprs.items() if name in declared}
+    absent = {name for name, value in case.constexprs.items() if value is None}
+    pointers = {name: kind for name, kind in case.signature.items() if kind.startswith("*")}
+    launch = (case.num_warps, case.num_stages, case.max_registers, case.has_fp_fusion)
+    parts = (sorted(constants.items()), sorted(absent), sorted(pointers.items()), launch)
+    return f"{case.kernel.__module__}.{case.kernel.__name__} {parts}"
+
+
 class Recorder:
     """Takes the place of a launch. `context` names what is being run; `cases` what was launched, each
     distinct launch once, named after the first.
@@ -106,7 +121,7 @@ class Recorder:
             max_registers=options.maxnreg,
             notes={"spills": "a launch that nobody listed may save a register before its loop"},
         )
-        key = repr((kernel, *sorted(map(repr, (typed, case.constexprs, sorted(aligned), options)))))
+        key = launch_key(case)
         if key not in self.cases:
             name = f"launched/{kernel.__name__.strip('_').removesuffix('_kernel')}/{self.context}"
             number = sum(known.name.partition("#")[0] == name for known in self.cases.values())
@@ -172,7 +187,21 @@ class MetaWeights:
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every distinct launch of the models' decodes and prefills, and of sampling."""
+    """Every distinct launch of the models' decodes and prefills, and of sampling, that no kernel module
+    lists.
+    """
+    listed = {launch_key(case) for case in _listed_cases()}
+    return [case for key, case in recorded().items() if key not in listed]
+
+
+def _listed_cases() -> Iterator[CompileCase]:
+    for info in pkgutil.iter_modules(gpu.__path__):
+        module = importlib.import_module(f"{gpu.__name__}.{info.name}")
+        yield from getattr(module, "compile_cases", list)()
+
+
+def recorded() -> dict[str, CompileCase]:
+    """Every distinct launch, by its key."""
     with recording() as recorder, torch.inference_mode():
         for model, raw in (("8B", LLAMA_8B), ("7B", QWEN_7B)):
             for is_deterministic in (False, True):
@@ -180,7 +209,7 @@ def compile_cases() -> list[CompileCase]:
                     mode = f"{model}/{weight_bits} bits" + ("/fixed" if is_deterministic else "")
                     _run_model(recorder, mode, raw, weight_bits, is_deterministic)
         _run_sampling(recorder)
-    return list(recorder.cases.values())
+    return recorder.cases
 
 
 def _run_model(
