@@ -95,12 +95,12 @@ class Executor:
     def _run_alone(self, chunk: Chunk, copies: SequenceABC[BlockCopy]) -> Output:
         """Launch one chunk and wait for it. By now the host knows all of its tokens."""
         sequence = chunk.sequence
-        self._runner.forget(sequence)
-        if sequence.status is not SequenceStatus.RUNNING:
-            return None  # It has ended, or lost its blocks: there is nothing to compute it from.
         own = [copy for copy in copies if copy.destination in sequence.block_table]
         chunk.input_row = None
         try:
+            self._runner.forget(sequence)
+            if sequence.status is not SequenceStatus.RUNNING:
+                return None  # It has ended, or lost its blocks: there is nothing to compute it from.
             self._runner.prepare(chunk)
             rows = self._runner.collect(self._runner.launch([chunk], own))
             return rows[0] if chunk.is_sampling else None

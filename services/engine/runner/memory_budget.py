@@ -66,7 +66,7 @@ def resolve_limit(wanted: float | int | None, total: int, free: int) -> MemoryBu
     if limit > free:
         raise RunnerConfigError(
             f"gpu_memory: {_gib(limit)} are asked for, {_gib(free)} of {_gib(total)} are free: "
-            "another process may hold the rest"
+            "another process may hold the rest, and CUDA itself takes some"
         )
     return MemoryBudget(total, free, limit)
 
