@@ -158,7 +158,7 @@ def fill(
     rows = ends[[chunk.is_sampling for chunk in chunks]] - 1
     inputs.logits_rows[: len(rows)] = rows
     inputs.logits_rows[len(rows) :] = 0
-    _fill_tokens(inputs, chunks, ends, num_drawn)
+    _fill_tokens(inputs, chunks, num_rows, num_drawn)
 
 
 def _fill_tables(
@@ -171,16 +171,18 @@ def _fill_tables(
         tables[row, :used] = chunk.sequence.block_table[:used]
 
 
-def _fill_tokens(inputs: StepInputs, chunks: SequenceABC[Chunk], ends: np.ndarray, num_drawn: int) -> None:
+def _fill_tokens(inputs: StepInputs, chunks: SequenceABC[Chunk], num_rows: int, num_drawn: int) -> None:
     """Token ids the host knows, and where each row takes its own from: they lie behind the drawn ones."""
-    num_rows = int(ends[-1])
+    token_ids: list[int] = []
+    drawn_rows, draws = [], []
+    for chunk in chunks:
+        # A last token that is still on the device is not in the list yet.
+        token_ids += chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]
+        if chunk.input_row is not None:
+            drawn_rows.append(len(token_ids))
+            draws.append(chunk.input_row)
+            token_ids.append(0)
+    inputs.token_ids[:num_rows] = token_ids
     inputs.token_ids[num_rows:] = 0
     inputs.input_index[:] = np.arange(num_drawn, num_drawn + len(inputs.input_index))
-    for chunk, end in zip(chunks, ends.tolist(), strict=True):
-        # A last token that is still on the device is not in the list yet.
-        known = chunk.sequence.token_ids[chunk.start : chunk.start + chunk.length]
-        first = end - chunk.length
-        inputs.token_ids[first : first + len(known)] = known
-        if chunk.input_row is not None:
-            inputs.token_ids[end - 1] = 0
-            inputs.input_index[end - 1] = chunk.input_row
+    inputs.input_index[drawn_rows] = draws
