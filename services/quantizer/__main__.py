@@ -115,7 +115,7 @@ def _quality_lines(quality: dict[str, dict[str, float]] | None) -> list[str]:
         return []
     return [
         f"{variant:8} " + "  ".join(f"{key} {value:.6g}" for key, value in quality[variant].items())
-        for variant in ("source", "rounding", "awq")
+        for variant in ("source", "rounding", "chosen")
     ]
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from services.quantizer.source import Head, Source, Weights
 
-VARIANTS = ("source", "rounding", "awq")
+VARIANTS = ("source", "rounding", "chosen")
 _TOKENS_PER_CHUNK = 512
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from weft.artifact.manifest import LinearError
 
-_VARIANTS = {"source": "source", "rounding": "4-bit rounding", "awq": "4-bit AWQ"}
+_VARIANTS = {"source": "source", "rounding": "4-bit rounding", "chosen": "4-bit, as chosen"}
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222;"
     "background:#fff}"
@@ -41,7 +41,7 @@ def build_report(
         "model": model,
         "recipe": recipe,
         "quality": quality,
-        "linears": {name: {"rounding": e.rounding, "awq": e.awq} for name, e in errors.items()},
+        "linears": {name: {"rounding": e.rounding, "chosen": e.chosen} for name, e in errors.items()},
         "scales": choices,
         "full_precision": full_precision,
     }
@@ -94,13 +94,13 @@ def _quality_table(quality: dict[str, Any] | None) -> str:
 def _error_table(linears: dict[str, dict[str, float]]) -> str:
     rows = []
     for name, error in linears.items():
-        left = error["awq"] / error["rounding"] if error["rounding"] > 0 else 1.0
+        left = error["chosen"] / error["rounding"] if error["rounding"] > 0 else 1.0
         percent = f"{100 * min(max(left, 0.0), 1.0):.0f}%"
         rows.append(
-            f"<tr><td>{escape(name)}<td class=n>{error['rounding']:.6f}<td class=n>{error['awq']:.6f}"
+            f"<tr><td>{escape(name)}<td class=n>{error['rounding']:.6f}<td class=n>{error['chosen']:.6f}"
             f"<td><span class=bar><i style='width:{percent}'></i></span><td class=n>{percent}</tr>"
         )
-    head = (("linear", ""), ("rounding", "n"), ("AWQ", "n"), ("left", ""), ("", "n"))
+    head = (("linear", ""), ("rounding", "n"), ("chosen", "n"), ("left", ""), ("", "n"))
     return _table(head, rows)
 
 

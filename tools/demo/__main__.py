@@ -144,7 +144,7 @@ def perplexities(artifacts: Path) -> dict[str, float]:
         quality: dict[str, Any] = ArtifactStore(artifacts).open(MODEL).manifest.quality or {}
     except ArtifactError as error:
         raise ServiceError(f"the artifact cannot be read: {error}") from error
-    names = {"source": "source", "rounding": "4-bit rounding", "awq": "4-bit AWQ"}
+    names = {"source": "source", "rounding": "4-bit rounding", "chosen": "4-bit, as chosen"}
     return {shown: quality[key]["perplexity"] for key, shown in names.items() if key in quality}
 
 

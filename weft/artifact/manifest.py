@@ -16,7 +16,7 @@ from typing import Any
 from weft.artifact.regular_file import FileRefusedError, read_regular
 from weft.strict_json import StrictJsonError, canonical_bytes, parse_object
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 MAX_MANIFEST_SIZE = 64 << 20
 MAX_TOKENIZER_SIZE = 256 << 20
@@ -58,11 +58,11 @@ class FileEntry:
 class LinearError:
     """||X(W - W')||^2 / ||XW||^2 of one linear over the calibration set, judged with the stored scales.
 
-    `rounding` is plain rounding of the unscaled weight, `awq` what the artifact holds.
+    `rounding` is plain rounding of the unscaled weight, `chosen` what the artifact holds.
     """
 
     rounding: float
-    awq: float
+    chosen: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +203,9 @@ def _linears(value: Any) -> dict[str, LinearError]:
     _require(isinstance(value, dict), "linears", value)
     linears: dict[str, LinearError] = {}
     for name, errors in value.items():
-        _require(isinstance(errors, dict) and errors.keys() == {"rounding", "awq"}, f"linears.{name}", errors)
+        _require(isinstance(errors, dict) and errors.keys() == {"rounding", "chosen"}, f"linears.{name}", errors)
         _require(all(_is_number(number) for number in errors.values()), f"linears.{name}", errors)
-        linears[name] = LinearError(errors["rounding"], errors["awq"])
+        linears[name] = LinearError(errors["rounding"], errors["chosen"])
     return linears
 
 

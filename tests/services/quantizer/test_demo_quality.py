@@ -63,16 +63,16 @@ def test_the_bounds_on_the_demo_model(artifacts):
     quality = artifacts[0].manifest.quality
     print(json.dumps(quality))
     assert quality["source"]["perplexity"] < 50
-    assert quality["awq"]["perplexity"] <= 1.025 * quality["source"]["perplexity"]
-    assert quality["awq"]["mean_kl"] <= 0.75 * quality["rounding"]["mean_kl"]
-    assert quality["awq"]["greedy_agreement"] > quality["rounding"]["greedy_agreement"]
+    assert quality["chosen"]["perplexity"] <= 1.025 * quality["source"]["perplexity"]
+    assert quality["chosen"]["mean_kl"] <= 0.75 * quality["rounding"]["mean_kl"]
+    assert quality["chosen"]["greedy_agreement"] > quality["rounding"]["greedy_agreement"]
 
 
 def test_no_linear_of_the_demo_model_is_worse_than_rounding(artifacts):
     for artifact in artifacts:
         assert len(artifact.manifest.linears) == 42
         for name, error in artifact.manifest.linears.items():
-            assert error.awq <= error.rounding, name
+            assert error.chosen <= error.rounding, name
 
 
 def test_outliers_hurt_rounding_and_hardly_awq(artifacts):
@@ -80,7 +80,7 @@ def test_outliers_hurt_rounding_and_hardly_awq(artifacts):
     print(json.dumps(planted))
     assert planted["source"]["perplexity"] == pytest.approx(plain["source"]["perplexity"], rel=1e-4)
     assert planted["rounding"]["mean_kl"] > 1.5 * plain["rounding"]["mean_kl"]
-    assert planted["awq"]["mean_kl"] <= 1.5 * plain["awq"]["mean_kl"]
+    assert planted["chosen"]["mean_kl"] <= 1.5 * plain["chosen"]["mean_kl"]
 
 
 def test_the_scales_answer_to_the_outliers(artifacts):

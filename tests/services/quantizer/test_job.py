@@ -98,7 +98,7 @@ def test_an_artifact_means_what_its_canary_and_quality_say(
     weights, others = read_gemm(artifact.path)
     assert len(weights) == 14
     assert all(t.dtype == dtype for t in others.values())
-    assert all(error.awq <= error.rounding for error in artifact.manifest.linears.values())
+    assert all(error.chosen <= error.rounding for error in artifact.manifest.linears.values())
     replaced = {**weights, **{name: tensor.float() for name, tensor in others.items()}}
     if "lm_head.weight" not in replaced:
         replaced["lm_head.weight"] = replaced["model.embed_tokens.weight"]
@@ -124,13 +124,13 @@ def test_the_quality_is_that_of_whole_models(make_checkpoint, quick, transformer
     log_q = transformers_logits(source, windows, replaced).log_softmax(-1)[:, :-1]
     quality = artifact.manifest.quality
     assert quality["tokens"] == windows.numel() == 512
-    for variant, found in (("source", log_p), ("awq", log_q)):
+    for variant, found in (("source", log_p), ("chosen", log_q)):
         likelihood = found.gather(-1, windows[:, 1:, None]).mean()
         assert quality[variant]["perplexity"] == pytest.approx(float((-likelihood).exp()), rel=1e-4)
     divergence = float((log_p.exp() * (log_p - log_q)).sum(-1).mean())
-    assert quality["awq"]["mean_kl"] == pytest.approx(divergence, rel=1e-3)
+    assert quality["chosen"]["mean_kl"] == pytest.approx(divergence, rel=1e-3)
     agreement = float((log_p.argmax(-1) == log_q.argmax(-1)).float().mean())
-    assert quality["awq"]["greedy_agreement"] == pytest.approx(agreement, abs=0.005)
+    assert quality["chosen"]["greedy_agreement"] == pytest.approx(agreement, abs=0.005)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen2"])
@@ -138,9 +138,9 @@ def test_no_linear_is_worse_than_rounding(make_checkpoint, quick, family):
     artifact = run(quick(make_checkpoint(family)))
     assert len(artifact.manifest.linears) == 14
     for name, error in artifact.manifest.linears.items():
-        assert 0 < error.awq <= error.rounding, name
+        assert 0 < error.chosen <= error.rounding, name
     quality = artifact.manifest.quality
-    assert quality["awq"]["mean_kl"] < quality["rounding"]["mean_kl"]
+    assert quality["chosen"]["mean_kl"] < quality["rounding"]["mean_kl"]
 
 
 @torch.inference_mode()

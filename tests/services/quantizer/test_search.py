@@ -24,7 +24,7 @@ def test_a_bad_clip_search_leaves_rounding(make_checkpoint, monkeypatch):
     block = BlockQuantizer(source, 0, source.block_weights(0), source.embed(token_ids), 32, set()).run()
     assert len(block.errors) == 7
     for name, error in block.errors.items():
-        assert 0 < error.awq <= error.rounding, name
+        assert 0 < error.chosen <= error.rounding, name
 
 
 def space(producer, is_norm=False, dtype=torch.float16):

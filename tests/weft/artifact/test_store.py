@@ -71,7 +71,7 @@ def test_manifest_round_trip_and_digest():
 @pytest.mark.parametrize(
     "change",
     [
-        {"format_version": 2},
+        {"format_version": 1},
         {"format_version": None},
         {"model": "../x"},
         {"model": "Demo"},

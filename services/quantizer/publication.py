@@ -1,0 +1,96 @@
+"""The end of a run: report, manifest, and the artifact made visible.
+
+Knows what is written beside the weights; the numbers come with the outcome.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import resource
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import transformers
+
+from services.quantizer.companions import companion_files, quantized_config, write_companions
+from services.quantizer.config import QuantizerConfig
+from services.quantizer.errors import QuantizerError
+from services.quantizer.report import build_report, report_html, report_json
+from services.quantizer.source import Source
+from weft import logs
+from weft.artifact.manifest import Canary, LinearError, Manifest
+from weft.artifact.publish import Staging
+from weft.artifact.store import Artifact
+
+_LOGGER = logs.get_logger("quantizer")
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What the blocks add up to."""
+
+    errors: dict[str, LinearError] = field(default_factory=dict)
+    choices: dict[str, str] = field(default_factory=dict)
+    quality: dict[str, Any] | None = None
+    canary: Canary | None = None
+
+
+def publish(
+    staged: Staging,
+    source: Source,
+    config: QuantizerConfig,
+    draft: Manifest,
+    skipped: set[str],
+    outcome: Outcome,
+    started: float,
+) -> Artifact:
+    """Write what is still missing from `staged`, then publish it. `started` is a wall-clock time."""
+    full_precision = [
+        source.full_name(index, name)
+        for index in range(source.num_blocks)
+        for name in source.architecture.linears
+        if name in skipped
+    ]
+    if full_precision:
+        _LOGGER.warning("left in full precision", blocks=source.num_blocks, linears=sorted(skipped))
+    write_companions(staged, companion_files(config.source))
+    if "sha256:" + staged.files["tokenizer.json"].sha256 != draft.tokenizer_digest:
+        raise QuantizerError(f"{config.source}: tokenizer.json changed during the run")
+    staged.write("config.json", quantized_config(source.checkpoint.config, config.group_size, full_precision))
+    report = build_report(
+        config.name, draft.recipe, outcome.quality, outcome.errors, outcome.choices, full_precision
+    )
+    staged.write("report.json", report_json(report))
+    staged.write("report.html", report_html(report))
+    manifest = dataclasses.replace(
+        draft,
+        files=dict(staged.files),
+        linears=outcome.errors,
+        quality=outcome.quality,
+        canary=outcome.canary,
+    )
+    version = "awq-" + manifest.digest.removeprefix("sha256:")[:12]
+    return staged.publish(manifest, version, _run_document(config, started))
+
+
+def _run_document(config: QuantizerConfig, started: float) -> bytes:
+    """run.json: what differs from run to run, so that nothing else has to."""
+    document = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "seconds": round(time.time() - started, 2),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "host": platform.node(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "device": config.device,
+        "source": str(config.source),
+    }
+    return json.dumps(document, indent=1).encode() + b"\n"
