@@ -203,8 +203,9 @@ def _linears(value: Any) -> dict[str, LinearError]:
     _require(isinstance(value, dict), "linears", value)
     linears: dict[str, LinearError] = {}
     for name, errors in value.items():
-        _require(isinstance(errors, dict) and errors.keys() == {"rounding", "chosen"}, f"linears.{name}", errors)
-        _require(all(_is_number(number) for number in errors.values()), f"linears.{name}", errors)
+        where = f"linears.{name}"
+        _require(isinstance(errors, dict) and errors.keys() == {"rounding", "chosen"}, where, errors)
+        _require(all(_is_number(number) for number in errors.values()), where, errors)
         linears[name] = LinearError(errors["rounding"], errors["chosen"])
     return linears
 
