@@ -22,41 +22,42 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fweft/v1/quantizer_service.proto\x12\x07weft.v1\"\xbf\x01\n\x07JobSpec\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x17\n\ngroup_size\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07samples\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0fsequence_length\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x03\x88\x01\x01\x42\r\n\x0b_group_sizeB\n\n\x08_samplesB\x12\n\x10_sequence_lengthB\x07\n\x05_seed\"\x94\x01\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x1e\n\x04spec\x18\x02 \x01(\x0b\x32\x10.weft.v1.JobSpec\x12 \n\x05state\x18\x03 \x01(\x0e\x32\x11.weft.v1.JobState\x12\x10\n\x08progress\x18\x04 \x01(\x02\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x18\n\x10\x61rtifact_version\x18\x06 \x01(\t\"F\n\x10\x43reateJobRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04spec\x18\x02 \x01(\x0b\x32\x10.weft.v1.JobSpec\".\n\x11\x43reateJobResponse\x12\x19\n\x03job\x18\x01 \x01(\x0b\x32\x0c.weft.v1.Job\"\x1f\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"+\n\x0eGetJobResponse\x12\x19\n\x03job\x18\x01 \x01(\x0b\x32\x0c.weft.v1.Job\"8\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"G\n\x10ListJobsResponse\x12\x1a\n\x04jobs\x18\x01 \x03(\x0b\x32\x0c.weft.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"-\n\x10WatchJobResponse\x12\x19\n\x03job\x18\x01 \x01(\x0b\x32\x0c.weft.v1.Job\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\".\n\x11\x43\x61ncelJobResponse\x12\x19\n\x03job\x18\x01 \x01(\x0b\x32\x0c.weft.v1.Job*\xb4\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x18\n\x14JOB_STATE_PUBLISHING\x10\x03\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x32\xd9\x02\n\x10QuantizerService\x12\x42\n\tCreateJob\x12\x19.weft.v1.CreateJobRequest\x1a\x1a.weft.v1.CreateJobResponse\x12\x39\n\x06GetJob\x12\x16.weft.v1.GetJobRequest\x1a\x17.weft.v1.GetJobResponse\x12?\n\x08ListJobs\x12\x18.weft.v1.ListJobsRequest\x1a\x19.weft.v1.ListJobsResponse\x12\x41\n\x08WatchJob\x12\x18.weft.v1.WatchJobRequest\x1a\x19.weft.v1.WatchJobResponse0\x01\x12\x42\n\tCancelJob\x12\x19.weft.v1.CancelJobRequest\x1a\x1a.weft.v1.CancelJobResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1fweft/v1/quantizer_service.proto\x12\x07weft.v1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb0\x05\n\x07JobSpec\x12\x0e\n\x06source\x18\x01 \x01(\t\x12\x0c\n\x04name\x18\x02 \x01(\t\x12\x17\n\ngroup_size\x18\x03 \x01(\rH\x00\x88\x01\x01\x12\x14\n\x07samples\x18\x04 \x01(\rH\x01\x88\x01\x01\x12\x1c\n\x0fsequence_length\x18\x05 \x01(\rH\x02\x88\x01\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x03\x88\x01\x01\x12\x13\n\x06method\x18\x07 \x01(\tH\x04\x88\x01\x01\x12\x13\n\x06\x66ormat\x18\x08 \x01(\tH\x05\x88\x01\x01\x12\x1c\n\x0fpropagate_error\x18\t \x01(\x08H\x06\x88\x01\x01\x12\x1d\n\x10skip_indivisible\x18\n \x01(\x08H\x07\x88\x01\x01\x12\x1e\n\x11\x65valuation_tokens\x18\x0b \x01(\rH\x08\x88\x01\x01\x12\x13\n\x0b\x63\x61libration\x18\x0c \x03(\t\x12\x1f\n\x12\x63\x61libration_tokens\x18\r \x01(\x04H\t\x88\x01\x01\x12$\n\x17max_perplexity_increase\x18\x0e \x01(\x01H\n\x88\x01\x01\x12\x13\n\x06max_kl\x18\x0f \x01(\x01H\x0b\x88\x01\x01\x12\x15\n\x08revision\x18\x10 \x01(\tH\x0c\x88\x01\x01\x12\x14\n\x07threads\x18\x11 \x01(\rH\r\x88\x01\x01\x12\x13\n\x06\x64\x65vice\x18\x12 \x01(\tH\x0e\x88\x01\x01\x42\r\n\x0b_group_sizeB\n\n\x08_samplesB\x12\n\x10_sequence_lengthB\x07\n\x05_seedB\t\n\x07_methodB\t\n\x07_formatB\x12\n\x10_propagate_errorB\x13\n\x11_skip_indivisibleB\x14\n\x12_evaluation_tokensB\x15\n\x13_calibration_tokensB\x1a\n\x18_max_perplexity_increaseB\t\n\x07_max_klB\x0b\n\t_revisionB\n\n\x08_threadsB\t\n\x07_device\"\xc7\x03\n\x03Job\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x1e\n\x04spec\x18\x02 \x01(\x0b\x32\x10.weft.v1.JobSpec\x12 \n\x05state\x18\x03 \x01(\x0e\x32\x11.weft.v1.JobState\x12\x10\n\x08progress\x18\x04 \x01(\x02\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x18\n\x10\x61rtifact_version\x18\x06 \x01(\t\x12/\n\x0b\x63reate_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12.\n\nstart_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\x08\x65nd_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x13\n\x0b\x62locks_done\x18\n \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x0b \x01(\r\x12\x18\n\x0b\x65ta_seconds\x18\x0c \x01(\x01H\x00\x88\x01\x01\x12\x0f\n\x07\x61ttempt\x18\r \x01(\r\x12\x18\n\x10\x63\x61ncel_requested\x18\x0e \x01(\x08\x12\x12\n\nrequest_id\x18\x0f \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x10 \x01(\tB\x0e\n\x0c_eta_seconds\"F\n\x10\x43reateJobRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x1e\n\x04spec\x18\x02 \x01(\x0b\x32\x10.weft.v1.JobSpec\".\n\x11\x43reateJobResponse\x12\x19\n\x03job\x18\x01 \x01(\x0b\x32\x0c.weft.v1.Job\"4\n\rGetJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\x13\n\x0binclude_log\x18\x02 \x01(\x08\">\n\x0eGetJobResponse\x12\x19\n\x03job\x18\x01 \x01(\x0b\x32\x0c.weft.v1.Job\x12\x11\n\tlog_lines\x18\x02 \x03(\t\"8\n\x0fListJobsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\"G\n\x10ListJobsResponse\x12\x1a\n\x04jobs\x18\x01 \x03(\x0b\x32\x0c.weft.v1.Job\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x0fWatchJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\"-\n\x10WatchJobResponse\x12\x19\n\x03job\x18\x01 \x01(\x0b\x32\x0c.weft.v1.Job\"\"\n\x10\x43\x61ncelJobRequest\x12\x0e\n\x06job_id\x18\x01 \x01(\t\".\n\x11\x43\x61ncelJobResponse\x12\x19\n\x03job\x18\x01 \x01(\x0b\x32\x0c.weft.v1.Job*\xb4\x01\n\x08JobState\x12\x19\n\x15JOB_STATE_UNSPECIFIED\x10\x00\x12\x14\n\x10JOB_STATE_QUEUED\x10\x01\x12\x15\n\x11JOB_STATE_RUNNING\x10\x02\x12\x18\n\x14JOB_STATE_PUBLISHING\x10\x03\x12\x17\n\x13JOB_STATE_SUCCEEDED\x10\x04\x12\x14\n\x10JOB_STATE_FAILED\x10\x05\x12\x17\n\x13JOB_STATE_CANCELLED\x10\x06\x32\xd9\x02\n\x10QuantizerService\x12\x42\n\tCreateJob\x12\x19.weft.v1.CreateJobRequest\x1a\x1a.weft.v1.CreateJobResponse\x12\x39\n\x06GetJob\x12\x16.weft.v1.GetJobRequest\x1a\x17.weft.v1.GetJobResponse\x12?\n\x08ListJobs\x12\x18.weft.v1.ListJobsRequest\x1a\x19.weft.v1.ListJobsResponse\x12\x41\n\x08WatchJob\x12\x18.weft.v1.WatchJobRequest\x1a\x19.weft.v1.WatchJobResponse0\x01\x12\x42\n\tCancelJob\x12\x19.weft.v1.CancelJobRequest\x1a\x1a.weft.v1.CancelJobResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'weft.v1.quantizer_service_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_JOBSTATE']._serialized_start=885
-  _globals['_JOBSTATE']._serialized_end=1065
-  _globals['_JOBSPEC']._serialized_start=45
-  _globals['_JOBSPEC']._serialized_end=236
-  _globals['_JOB']._serialized_start=239
-  _globals['_JOB']._serialized_end=387
-  _globals['_CREATEJOBREQUEST']._serialized_start=389
-  _globals['_CREATEJOBREQUEST']._serialized_end=459
-  _globals['_CREATEJOBRESPONSE']._serialized_start=461
-  _globals['_CREATEJOBRESPONSE']._serialized_end=507
-  _globals['_GETJOBREQUEST']._serialized_start=509
-  _globals['_GETJOBREQUEST']._serialized_end=540
-  _globals['_GETJOBRESPONSE']._serialized_start=542
-  _globals['_GETJOBRESPONSE']._serialized_end=585
-  _globals['_LISTJOBSREQUEST']._serialized_start=587
-  _globals['_LISTJOBSREQUEST']._serialized_end=643
-  _globals['_LISTJOBSRESPONSE']._serialized_start=645
-  _globals['_LISTJOBSRESPONSE']._serialized_end=716
-  _globals['_WATCHJOBREQUEST']._serialized_start=718
-  _globals['_WATCHJOBREQUEST']._serialized_end=751
-  _globals['_WATCHJOBRESPONSE']._serialized_start=753
-  _globals['_WATCHJOBRESPONSE']._serialized_end=798
-  _globals['_CANCELJOBREQUEST']._serialized_start=800
-  _globals['_CANCELJOBREQUEST']._serialized_end=834
-  _globals['_CANCELJOBRESPONSE']._serialized_start=836
-  _globals['_CANCELJOBRESPONSE']._serialized_end=882
-  _globals['_QUANTIZERSERVICE']._serialized_start=1068
-  _globals['_QUANTIZERSERVICE']._serialized_end=1413
+  _globals['_JOBSTATE']._serialized_start=1762
+  _globals['_JOBSTATE']._serialized_end=1942
+  _globals['_JOBSPEC']._serialized_start=78
+  _globals['_JOBSPEC']._serialized_end=766
+  _globals['_JOB']._serialized_start=769
+  _globals['_JOB']._serialized_end=1224
+  _globals['_CREATEJOBREQUEST']._serialized_start=1226
+  _globals['_CREATEJOBREQUEST']._serialized_end=1296
+  _globals['_CREATEJOBRESPONSE']._serialized_start=1298
+  _globals['_CREATEJOBRESPONSE']._serialized_end=1344
+  _globals['_GETJOBREQUEST']._serialized_start=1346
+  _globals['_GETJOBREQUEST']._serialized_end=1398
+  _globals['_GETJOBRESPONSE']._serialized_start=1400
+  _globals['_GETJOBRESPONSE']._serialized_end=1462
+  _globals['_LISTJOBSREQUEST']._serialized_start=1464
+  _globals['_LISTJOBSREQUEST']._serialized_end=1520
+  _globals['_LISTJOBSRESPONSE']._serialized_start=1522
+  _globals['_LISTJOBSRESPONSE']._serialized_end=1593
+  _globals['_WATCHJOBREQUEST']._serialized_start=1595
+  _globals['_WATCHJOBREQUEST']._serialized_end=1628
+  _globals['_WATCHJOBRESPONSE']._serialized_start=1630
+  _globals['_WATCHJOBRESPONSE']._serialized_end=1675
+  _globals['_CANCELJOBREQUEST']._serialized_start=1677
+  _globals['_CANCELJOBREQUEST']._serialized_end=1711
+  _globals['_CANCELJOBRESPONSE']._serialized_start=1713
+  _globals['_CANCELJOBRESPONSE']._serialized_end=1759
+  _globals['_QUANTIZERSERVICE']._serialized_start=1945
+  _globals['_QUANTIZERSERVICE']._serialized_end=2290
 # @@protoc_insertion_point(module_scope)

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class QuantizerServiceStub(object):
-    """QuantizerService runs quantization jobs.
+    """QuantizerService runs quantization jobs, one per device at a time and never two of one model name at once. Jobs
+    outlive the service: what ran when it stopped goes on from the last finished block when it is back.
     """
 
     def __init__(self, channel):
@@ -63,7 +64,8 @@ class QuantizerServiceStub(object):
 
 
 class QuantizerServiceServicer(object):
-    """QuantizerService runs quantization jobs.
+    """QuantizerService runs quantization jobs, one per device at a time and never two of one model name at once. Jobs
+    outlive the service: what ran when it stopped goes on from the last finished block when it is back.
     """
 
     def CreateJob(self, request, context):
@@ -81,21 +83,23 @@ class QuantizerServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """ListJobs lists jobs, newest first.
+        """ListJobs lists jobs, newest first. A page token is good for as long as the service's state is.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def WatchJob(self, request, context):
-        """WatchJob streams a job's state until it ends.
+        """WatchJob sends a job as it is now, then again whenever it has changed, and ends with the job. A watcher that
+        reads slowly gets the latest state, not every one. A watch may be repeated at any time.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """CancelJob stops a job.
+        """CancelJob stops a job: a queued one at once, a running one with SIGTERM and, should that not help, SIGKILL. It
+        answers at once and may be repeated; of a job that has ended it changes nothing.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -138,7 +142,8 @@ def add_QuantizerServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class QuantizerService(object):
-    """QuantizerService runs quantization jobs.
+    """QuantizerService runs quantization jobs, one per device at a time and never two of one model name at once. Jobs
+    outlive the service: what ran when it stopped goes on from the last finished block when it is back.
     """
 
     @staticmethod
