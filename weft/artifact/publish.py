@@ -3,8 +3,9 @@ only.
 
 Files go into a hidden sibling directory on the same filesystem and are synced as they are closed; the
 manifest comes last; one rename makes the version appear, and another moves CURRENT. A writer holds a lock on
-its staging directory, so the next publisher can tell an abandoned one from one at work. This module does not
-know what the files hold.
+its staging directory, so the next publisher can tell an abandoned one from one at work. A writer that works
+under a lease brings the lease's fencing token, and one whose lease went to another is refused. This module
+does not know what the files hold.
 """
 
 from __future__ import annotations
@@ -16,9 +17,12 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from weft.artifact.history import append_history, pass_fence
 from weft.artifact.manifest import (
     MANIFEST_NAME,
     ArtifactError,
@@ -126,25 +130,26 @@ class Staging:
         os.rename(self.path / old, self.path / new)
         self.files[new] = self.files.pop(old)
 
-    def publish(self, manifest: Manifest, version: str, run: bytes) -> Artifact:
+    def publish(
+        self, manifest: Manifest, version: str, run: bytes, *, fencing_token: int | None = None
+    ) -> Artifact:
         """Make the artifact appear as `version` and CURRENT. `run` becomes run.json, which no digest covers.
 
         Should the version exist already (equal bytes published before) it is kept if it verifies, replaced if
-        not. On any error the previous version stays CURRENT.
+        not. On any error the previous version stays CURRENT. Raises FencedError when a larger `fencing_token`
+        has been here.
         """
         if manifest.files != self.files or manifest.model != self._model or not is_model_name(version):
             raise ArtifactError("the manifest does not describe what was staged")
         self._write_unlisted(RUN_NAME, run)
         self._write_unlisted(MANIFEST_NAME, manifest.to_bytes())
         _sync_directory(self.path)
-        parent = os.open(self._parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            fcntl.flock(parent, fcntl.LOCK_EX)  # one publisher of a model at a time from here on
+        with locked(self._parent) as parent:  # one publisher of a model at a time from here on
+            if fencing_token is not None:
+                pass_fence(self._parent, fencing_token)
             self._rename_into_place(version, manifest.digest)
             os.fsync(parent)
-            _set_current(self._parent, parent, version)
-        finally:
-            os.close(parent)
+            set_current(self._parent, parent, version, "publish")
         return Artifact(self._parent / version, manifest, self._model, version)
 
     def _rename_into_place(self, version: str, digest: str) -> None:
@@ -178,6 +183,27 @@ class Staging:
             self._lock = None
 
 
+@contextmanager
+def locked(directory: Path) -> Iterator[int]:
+    """Hold the lock of a model's directory; yields the directory's descriptor."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def claim_fence(store: ArtifactStore, model: str, token: int) -> None:
+    """Say at the start of a run that a lease with `token` is at work: from now on no smaller one publishes.
+    Raises FencedError when a larger one has been here.
+    """
+    directory = store.model_directory(model)
+    os.makedirs(directory, exist_ok=True)
+    with locked(directory):
+        pass_fence(directory, token)
+
+
 def remove_abandoned(parent: Path) -> None:
     """Remove staging directories whose writer is gone: their lock, held by a live writer, is free."""
     for name in os.listdir(parent):
@@ -196,10 +222,15 @@ def remove_abandoned(parent: Path) -> None:
             os.close(descriptor)
 
 
-def _set_current(directory: Path, descriptor: int, version: str) -> None:
-    """Point CURRENT at `version`, or leave it as it was: the way back is written before the step is taken."""
+def set_current(directory: Path, descriptor: int, version: str, how: str) -> None:
+    """Point CURRENT at `version`, or leave it as it was: the way back is written before the step is taken.
+
+    The caller holds the lock of `directory`, open as `descriptor`. `how` goes into HISTORY.
+    """
     current, new, old = (directory / name for name in (CURRENT_NAME, _NEW_CURRENT, _OLD_CURRENT))
     previous = current.read_bytes() if current.exists() else None
+    named = None if previous is None else previous.decode("ascii", "replace").strip()
+    append_history(directory, named if named and is_model_name(named) else None, version, how)
     is_replaced = False
     try:
         if previous is not None:

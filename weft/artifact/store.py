@@ -59,6 +59,21 @@ class ArtifactStore:
             return []
         return [name for name in names if is_model_name(name) and (self.root / name / CURRENT_NAME).is_file()]
 
+    def versions(self, model: str) -> list[str]:
+        """Directories of `model` that hold a manifest, sorted by name. The manifest may be broken."""
+        parent = self.model_directory(model)
+        try:
+            names = sorted(os.listdir(parent))
+        except FileNotFoundError:
+            return []
+        return [
+            name
+            for name in names
+            if is_model_name(name)
+            and not (parent / name).is_symlink()
+            and (parent / name / MANIFEST_NAME).is_file()
+        ]
+
     def current(self, model: str) -> str:
         """The version that CURRENT names. ArtifactNotFound when the model has none."""
         path = self.model_directory(model) / CURRENT_NAME

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import weft.artifact.history as history_module
 import weft.artifact.publish as publish_module
 from weft.artifact.manifest import (
     ArtifactError,
@@ -205,7 +206,7 @@ def test_equal_bytes_published_twice_are_one_version_and_a_damaged_one_is_replac
     (artifact.path / "config.json").write_bytes(b"[]")
     publish_example(store, "v1")
     store.verify(store.open("demo"))
-    assert sorted(os.listdir(tmp_path / "demo")) == ["CURRENT", "v1"]
+    assert sorted(os.listdir(tmp_path / "demo")) == ["CURRENT", "HISTORY", "v1"]
 
 
 def test_whole_bytes_of_another_artifact_under_the_version_are_replaced(tmp_path):
@@ -238,7 +239,7 @@ def test_a_signal_while_a_damaged_version_is_replaced_puts_it_back(tmp_path, mon
     monkeypatch.setattr(publish_module, "os", Interrupted(0))
     with pytest.raises(SystemExit):
         publish_example(store, "v1")
-    assert sorted(os.listdir(tmp_path / "demo")) == ["CURRENT", "v1"]
+    assert sorted(os.listdir(tmp_path / "demo")) == ["CURRENT", "HISTORY", "v1"]
 
 
 def test_staging_refuses_names_that_are_not_plain(tmp_path):
@@ -282,10 +283,12 @@ def test_no_space_at_any_step_leaves_the_old_version_current(tmp_path, monkeypat
     while True:
         fail_at += 1
         faulty = FaultyOs(fail_at)
-        monkeypatch.setattr(publish_module, "os", faulty)
+        for module in (publish_module, history_module):
+            monkeypatch.setattr(module, "os", faulty)
         with contextlib.suppress(OSError):
             publish_example(store, f"v2-{fail_at}", b"other weights")
-        monkeypatch.setattr(publish_module, "os", os)
+        for module in (publish_module, history_module):
+            monkeypatch.setattr(module, "os", os)
         if faulty.failed is None:
             break
         failed_steps.add(faulty.failed)
@@ -293,7 +296,7 @@ def test_no_space_at_any_step_leaves_the_old_version_current(tmp_path, monkeypat
         store.verify(store.open("demo"))
         hidden = [name for name in os.listdir(tmp_path / "demo") if name.startswith(".")]
         assert hidden == [], f"step {fail_at}, {faulty.failed}"
-        for name in set(os.listdir(tmp_path / "demo")) - {"CURRENT"}:
+        for name in set(os.listdir(tmp_path / "demo")) - {"CURRENT", "HISTORY"}:
             store.verify(store.open("demo", name))  # a version that did appear is whole
     assert failed_steps == set(FaultyOs.FAILING)
     assert fail_at > 15
