@@ -11,7 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 from services.quantizer.config import ENV_PREFIX, PATH_SEPARATOR, QuantizerConfig
-from services.quantizer.errors import QuantizerError
+from services.quantizer.errors import GateMissed, QuantizerError
 from services.quantizer.identity import draft_manifest, find_current
 from weft import config as weft_config
 from weft import logs
@@ -23,10 +23,13 @@ _COMMANDS = ("run", "serve")
 _LIST_FLAGS = ("--calibration", "--evaluation")
 _EXIT_FAILED = 1
 _EXIT_USAGE = 2
+_EXIT_GATE_MISSED = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 published, up to date or served; 1 failed; 2 wrong usage (as SystemExit)."""
+    """Exit status: 0 published, up to date or served; 1 failed; 2 wrong usage (as SystemExit); 3 worse than
+    the gate allows.
+    """
     command, *flags = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
     if command in ("-h", "--help"):
         print(f"usage: {_PROGRAM} {{{','.join(_COMMANDS)}}} ... (each takes --help)")
@@ -78,7 +81,7 @@ def _run(config: QuantizerConfig) -> int:
         logs.stop()  # so that the reason comes last
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {text[:500]}", file=sys.stderr)
-        return _EXIT_FAILED
+        return _EXIT_GATE_MISSED if isinstance(error, GateMissed) else _EXIT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     logs.stop()

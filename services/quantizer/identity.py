@@ -14,6 +14,7 @@ from pathlib import Path
 from services.quantizer.companions import companion_files
 from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
+from services.quantizer.gate import require
 from services.quantizer.texts import BUNDLED_CALIBRATION, BUNDLED_EVALUATION, read_texts
 from weft import logs
 from weft.artifact.manifest import ArtifactError, DigestMismatch, Manifest
@@ -28,12 +29,12 @@ def draft_manifest(config: QuantizerConfig) -> Manifest:
     """The manifest of a run as far as it is known beforehand: no files, errors, quality or canary."""
     _, calibration_digest = read_texts(config.calibration or BUNDLED_CALIBRATION)
     _, evaluation_digest = read_texts(config.evaluation or BUNDLED_EVALUATION)
-    _check_directory(config.source)
+    check_directory(config.source)
     companions = companion_files(config.source)
     return Manifest(
         model=config.name,
         files={},
-        source_digest=_source_digest(config.source, companions),
+        source_digest=source_digest(config.source, companions),
         recipe=config.recipe(evaluation_digest),
         seed=config.seed,
         calibration_digest=calibration_digest,
@@ -42,22 +43,33 @@ def draft_manifest(config: QuantizerConfig) -> Manifest:
 
 
 def find_current(config: QuantizerConfig, draft: Manifest) -> Artifact | None:
-    """The CURRENT artifact, if it is what the run would make and still whole."""
-    store = ArtifactStore(config.artifacts)
+    """The CURRENT artifact, if it is what the run would make and still whole. Raises GateMissed when it is,
+    but worse than `config` allows.
+    """
+    artifact = find_same(config.artifacts, draft)
+    if artifact is not None:
+        require(config, artifact)
+    return artifact
+
+
+def find_same(artifacts: Path, draft: Manifest) -> Artifact | None:
+    """The CURRENT artifact of the model, if it was made of what `draft` says and is still whole."""
+    store = ArtifactStore(artifacts)
     try:
-        artifact = store.open(config.name)
+        artifact = store.open(draft.model)
         if any(getattr(artifact.manifest, key) != getattr(draft, key) for key in _IDENTITY):
             return None
         store.verify(artifact)
     except DigestMismatch as error:
-        _LOGGER.warning("the current artifact is damaged", model=config.name, reason=str(error))
+        _LOGGER.warning("the current artifact is damaged", model=draft.model, reason=str(error))
         return None
     except ArtifactError:
         return None
     return artifact
 
 
-def _check_directory(source: Path) -> None:
+def check_directory(source: Path) -> None:
+    """Refuse what is no checkpoint at all, with a hint. Raises QuantizerError."""
     if not source.is_dir():
         raise QuantizerError(f"{source}: no such directory")
     if not os.path.lexists(source / "config.json"):
@@ -66,8 +78,8 @@ def _check_directory(source: Path) -> None:
         raise QuantizerError(f"{source / 'config.json'}: missing, so this is no checkpoint{hint}")
 
 
-def _source_digest(directory: Path, companions: dict[str, bytes]) -> str:
-    """One digest over configuration, index, weights and companions."""
+def source_digest(directory: Path, companions: dict[str, bytes]) -> str:
+    """ "sha256:<hex>" over configuration, index, weights and companions."""
     hasher = hashlib.sha256()
     for name in sorted(companions):
         hasher.update(f"{name} {hashlib.sha256(companions[name]).hexdigest()}\n".encode())

@@ -18,7 +18,9 @@ import transformers
 
 from services.quantizer.companions import companion_files, quantized_config, write_companions
 from services.quantizer.config import QuantizerConfig
-from services.quantizer.errors import QuantizerError
+from services.quantizer.errors import GateMissed, QuantizerError
+from services.quantizer.gate import explain, misses
+from services.quantizer.rejection import keep_rejected, remove_rejected
 from services.quantizer.report import build_report, report_html, report_json
 from services.quantizer.source import Source
 from weft import logs
@@ -48,7 +50,10 @@ def publish(
     outcome: Outcome,
     started: float,
 ) -> Artifact:
-    """Write what is still missing from `staged`, then publish it. `started` is a wall-clock time."""
+    """Write what is still missing from `staged`, then publish it. `started` is a wall-clock time.
+
+    Raises GateMissed when the quality is below what `config` asks for; the report is kept then.
+    """
     full_precision = [
         source.full_name(index, name)
         for index in range(source.num_blocks)
@@ -64,8 +69,9 @@ def publish(
     report = build_report(
         config.name, draft.recipe, outcome.quality, outcome.errors, outcome.choices, full_precision
     )
-    staged.write("report.json", report_json(report))
-    staged.write("report.html", report_html(report))
+    pages = {"report.json": report_json(report), "report.html": report_html(report)}
+    for name, page in pages.items():
+        staged.write(name, page)
     manifest = dataclasses.replace(
         draft,
         files=dict(staged.files),
@@ -74,7 +80,13 @@ def publish(
         canary=outcome.canary,
     )
     version = "awq-" + manifest.digest.removeprefix("sha256:")[:12]
-    return staged.publish(manifest, version, _run_document(config, started))
+    missed = misses(config, outcome.quality)
+    if missed:
+        where = keep_rejected(config.artifacts / config.name, version, pages)
+        raise GateMissed(explain(missed, where / "report.html"))
+    artifact = staged.publish(manifest, version, _run_document(config, started))
+    remove_rejected(config.artifacts / config.name, version)
+    return artifact
 
 
 def _run_document(config: QuantizerConfig, started: float) -> bytes:
