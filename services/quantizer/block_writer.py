@@ -6,21 +6,32 @@ from torch import Tensor
 
 from services.quantizer.grid import QuantizedWeight
 from services.quantizer.quantize import QuantizedBlock
-from services.quantizer.shards import ShardWriter
+from services.quantizer.shards import TensorWriter
 from services.quantizer.source import STORED_DTYPES, Source
 from weft.artifact.packing import pack_int4
 
 
-def write_block(writer: ShardWriter, source: Source, index: int, block: QuantizedBlock) -> None:
-    """Add all tensors of block `index` to `writer`, by name."""
-    for name in sorted(block.weights):
-        linear = name.removesuffix(".weight")
-        full_name = source.full_name(index, name)
-        if name.endswith(".weight") and linear in block.linears:
-            for suffix, tensor in packed(block.linears[linear]).items():
+def write_block(writer: TensorWriter, source: Source, index: int, block: QuantizedBlock) -> None:
+    """Add all tensors of block `index` to `writer`, by the names that the source has for them."""
+    for full_name, names in sorted(source.stored_parameters(index).items()):
+        linears = [name.removesuffix(".weight") for name in names]
+        if linears[0] in block.linears:
+            weight = joined(source, [block.linears[linear] for linear in linears])
+            for suffix, tensor in packed(weight).items():
                 writer.add(f"{full_name.removesuffix('weight')}{suffix}", tensor)
         else:
-            writer.add(full_name, block.weights[name].to(STORED_DTYPES[source.checkpoint.dtype(full_name)]))
+            tensor = source.join_rows([block.weights[name] for name in names])
+            writer.add(full_name, tensor.to(STORED_DTYPES[source.checkpoint.dtype(full_name)]))
+
+
+def joined(source: Source, parts: list[QuantizedWeight]) -> QuantizedWeight:
+    """The linears that one tensor of the source holds, as one: rows are quantized independently."""
+    return QuantizedWeight(
+        *(
+            source.join_rows([getattr(part, field) for part in parts])
+            for field in ("values", "zeros", "scales")
+        )
+    )
 
 
 def packed(weight: QuantizedWeight) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from services.quantizer.model_map import ScaleGroup
@@ -52,7 +53,8 @@ def fold(
 ) -> Folding:
     """Fold (group, scales [in], scales of its producer [out of the producer]) into a block.
 
-    `linears` are the block's quantizable linears; any other producer is a norm. `store` takes a parameter's
+    `linears` are the block's quantizable linears; any other producer is a norm. A linear that has more rows
+    than there are scales produces the group's input with its last ones. `store` takes a parameter's
     name and value to what will be read back from disk.
     """
     columns: Weights = {}
@@ -62,8 +64,12 @@ def fold(
         columns.update(dict.fromkeys(group.linears, scales))
         is_linear = group.previous in linears
         if is_linear:
+            num_others = len(weights[f"{group.previous}.weight"]) - len(producer_scales)
+            producer_scales = torch.cat([producer_scales.new_ones(num_others), producer_scales])
             rows[group.previous] = producer_scales
         divided = f"{group.previous}.bias" if is_linear else f"{group.previous}.weight"
         if divided in parameters:
-            parameters[divided] = store(divided, parameters[divided] / producer_scales)
+            # What a norm multiplies by is offset + weight.
+            value = (parameters[divided] + group.norm_offset) / producer_scales - group.norm_offset
+            parameters[divided] = store(divided, value)
     return Folding(columns, rows, parameters)

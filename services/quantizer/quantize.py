@@ -246,6 +246,7 @@ class BlockQuantizer:
             producer=self._weights.get(producer_name),
             dtype=self._dtype(producer_name) if producer_name in self._weights else torch.float32,
             is_norm=is_norm,
+            offset=group.norm_offset,
         )
 
     def _dtype(self, name: str) -> torch.dtype:

@@ -52,6 +52,7 @@ class ScaleSpace:
             is quantized itself and has nothing else.
         dtype: of the producer on disk.
         is_norm: whether the producer is a norm's weight.
+        offset: what the norm adds to its stored weight before it multiplies.
     """
 
     x_mean: Tensor
@@ -61,6 +62,7 @@ class ScaleSpace:
     producer: Tensor | None
     dtype: torch.dtype
     is_norm: bool
+    offset: float = 0.0
 
     def make(self, method: str, ratio: float) -> Candidate:
         """One candidate, its scales such that the producer, divided and stored, loses nothing."""
@@ -78,12 +80,13 @@ class ScaleSpace:
         """The nearest scales by which the producer can be divided exactly in its stored dtype.
 
         Where the stored producer / s rounds to p', s becomes producer / p'. A norm's channel of weight 0
-        carries no signal: it keeps 1.
+        carries no signal: it keeps 1. Of a norm that adds an offset, the weight is what it adds up to.
         """
         if self.producer is None:
             return scales
         producer = self.producer if self.num_repeats == 1 else self._expand(self.producer)
-        stored = (producer / scales).to(self.dtype).float()
+        producer = producer + self.offset
+        stored = (producer / scales - self.offset).to(self.dtype).float() + self.offset
         exact = producer / stored
         is_usable = (stored != 0) & torch.isfinite(stored) & torch.isfinite(exact) & (exact > 0)
         # A bias that is 0, or too small to be stored, leaves the scale as it is; one too large forbids it.

@@ -9,8 +9,7 @@ checkpoint. This module does not know that anything is going to be quantized.
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from services.quantizer.errors import QuantizerError
-from services.quantizer.model_map import ARCHITECTURES, Architecture
-from weft.artifact.checkpoint import Checkpoint
+from services.quantizer.model_config import build_config, find_architecture, unusable
+from services.quantizer.model_map import ARCHITECTURES
+from services.quantizer.positions import Positions
+from services.quantizer.stored_rows import join_rows, split_rows
+from weft.artifact.checkpoint import Checkpoint, ReadableCheckpoint
 
 Weights = dict[str, Tensor]
 """Parameters of a block in fp32, by their names relative to the block."""
@@ -28,7 +30,6 @@ Weights = dict[str, Tensor]
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TOKENS_PER_BATCH = 4096
 _VOCABULARY_SLICE = 16384
-_MAX_BLOCKS = 1024
 
 
 class Source:
@@ -42,20 +43,26 @@ class Source:
         is_tied: whether the embedding is the head as well.
     """
 
-    def __init__(self, directory: Path, device: torch.device) -> None:
-        self.checkpoint = Checkpoint.open(directory)
-        config = self.checkpoint.config
-        self.architecture = _find_architecture(config, directory)
+    def __init__(
+        self, directory: Path, device: torch.device, checkpoint: ReadableCheckpoint | None = None
+    ) -> None:
+        """`checkpoint`: what to read instead of opening `directory`."""
+        where = directory / "config.json"
+        opened = Checkpoint.open(directory, implemented=ARCHITECTURES) if checkpoint is None else checkpoint
+        self.checkpoint: ReadableCheckpoint = opened
+        self.architecture = find_architecture(self.checkpoint.config, where)
         self.device = device
-        family = _family(self.architecture)
-        self._module = importlib.import_module(f"{self.architecture.module}.modeling_{family}")
-        self._config = _model_config(self.architecture, config, directory)
+        self._module = importlib.import_module(
+            f"{self.architecture.module}.modeling_{self.architecture.family}"
+        )
+        self._config = build_config(self.architecture, self.checkpoint.config, where)
         self.num_blocks: int = self._config.num_hidden_layers
         self.vocab_size: int = self._config.vocab_size
         self.hidden_size: int = self._config.hidden_size
         self.max_length: int = self._config.max_position_embeddings
         self.is_tied: bool = bool(self._config.tie_word_embeddings)
-        self._rotary = self._try_classes(directory / "config.json")
+        self._positions = Positions(self.architecture, self._config, self._try_classes(where))
+        self._shapes = {name: tuple(p.shape) for name, p in self.block(0).named_parameters()}
         self._check_tensors()
 
     @property
@@ -78,35 +85,41 @@ class Source:
     def block_weights(self, index: int) -> Weights:
         """All parameters of a block in fp32 on the device. Refuses weights that are not finite."""
         weights: Weights = {}
-        for name in _parameter_shapes(self.block(index)):
-            full_name = self.full_name(index, name)
+        for full_name, names in self.stored_parameters(index).items():
             tensor = self.checkpoint.load(full_name).to(self.device, torch.float32)
             _require_finite(tensor, full_name)
-            weights[name] = tensor
-        return weights
+            parts = split_rows(tensor, [self._shapes[name][0] for name in names], self._num_row_runs)
+            weights.update(zip(names, parts, strict=True))
+        return {name: weights[name] for name in self._shapes}
 
-    def run_block(self, layer: nn.Module, weights: Weights, hidden: Tensor) -> Tensor:
-        """`hidden` [windows, length, hidden_size] through a block; the result replaces nothing."""
-        output = torch.empty_like(hidden)
-        for window, batch, positions in self.batches(hidden):
+    def run_block(
+        self, layer: nn.Module, weights: Weights, hidden: Tensor, *, in_place: bool = False
+    ) -> Tensor:
+        """`hidden` [windows, length, hidden_size] through a block; `in_place` the result replaces it."""
+        output = hidden if in_place else torch.empty_like(hidden)
+        index = int(layer.get_submodule("self_attn").layer_idx)
+        for window, batch, positions in self.batches(hidden, index):
             output[window] = functional_call(layer, weights, (batch,), positions).to(output.device)
         return output
 
-    def batches(self, hidden: Tensor) -> Iterator[tuple[slice, Tensor, dict[str, Any]]]:
-        """Slices of windows that fit comfortably, on the device, with the arguments that tell positions."""
-        length = hidden.shape[1]
-        step = max(1, _TOKENS_PER_BATCH // length)
-        ids = torch.arange(length, device=self.device).unsqueeze(0)
+    def batches(self, hidden: Tensor, index: int) -> Iterator[tuple[slice, Tensor, dict[str, Any]]]:
+        """Slices of windows that fit comfortably, on the device, with the arguments that tell block `index`
+        their positions.
+        """
+        step = max(1, _TOKENS_PER_BATCH // hidden.shape[1])
         for begin in range(0, hidden.shape[0], step):
             window = slice(begin, begin + step)
             batch = hidden[window].to(self.device)
-            rotary = self._rotary.to(self.device)(batch, ids)
-            # No mask: every window is whole, and without one the attention is causal.
-            yield window, batch, {"position_embeddings": rotary, "position_ids": ids, "attention_mask": None}
+            yield window, batch, self._positions.arguments(index, batch)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """fp32 hidden states [windows, length, hidden_size] of int64 `token_ids` [windows, length]."""
-        return self.outer(self.architecture.embedding)[token_ids].float()
+        table = self.outer(self.architecture.embedding)
+        hidden = table[token_ids].float()
+        if self.architecture.scales_embedding:
+            # Rounded to the dtype on disk, in which the model was trained: 55.5 and not 55.4256 for 3072.
+            hidden *= torch.tensor(self.hidden_size**0.5).to(table.dtype).float()
+        return hidden
 
     def head(self) -> Head:
         """The final norm and the output projection."""
@@ -116,7 +129,8 @@ class Source:
             )
         norm_weight = self.outer(self.architecture.final_norm).to(self.device, torch.float32)
         name = self.architecture.embedding if self.is_tied else self.architecture.head
-        return Head(norm, norm_weight, self.outer(name).to(self.device))
+        softcap = self._config.final_logit_softcapping if self.architecture.caps_logits else None
+        return Head(norm, norm_weight, self.outer(name).to(self.device), softcap)
 
     def outer(self, name: str) -> Tensor:
         """A tensor outside of the blocks, in its stored dtype. Refuses values that are not finite."""
@@ -126,8 +140,26 @@ class Source:
         return tensor
 
     def full_name(self, index: int, name: str) -> str:
-        """The checkpoint's name of a block's parameter or module."""
-        return self.architecture.block_prefix.format(index=index) + name
+        """The checkpoint's name of a block's parameter or module; of several modules, separated by spaces,
+        theirs.
+        """
+        return self.architecture.block_prefix.format(index=index) + self.architecture.stored_name(name)
+
+    def stored_parameters(self, index: int) -> dict[str, tuple[str, ...]]:
+        """The checkpoint's tensors of a block by full name, each with the block's parameters in it."""
+        stored: dict[str, tuple[str, ...]] = {}
+        for name in self._shapes:
+            full_name = self.full_name(index, name)
+            stored[full_name] = (*stored.get(full_name, ()), name)
+        return stored
+
+    def join_rows(self, parts: Sequence[Tensor]) -> Tensor:
+        """Rows of the parameters that one tensor of the checkpoint holds, in its order."""
+        return join_rows(parts, self._num_row_runs)
+
+    @property
+    def _num_row_runs(self) -> int:
+        return int(self._config.num_key_value_heads)
 
     def outer_names(self) -> list[str]:
         """Tensors outside of the blocks, as the artifact keeps them."""
@@ -140,7 +172,7 @@ class Source:
             self.block(0)
             rotary: nn.Module = getattr(self._module, self.architecture.rotary_class)(self._config)
         except Exception as error:  # KeyError for an unknown activation, ValueError, whatever a class raises
-            raise _unusable(where, error) from error
+            raise unusable(where, error) from error
         return rotary
 
     def _check_tensors(self) -> None:
@@ -150,9 +182,10 @@ class Source:
         }
         if not self.is_tied:
             expected[self.architecture.head] = (self.vocab_size, self.hidden_size)
-        shapes = _parameter_shapes(self.block(0))
         for index in range(self.num_blocks):
-            expected.update({self.full_name(index, name): shape for name, shape in shapes.items()})
+            for full_name, names in self.stored_parameters(index).items():
+                num_rows = sum(self._shapes[name][0] for name in names)
+                expected[full_name] = (num_rows, *self._shapes[names[0]][1:])
         for name, shape in expected.items():
             found = self.checkpoint.shape(name)
             if found != shape:
@@ -167,89 +200,30 @@ class Source:
             if not name.endswith("rotary_emb.inv_freq") and name != self.architecture.head
         )
         if unknown:
-            family = _family(self.architecture)
+            family = self.checkpoint.config["architectures"][0]
             raise QuantizerError(f"tensor {unknown[0]}: not a part of {family} as configured")
 
 
 class Head:
     """Final norm and output projection; the projection stays in its stored dtype and is widened a slice at
-    a time.
+    a time. Logits are kept within `softcap` if there is one.
     """
 
-    def __init__(self, norm: nn.Module, norm_weight: Tensor, projection: Tensor) -> None:
+    def __init__(
+        self, norm: nn.Module, norm_weight: Tensor, projection: Tensor, softcap: float | None = None
+    ) -> None:
         self._norm, self._norm_weight, self._projection = norm, norm_weight, projection
+        self._softcap = softcap
 
     def logits(self, hidden: Tensor) -> Tensor:
         """fp32 logits [tokens, vocabulary] of `hidden` [tokens, hidden_size]."""
         hidden = hidden.to(self._projection.device)
         normed = functional_call(self._norm, {"weight": self._norm_weight}, (hidden,))
         slices = self._projection.split(_VOCABULARY_SLICE)
-        return torch.cat([normed @ part.float().T for part in slices], dim=-1)
+        logits = torch.cat([normed @ part.float().T for part in slices], dim=-1)
+        return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
 
 def _require_finite(tensor: Tensor, name: str) -> None:
     if not torch.isfinite(tensor).all():
         raise QuantizerError(f"tensor {name} holds values that are not finite")
-
-
-def _family(architecture: Architecture) -> str:
-    return architecture.module.rsplit(".", 1)[1]
-
-
-def _find_architecture(config: dict[str, Any], directory: Path) -> Architecture:
-    names = config.get("architectures")
-    name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else None
-    if name not in ARCHITECTURES:
-        raise QuantizerError(
-            f"{directory / 'config.json'}: architecture {str(name)[:64]} is not supported; "
-            f"supported: {', '.join(ARCHITECTURES)}"
-        )
-    if config.get("quantization_config") is not None:
-        raise QuantizerError(f"{directory / 'config.json'}: the checkpoint is quantized already")
-    return ARCHITECTURES[name]
-
-
-_LIMITS = {
-    "vocab_size": 1 << 24,
-    "hidden_size": 1 << 20,
-    "intermediate_size": 1 << 22,
-    "num_hidden_layers": _MAX_BLOCKS,
-    "num_attention_heads": 1 << 12,
-    "num_key_value_heads": 1 << 12,
-    "max_position_embeddings": 1 << 28,
-}
-
-
-def _model_config(architecture: Architecture, config: dict[str, Any], directory: Path) -> Any:
-    where = directory / "config.json"
-    for key, limit in _LIMITS.items():
-        value = config.get(key, config.get("num_attention_heads") if key == "num_key_value_heads" else None)
-        if type(value) is not int or not 1 <= value <= limit:
-            raise QuantizerError(
-                f"{where}: {key} is {str(value)[:32]}; expected an integer from 1 to {limit}"
-            )
-    for key in ("rope_theta", "rms_norm_eps"):
-        value = config.get(key, 1.0)
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise QuantizerError(f"{where}: {key} is {str(value)[:32]}; a positive number is expected")
-    heads = config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads", heads)
-    if heads % kv_heads:
-        raise QuantizerError(f"{where}: {heads} attention heads cannot share {kv_heads} key-value heads")
-    if config.get("use_sliding_window"):
-        raise QuantizerError(f"{where}: sliding window attention is not supported")
-    package = importlib.import_module(f"{architecture.module}.configuration_{_family(architecture)}")
-    try:
-        built = getattr(package, architecture.config_class).from_dict(config)
-    except Exception as error:  # whatever the class makes of hostile values, the reader gets one line
-        raise _unusable(where, error) from error
-    built._attn_implementation = "sdpa"
-    return built
-
-
-def _unusable(where: Path, error: Exception) -> QuantizerError:
-    return QuantizerError(f"{where}: not usable: {' '.join(repr(error).split())[:200]}")
-
-
-def _parameter_shapes(layer: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}

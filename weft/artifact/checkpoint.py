@@ -9,12 +9,14 @@ caller's affair.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from weft import logs
 from weft.artifact.regular_file import (
     FileIdentity,
     FileRefusedError,
@@ -24,6 +26,8 @@ from weft.artifact.regular_file import (
 )
 from weft.artifact.safetensors_header import HeaderError, TensorEntry, read_header
 from weft.strict_json import StrictJsonError, parse_object
+
+_LOGGER = logs.get_logger("checkpoint")
 
 MAX_CONFIG_SIZE = 4 << 20
 MAX_INDEX_SIZE = 64 << 20
@@ -46,6 +50,23 @@ class CheckpointError(ValueError):
     """
 
 
+class ReadableCheckpoint(Protocol):
+    """What reads like an opened checkpoint; `Checkpoint` says what the parts mean."""
+
+    directory: Path
+    config: dict[str, Any]
+    names: frozenset[str]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Dimensions of a tensor."""
+
+    def dtype(self, name: str) -> str:
+        """The dtype as safetensors calls it."""
+
+    def load(self, name: str) -> Tensor:
+        """A copy of the tensor."""
+
+
 class Checkpoint:
     """An opened checkpoint: headers read and validated, tensors loaded on demand.
 
@@ -65,12 +86,16 @@ class Checkpoint:
         self._identities: dict[Path, FileIdentity] = {}
 
     @classmethod
-    def open(cls, directory: Path) -> Checkpoint:
-        """Read config.json, the index (or the single file) and all headers. Raises CheckpointError."""
+    def open(cls, directory: Path, implemented: Collection[str] = ()) -> Checkpoint:
+        """Read config.json, the index (or the single file) and all headers. Raises CheckpointError.
+
+        `implemented`: architectures that the caller computes itself, so that what their configuration says
+        about code of its own is left out instead of refused.
+        """
         directory = Path(directory)
         if not directory.is_dir():
             raise CheckpointError(f"{directory}: no such directory")
-        config = read_config(directory)
+        config = read_config(directory, implemented)
         headers: dict[Path, dict[str, TensorEntry]] = {}
         identities: dict[Path, FileIdentity] = {}
         weight_map = _read_weight_map(directory)
@@ -115,8 +140,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.directory}: no tensor {name}") from None
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """config.json as a strict JSON object; refuses configurations that ask for code of their own."""
+def read_config(directory: Path, implemented: Collection[str] = ()) -> dict[str, Any]:
+    """config.json as a strict JSON object. One that asks for code of its own is refused, or loses that wish
+    if its only architecture is among `implemented`.
+    """
     path = directory / "config.json"
     try:
         config = parse_object(read_regular(path, MAX_CONFIG_SIZE), str(path))
@@ -124,6 +151,10 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: missing") from None
     except (OSError, FileRefusedError, StrictJsonError) as error:
         raise CheckpointError(str(error)) from error
+    architectures = config.get("architectures")
+    if config.get("auto_map") and architectures in [[name] for name in implemented]:
+        del config["auto_map"]
+        _LOGGER.info("the model's own code is not run", path=str(path), architectures=architectures)
     for key in ("auto_map", "trust_remote_code"):
         if config.get(key):
             raise CheckpointError(f"{path}: {key} asks to run code of the model; it never is")

@@ -109,7 +109,7 @@ BAD_SOURCES = {
     "architecture missing": (edit_config(architectures=None), "is not supported"),
     "architecture a number": (edit_config(architectures=[5]), "is not supported"),
     "quantized already": (edit_config(quantization_config={"bits": 4}), "quantized already"),
-    "remote code": (edit_config(auto_map={"AutoModel": "x.Y"}), "auto_map"),
+    "remote code": (edit_config(architectures=["OddForCausalLM"], auto_map={"AutoModel": "x.Y"}), "auto_map"),
     "wrong shapes": (edit_config(intermediate_size=256), "mlp.gate_proj.weight: shape [128, 64]"),
     "wrong vocabulary": (edit_config(vocab_size=5000), "embed_tokens.weight: shape"),
     "too many layers": (edit_config(num_hidden_layers=3), "no tensor model.layers.2."),
@@ -200,7 +200,7 @@ def test_a_tokenizer_that_panics_ends_with_one_line(complain, monkeypatch):
         def encode(self, *_arguments, **_options):
             raise PanicException("index out of bounds")
 
-    monkeypatch.setattr("services.quantizer.job.load_tokenizer", lambda _directory: Panics())
+    monkeypatch.setattr("services.quantizer.inputs.load_tokenizer", lambda _directory: Panics())
     status, line = complain()
     assert status == 1
     assert line == "error: tokenizer.json: the tokenizer failed: index out of bounds"
