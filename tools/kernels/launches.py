@@ -165,15 +165,23 @@ class MetaWeights:
         self.scratch = Scratch()
         self._weight_bits = weight_bits
 
-    def dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def dense(self, name: str, shape: tuple[int, ...], *, offset: float = 0.0) -> Tensor:
         """A tensor of this shape."""
-        return torch.empty(shape, dtype=self.numerics.dtype, device=META)
+        return torch.empty(shape, dtype=torch.float32 if offset else self.numerics.dtype, device=META)
 
-    def head(self, embedding: Tensor) -> Linear:
+    def head(self, embedding: Tensor, name: str) -> Linear:
         """An output projection of its own."""
         return ops.make_dense_linear(self.dense("head", tuple(embedding.shape)), None, self.numerics)
 
-    def linear(self, parts: Mapping[str, int], in_features: int, has_bias: bool, **kind: bool) -> Linear:
+    def linear(
+        self,
+        parts: Mapping[str, int],
+        in_features: int,
+        has_bias: bool,
+        *,
+        order: Tensor | None = None,
+        **kind: bool,
+    ) -> Linear:
         """One fused linear for all parts."""
         out_features = sum(parts.values())
         if self._weight_bits != 4:

@@ -33,8 +33,11 @@ class CpuBackend:
     rotary = staticmethod(reference.rotary)
     write_kv = staticmethod(reference.write_kv)
     rotary_write_kv = staticmethod(reference.rotary_write_kv)
+    softcap = staticmethod(reference.softcap)
     silu_mul = staticmethod(reference.silu_mul)
+    gelu_mul = staticmethod(reference.gelu_mul)
     linear_silu_mul = staticmethod(reference.linear_silu_mul)
+    linear_gelu_mul = staticmethod(reference.linear_gelu_mul)
     paged_attention = staticmethod(tiled_attention.paged_attention)
 
     @staticmethod
@@ -143,13 +146,26 @@ def paged_attention(
     scratch: Scratch,
     *,
     sliding_window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention over the blocks; [rows, heads, head_dim] -> the same shape. With a window, the row at
-    position p sees the keys p - window + 1 .. p.
+    position p sees the keys p - window + 1 .. p; with a softcap, a score is softcap * tanh(score / softcap).
     """
     return _backend(query).paged_attention(
-        query, cache, metadata, scale, numerics, scratch, sliding_window=sliding_window
+        query,
+        cache,
+        metadata,
+        scale,
+        numerics,
+        scratch,
+        sliding_window=sliding_window,
+        softcap=softcap,
     )
+
+
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap) of fp32 x."""
+    return _backend(x).softcap(x, cap)
 
 
 def silu_mul(gate_up: Tensor) -> Tensor:
@@ -157,9 +173,19 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return _backend(gate_up).silu_mul(gate_up)
 
 
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """[rows, 2 * width] -> [rows, width]."""
+    return _backend(gate_up).gelu_mul(gate_up)
+
+
 def linear_silu_mul(x: Tensor, gate_up: Linear) -> Tensor:
     """silu_mul(linear(x, gate_up)): [rows, in] -> [rows, width]."""
     return _backend(x).linear_silu_mul(x, gate_up)
+
+
+def linear_gelu_mul(x: Tensor, gate_up: Linear) -> Tensor:
+    """gelu_mul(linear(x, gate_up)): [rows, in] -> [rows, width]."""
+    return _backend(x).linear_gelu_mul(x, gate_up)
 
 
 def linear(x: Tensor, weight: Linear) -> Tensor:
@@ -184,8 +210,8 @@ def make_int4_linear(
 ) -> Linear:
     """Ready a 4-bit weight: values uint8 [in, out], zeros uint8 and scales [in / group, out]. Reorders once.
 
-    `is_gate_up` says that the outputs' halves are for `linear_silu_mul`: it changes no result, but where they
-    lie.
+    `is_gate_up` says that the outputs' halves are for `linear_silu_mul` or `linear_gelu_mul`: it changes no
+    result, but where they lie.
     """
     return _backend(values).make_int4_linear(
         values, zeros, scales, bias, numerics, scratch, is_gate_up=is_gate_up

@@ -13,6 +13,8 @@ write there.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,6 +22,10 @@ from torch import Tensor
 from services.engine.kernels.kv_format import LayerCache, dequantize, quantize
 from services.engine.kernels.linear import Linear
 from services.engine.kernels.metadata import AttentionMetadata
+
+GELU_CUBE = 0.044715
+GELU_SCALE = -2.0 * math.sqrt(2.0 / math.pi)
+"""Of the tanh formula of gelu: sqrt(2 / pi) (x + 0.044715 x^3), times -2."""
 
 
 def embedding(token_ids: Tensor, table: Tensor) -> Tensor:
@@ -35,10 +41,14 @@ def gather_rows(x: Tensor, rows: Tensor) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in fp32; [rows, hidden] (arXiv
     1910.07467).
+
+    Rounded to x's dtype before the weight is multiplied in, or once, after it, where the weight is fp32.
     """
     wide = x.float()
-    scale = torch.rsqrt(row_mean_square(wide) + eps)
-    return (wide * scale).to(x.dtype) * weight
+    normed = wide * torch.rsqrt(row_mean_square(wide) + eps)
+    if weight.dtype == torch.float32:
+        return (normed * weight).to(x.dtype)
+    return normed.to(x.dtype) * weight
 
 
 def row_mean_square(x: Tensor) -> Tensor:
@@ -118,12 +128,13 @@ def paged_attention(
     scale: float,
     *,
     sliding_window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Causal attention of query [rows, heads, head_dim] over its sequence's blocks; same shape.
 
-    The row at position p sees the keys 0 .. p, or p - sliding_window + 1 .. p. One softmax per sequence, in
-    fp32. Slots outside a sequence's context are never touched: they may hold anything. Padding rows give
-    zeros.
+    The row at position p sees the keys 0 .. p, or p - sliding_window + 1 .. p. Scores pass `softcap`, if it
+    is given, before the softmax. One softmax per sequence, in fp32. Slots outside a sequence's context are
+    never touched: they may hold anything. Padding rows give zeros.
     """
     out = torch.zeros_like(query)
     kv_heads, block_size = cache.num_kv_heads, cache.block_size
@@ -137,6 +148,8 @@ def paged_attention(
             for wide in _read_blocks(cache, blocks)
         )
         scores = torch.einsum("qhd,khd->hqk", query[rows].float(), keys) * scale
+        if softcap is not None:
+            scores = cap_scores(scores, softcap)
         distance = metadata.positions[rows][:, None] - torch.arange(context, device=query.device)[None, :]
         is_hidden = distance < 0
         if sliding_window is not None:
@@ -156,6 +169,20 @@ def _read_blocks(cache: LayerCache, blocks: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
+def softcap(x: Tensor, cap: float) -> Tensor:
+    """cap * tanh(x / cap) of fp32 x (arXiv 2408.00118).
+
+    tanh is written with exp, whose bits are the same at every position of a row.
+    """
+    return cap_scores(x.clone(), cap)
+
+
+def cap_scores(x: Tensor, cap: float) -> Tensor:
+    """`softcap` in place."""
+    # tanh(y) = 1 - 2 / (exp(2 y) + 1): an exp that is infinite gives 1.
+    return x.mul_(2.0 / cap).exp_().add_(1.0).reciprocal_().mul_(-2.0 * cap).add_(cap)
+
+
 def silu_mul(gate_up: Tensor) -> Tensor:
     """silu(gate) * up for gate_up [rows, 2 * width] -> [rows, width], in fp32.
 
@@ -166,9 +193,26 @@ def silu_mul(gate_up: Tensor) -> Tensor:
     return (gate / (torch.exp(-gate) + 1.0) * up).to(gate_up.dtype)
 
 
+def gelu_mul(gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up for gate_up [rows, 2 * width] -> [rows, width], in fp32, by the tanh formula (arXiv
+    1606.08415).
+
+    0.5 x (1 + tanh(y)) is x / (1 + exp(-2 y)), which needs no other function than `silu_mul` does.
+    """
+    width = gate_up.shape[-1] // 2
+    gate, up = gate_up[..., :width].float(), gate_up[..., width:].float()
+    inner = gate * gate * gate * GELU_CUBE + gate
+    return (gate / (torch.exp(inner * GELU_SCALE) + 1.0) * up).to(gate_up.dtype)
+
+
 def linear_silu_mul(x: Tensor, gate_up: Linear) -> Tensor:
     """`silu_mul` of what the fused gate and up projection gives for x [rows, in] -> [rows, width]."""
     return silu_mul(gate_up(x))
+
+
+def linear_gelu_mul(x: Tensor, gate_up: Linear) -> Tensor:
+    """`gelu_mul` of what the fused gate and up projection gives for x [rows, in] -> [rows, width]."""
+    return gelu_mul(gate_up(x))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -21,6 +21,7 @@ from services.engine.kernels.attention_plan import ChunkPlan, DecodeGroup, first
 from services.engine.kernels.kv_format import KVFormat, LayerCache, dequantize
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import KEY_TILE, Numerics
+from services.engine.kernels.reference import cap_scores
 from services.engine.kernels.scratch import Scratch
 
 _CHUNK_ROWS = 512
@@ -36,6 +37,7 @@ def paged_attention(
     scratch: Scratch,
     *,
     sliding_window: int | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """As `reference.paged_attention`, with the guarantee above. Computes in fp32 whatever the dtypes."""
     _, heads, head_dim = query.shape
@@ -54,7 +56,7 @@ def paged_attention(
         out.index_copy_(
             0,
             group.rows,
-            _decode(rows, keys, values, group, numerics.query_tile).reshape(-1, heads, head_dim),
+            _decode(rows, keys, values, group, numerics.query_tile, softcap).reshape(-1, heads, head_dim),
         )
     for chunk in plan.chunks:
         span = slice(chunk.start, chunk.start + chunk.length)
@@ -68,6 +70,7 @@ def paged_attention(
             kv_heads,
             numerics.query_tile,
             sliding_window,
+            softcap,
         )
     return out.to(query.dtype)
 
@@ -101,7 +104,14 @@ class _Parts:
         return dequantize(gathered, self._params.index_select(0, units), self._format, out=wide)
 
 
-def _decode(query: Tensor, keys: _Parts, values: _Parts, group: DecodeGroup, query_tile: int) -> Tensor:
+def _decode(
+    query: Tensor,
+    keys: _Parts,
+    values: _Parts,
+    group: DecodeGroup,
+    query_tile: int,
+    softcap: float | None,
+) -> Tensor:
     """Attention of one row per sequence: query [sequences, kv_heads, heads per kv head, head_dim] and
     back.
     """
@@ -113,6 +123,8 @@ def _decode(query: Tensor, keys: _Parts, values: _Parts, group: DecodeGroup, que
     left = padded.index_select(0, group.ranks).view(-1, tile_rows, head_dim)
     key_tiles = keys.gather(group.units).view(-1, KEY_TILE, head_dim)
     scores = torch.bmm(left, key_tiles.transpose(1, 2)).view(num_pairs, kv_heads, tile_rows, KEY_TILE)
+    if softcap is not None:
+        scores = cap_scores(scores, softcap)
     _bits(scores).bitwise_and_(group.keep)
     scores.add_(group.bias)
     tile_max = scores.amax(-1)
@@ -158,6 +170,7 @@ def _prefill(
     kv_heads: int,
     query_tile: int,
     window: int | None,
+    softcap: float | None,
 ) -> None:
     """Attention of one sequence's chunk: query [length, heads, head_dim] -> out, in slabs of rows."""
     length, heads, head_dim = query.shape
@@ -172,7 +185,9 @@ def _prefill(
         last = min(first + step, length)
         rows = query[first:last].view(-1, kv_heads, per_head, head_dim).permute(1, 0, 2, 3).flatten(1, 2)
         row_positions = positions[first:last].repeat_interleave(per_head)
-        result = _slab(rows, key_tiles, value_tiles, row_positions, chunk.first_tile, query_tile, window)
+        result = _slab(
+            rows, key_tiles, value_tiles, row_positions, chunk.first_tile, query_tile, window, softcap
+        )
         result = result.view(kv_heads, last - first, per_head, head_dim).permute(1, 0, 2, 3)
         out[first:last] = result.reshape(last - first, heads, head_dim)
 
@@ -185,6 +200,7 @@ def _slab(
     first_tile: int,
     query_tile: int,
     window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """Attention of rows [kv_heads, n, head_dim] at ascending `positions` over tiles [kv_heads, tiles, 128,
     head_dim] that begin with the sequence's tile `first_tile`.
@@ -205,6 +221,8 @@ def _slab(
     scores = rows.new_empty(num_tiles, kv_heads, padded_rows, KEY_TILE)
     for tile in range(num_tiles):
         torch.bmm(padded, key_tiles[:, tile].transpose(1, 2), out=scores[tile])
+        if softcap is not None:
+            cap_scores(scores[tile], softcap)
         first = (first_tile + begin + tile) * KEY_TILE
         if first + KEY_TILE - 1 > lowest or first < first_visible(highest, window):
             distance = limits[:, None] - torch.arange(first, first + KEY_TILE)[None, :]

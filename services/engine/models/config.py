@@ -5,22 +5,22 @@ Knows the Hugging Face field names and their limits. Does not read files and doe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from services.engine.kernels.rope import RopeConfig
+from services.engine.models.fields import (
+    MAX_DIMENSION,
+    MAX_LAYERS,
+    MAX_POSITIONS,
+    MAX_VOCABULARY,
+    ConfigError,
+    Fields,
+)
+from services.engine.models.rope_fields import parse_rope
 
-MAX_LAYERS = 1024
-MAX_DIMENSION = 1 << 20
-MAX_VOCABULARY = 1 << 22
-MAX_POSITIONS = 1 << 24
 MAX_EOS_IDS = 64
-
-
-class ConfigError(ValueError):
-    """The configuration cannot be served; the message names the field."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,11 @@ class QuantizationConfig:
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What a decoder-only model of the Llama family is made of. `layer_windows`: how many keys, itself among
-    them, a row of each layer sees; None means all.
+    """What a decoder-only model of the Llama family is made of.
+
+    `layer_windows`: how many keys, itself among them, a row of each layer sees; None means all. `local_rope`:
+    the rotation of layers with a window, where it is another one. `attention_scale`: what q.k is multiplied
+    by. A softcap c makes c * tanh(x / c) of a score, or of a logit.
     """
 
     architecture: str
@@ -57,62 +60,10 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     quantization: QuantizationConfig | None
-
-
-class Fields:
-    """Typed access to a config mapping; every failure is a ConfigError that names the field."""
-
-    def __init__(self, raw: Mapping[str, Any], where: str = "config.json") -> None:
-        self.raw = raw
-        self.where = where
-
-    def error(self, name: str, text: str) -> ConfigError:
-        """A ConfigError about one field."""
-        return ConfigError(f"{self.where}: {name} {text}")
-
-    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
-        """An integer in [low, high]; a missing or null field takes the default, or fails without one."""
-        value = self.raw.get(name)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(name, "is missing")
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.error(name, f"must be an integer, found {value!r:.80}")
-        if not low <= value <= high:
-            raise self.error(name, f"must be between {low} and {high}, found {value}")
-        return value
-
-    def number(self, name: str, default: float | None = None) -> float:
-        """A finite number above zero."""
-        value = self.raw.get(name)
-        if value is None:
-            value = default
-        if value is None:
-            raise self.error(name, "is missing")
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.error(name, f"must be a number, found {value!r:.80}")
-        if not math.isfinite(value) or value <= 0:
-            raise self.error(name, f"must be finite and above zero, found {value}")
-        return float(value)
-
-    def boolean(self, name: str, default: bool) -> bool:
-        """true or false; null and missing take the default."""
-        value = self.raw.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.error(name, f"must be true or false, found {value!r:.80}")
-        return value
-
-    def text(self, name: str, default: str) -> str:
-        """A string; null and missing take the default."""
-        value = self.raw.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, str):
-            raise self.error(name, f"must be a string, found {value!r:.80}")
-        return value
+    attention_scale: float
+    local_rope: RopeConfig | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
 
 
 def architecture_of(raw: Mapping[str, Any]) -> str:
@@ -131,9 +82,12 @@ def parse_config(
     has_mlp_bias: bool,
     layer_windows: tuple[int | None, ...] = (),
     default_head_dim: int | None = None,
+    activation_field: str = "hidden_act",
+    activations: tuple[str, ...] = ("silu", "swish"),
+    rope: RopeConfig | None = None,
 ) -> ModelConfig:
     """The fields common to the family; the architecture's own module has decided the keyword arguments. No
-    `layer_windows` means that no layer has one.
+    `layer_windows` means that no layer has one; the first of `activations` is that of a missing field.
     """
     fields = Fields(raw)
     hidden = fields.integer("hidden_size", 1, MAX_DIMENSION)
@@ -148,9 +102,9 @@ def parse_config(
     head_dim = fields.integer("head_dim", 2, 1024, default=default_head_dim or hidden // heads)
     if head_dim % 2:
         raise fields.error("head_dim", f"must be even for rotary embedding, found {head_dim}")
-    activation = fields.text("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise fields.error("hidden_act", f"{activation!r} is not supported (silu is)")
+    activation = fields.text(activation_field, activations[0])
+    if activation not in activations:
+        raise fields.error(activation_field, f"{activation!r} is not supported ({activations[0]} is)")
     vocab_size = fields.integer("vocab_size", 2, MAX_VOCABULARY)
     num_layers = fields.integer("num_hidden_layers", 1, MAX_LAYERS)
     return ModelConfig(
@@ -164,7 +118,7 @@ def parse_config(
         intermediate_size=fields.integer("intermediate_size", 1, MAX_DIMENSION),
         max_position=fields.integer("max_position_embeddings", 1, MAX_POSITIONS),
         rms_norm_eps=fields.number("rms_norm_eps", 1e-6),
-        rope=_parse_rope(fields),
+        rope=rope or parse_rope(fields),
         tie_word_embeddings=fields.boolean("tie_word_embeddings", False),
         has_qkv_bias=has_qkv_bias,
         has_output_bias=has_output_bias,
@@ -174,6 +128,7 @@ def parse_config(
         bos_token_id=_parse_bos(fields, vocab_size),
         eos_token_ids=parse_eos_ids(raw.get("eos_token_id"), vocab_size, "config.json"),
         quantization=_parse_quantization(raw.get("quantization_config")),
+        attention_scale=head_dim**-0.5,
     )
 
 
@@ -186,10 +141,15 @@ def parse_layer_windows(fields: Fields) -> tuple[int | None, ...]:
     window = None
     if fields.boolean("use_sliding_window", False):
         window = parse_window(fields)
-    kinds = fields.raw.get("layer_types")
-    if kinds is None:
+    if fields.raw.get("layer_types") is None:
         first = fields.integer("max_window_layers", 0, MAX_POSITIONS, default=28)
         return tuple(window if index >= first else None for index in range(num_layers))
+    return parse_layer_types(fields, num_layers, window)
+
+
+def parse_layer_types(fields: Fields, num_layers: int, window: int | None) -> tuple[int | None, ...]:
+    """`layer_types`: the window of each layer that is said to have one."""
+    kinds = fields.raw.get("layer_types")
     if not isinstance(kinds, list) or len(kinds) != num_layers:
         raise fields.error("layer_types", f"must name {num_layers} layers, found {kinds!r:.80}")
     for kind in kinds:
@@ -231,34 +191,6 @@ def parse_eos_ids(value: Any, vocab_size: int, where: str) -> tuple[int, ...]:
                 f"{where}: eos_token_id {token_id!r:.40} is not an id below vocab_size {vocab_size}"
             )
     return tuple(sorted(set(ids)))
-
-
-def _parse_rope(fields: Fields) -> RopeConfig:
-    """rope_theta and rope_scaling, or both within rope_parameters as newer checkpoints have it."""
-    nested = fields.raw.get("rope_parameters")
-    scaling = nested if nested is not None else fields.raw.get("rope_scaling")
-    if scaling is None:
-        return RopeConfig(theta=fields.number("rope_theta", 10000.0))
-    name = "rope_parameters" if nested is not None else "rope_scaling"
-    if not isinstance(scaling, Mapping):
-        raise fields.error(name, f"must be an object, found {scaling!r:.80}")
-    inner = Fields(scaling, f"config.json: {name}")
-    theta = inner.number("rope_theta") if "rope_theta" in scaling else fields.number("rope_theta", 10000.0)
-    partial = scaling.get("partial_rotary_factor", fields.raw.get("partial_rotary_factor"))
-    if partial not in (None, 1, 1.0):
-        raise fields.error("partial_rotary_factor", f"{partial!r:.40} is not supported (1 is)")
-    kind = inner.text("rope_type", inner.text("type", "default"))
-    if kind == "default":
-        return RopeConfig(theta=theta)
-    if kind == "linear":
-        return RopeConfig(theta=theta, kind=kind, factor=inner.number("factor"))
-    if kind != "llama3":
-        raise inner.error("rope_type", f"{kind!r} is not supported (default, linear and llama3 are)")
-    low, high = inner.number("low_freq_factor"), inner.number("high_freq_factor")
-    if low >= high:
-        raise inner.error("low_freq_factor", f"must be below high_freq_factor {high}, found {low}")
-    original = inner.integer("original_max_position_embeddings", 1, MAX_POSITIONS)
-    return RopeConfig(theta, kind, inner.number("factor"), low, high, original)
 
 
 def _parse_quantization(raw: Any) -> QuantizationConfig | None:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from services.engine.models.config import ModelConfig
+from services.engine.models.llama import Llama
 from services.engine.models.weights import WeightLoader
 
 LEAST, LARGEST = 4.0, 64.0
@@ -31,34 +32,53 @@ def key_divisors(magnitude: Tensor) -> Tensor:
     return divisors.float().repeat(1, 2).cpu()
 
 
-def balanced_keys(loader: WeightLoader, config: ModelConfig, *, has_qk_norm: bool) -> dict[str, Tensor]:
-    """What to multiply the outputs of q_proj and k_proj with, [out] by name without ".weight"; of q_norm and
-    k_norm where there are some. Empty for layers without a channel that sticks out.
+def balanced_keys(loader: WeightLoader, config: ModelConfig, architecture: type[Llama]) -> dict[str, Tensor]:
+    """What to multiply the outputs of the projections of queries and keys with, or the weights of their
+    norms where there are some: [out], as they are stored, by name without ".weight". Empty for layers
+    without a channel that sticks out.
     """
     factors: dict[str, Tensor] = {}
+    names, order = architecture.names, architecture.qkv_order(config)
     group = config.num_heads // config.num_kv_heads
     for index in range(config.num_layers):
-        prefix = f"model.layers.{index}."
-        attention = prefix + "self_attn."
-        if has_qk_norm:
-            norm = loader.dense(attention + "k_norm.weight", (config.head_dim,))
+        prefix = names.block.format(index=index)
+        if architecture.has_qk_norm:
+            name = f"{prefix}{names.k_norm}.weight"
+            norm = loader.dense(name, (config.head_dim,), offset=architecture.norm_offset)
             divisors = key_divisors(norm.float().abs()[None])
-            query = divisors[0]
-            names = (attention + "q_norm", attention + "k_norm")
+            found = {names.q_norm: divisors[0], names.k_norm: 1 / divisors[0]}
         else:
-            divisors = key_divisors(_magnitude(loader, config, prefix))
-            query = divisors.repeat_interleave(group, 0).flatten()
-            names = (attention + "q_proj", attention + "k_proj")
+            divisors = key_divisors(_magnitude(loader, config, architecture, prefix, order))
+            query, key = divisors.repeat_interleave(group, 0).flatten(), 1 / divisors.flatten()
+            found = dict(zip(names.qkv, (query, key), strict=False))
+            if len(names.qkv) == 1:
+                ours = torch.cat((query, key, torch.ones_like(key)))
+                stored = ours if order is None else torch.empty_like(ours).index_copy_(0, order, ours)
+                found = {names.qkv[0]: stored}
         if bool((divisors != 1).any()):
-            factors |= dict(zip(names, (query, 1 / divisors.flatten()), strict=True))
+            factors |= {prefix + name: factor for name, factor in found.items()}
     return factors
 
 
-def _magnitude(loader: WeightLoader, config: ModelConfig, prefix: str) -> Tensor:
+def _magnitude(
+    loader: WeightLoader,
+    config: ModelConfig,
+    architecture: type[Llama],
+    prefix: str,
+    order: Tensor | None,
+) -> Tensor:
     """Root mean square [kv_heads, head_dim] of a layer's keys, were its inputs even in all directions."""
-    name, size = prefix + "self_attn.k_proj", config.num_kv_heads * config.head_dim
-    norm = loader.dense(prefix + "input_layernorm.weight", (config.hidden_size,)).float()
-    square = (loader.weight(name, size, config.hidden_size) * norm).square().sum(1)
+    names, hidden = architecture.names, config.hidden_size
+    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    is_fused = len(names.qkv) == 1
+    name, size = prefix + names.qkv[0 if is_fused else 1], q_size + 2 * kv_size if is_fused else kv_size
+    input_norm = f"{prefix}{names.input_norm}.weight"
+    norm = loader.dense(input_norm, (hidden,), offset=architecture.norm_offset).float()
+    square = (loader.weight(name, size, hidden) * norm).square().sum(1)
     if config.has_qkv_bias:
         square = square + loader.dense(f"{name}.bias", (size,)).float().square()
+    if order is not None:
+        square = square.index_select(0, order.to(square.device))
+    if is_fused:
+        square = square[q_size : q_size + kv_size]
     return square.sqrt().view(config.num_kv_heads, config.head_dim)

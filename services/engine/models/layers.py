@@ -6,6 +6,7 @@ Knows tensors and one layer at a time; does not know checkpoints, sequences or w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 from torch import Tensor
 
@@ -16,16 +17,24 @@ from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
 from services.engine.kernels.scratch import Scratch
 
+Activation = Literal["silu", "gelu"]
+
+
+class Rotation(NamedTuple):
+    """Rotary angles, [positions or rows, head_dim / 2] each."""
+
+    cos: Tensor
+    sin: Tensor
+
 
 @dataclass(slots=True)
 class StepContext:
-    """What all layers of one forward share: the batch's shape and each row's rotary angles [rows, head_dim /
-    2].
+    """What all layers of one forward share: the batch's shape and each row's rotary angles, of each kind of
+    layer that the model has.
     """
 
     metadata: AttentionMetadata
-    cos: Tensor
-    sin: Tensor
+    rotations: tuple[Rotation, ...]
 
 
 @dataclass(slots=True)
@@ -33,7 +42,8 @@ class Attention:
     """Self-attention over the blocked cache. `qkv` is the fused projection: all q heads, then k, then v.
 
     `q_norm` and `k_norm` [head_dim], when the architecture has them, normalise each head before it is
-    rotated. A row sees `sliding_window` keys, itself among them, or all.
+    rotated. A row sees `sliding_window` keys, itself among them, or all. Scores are q.k times `scale`, within
+    the `softcap` where there is one. `rotation`: which of the step's the layer takes.
     """
 
     qkv: Linear
@@ -43,6 +53,9 @@ class Attention:
     head_dim: int
     numerics: Numerics
     scratch: Scratch
+    scale: float
+    softcap: float | None = None
+    rotation: int = 0
     sliding_window: int | None = None
     q_norm: Tensor | None = None
     k_norm: Tensor | None = None
@@ -52,10 +65,11 @@ class Attention:
         """[rows, hidden] -> [rows, hidden]; writes the rows' K and V before attending."""
         rows = x.shape[0]
         qkv = ops.linear(x, self.qkv).view(rows, -1, self.head_dim)
+        rotation = step.rotations[self.rotation]
         query = ops.rotary_write_kv(
             qkv,
-            step.cos,
-            step.sin,
+            rotation.cos,
+            rotation.sin,
             self.num_heads,
             cache,
             step.metadata,
@@ -67,36 +81,54 @@ class Attention:
             query,
             cache,
             step.metadata,
-            self.head_dim**-0.5,
+            self.scale,
             self.numerics,
             self.scratch,
             sliding_window=self.sliding_window,
+            softcap=self.softcap,
         )
         return ops.linear(mixed.reshape(rows, -1), self.output)
 
 
 @dataclass(slots=True)
 class GatedMlp:
-    """down(silu(gate(x)) * up(x)). `gate_up` is the fused projection: gate, then up."""
+    """down(activation(gate(x)) * up(x)). `gate_up` is the fused projection: gate, then up."""
 
     gate_up: Linear
     down: Linear
+    activation: Activation = "silu"
 
     def __call__(self, x: Tensor) -> Tensor:
-        return ops.linear(ops.linear_silu_mul(x, self.gate_up), self.down)
+        gated = ops.linear_gelu_mul if self.activation == "gelu" else ops.linear_silu_mul
+        return ops.linear(gated(x, self.gate_up), self.down)
 
 
 @dataclass(slots=True)
 class DecoderLayer:
     """Norm, attention, norm, MLP, with the residual carried beside (each addition is fused with the norm
-    after it).
+    after it). What attention and the MLP give may pass another norm each before it is added.
     """
 
     input_norm: Tensor
     attention: Attention
-    post_attention_norm: Tensor
+    mlp_norm: Tensor
     mlp: GatedMlp
     eps: float
+    attention_output_norm: Tensor | None = None
+    mlp_output_norm: Tensor | None = None
+
+    @property
+    def norms(self) -> list[Tensor]:
+        """The weights of all norms."""
+        found = (
+            self.input_norm,
+            self.attention.q_norm,
+            self.attention.k_norm,
+            self.attention_output_norm,
+            self.mlp_norm,
+            self.mlp_output_norm,
+        )
+        return [norm for norm in found if norm is not None]
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, step: StepContext, cache: LayerCache
@@ -106,6 +138,9 @@ class DecoderLayer:
             normed, residual = ops.rms_norm(x, self.input_norm, self.eps), x
         else:
             normed, residual = ops.add_rms_norm(x, residual, self.input_norm, self.eps)
-        attended = self.attention(normed, step, cache)
-        normed, residual = ops.add_rms_norm(attended, residual, self.post_attention_norm, self.eps)
-        return self.mlp(normed), residual
+        attended = self._normed(self.attention(normed, step, cache), self.attention_output_norm)
+        normed, residual = ops.add_rms_norm(attended, residual, self.mlp_norm, self.eps)
+        return self._normed(self.mlp(normed), self.mlp_output_norm), residual
+
+    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else ops.rms_norm(x, weight, self.eps)

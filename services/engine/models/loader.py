@@ -64,8 +64,7 @@ def load_model(
     loader = WeightLoader(checkpoint, config, numerics, is_strict=is_artifact)
     architecture = model_class(config.architecture)
     if balances_keys:
-        has_qk_norm = architecture.has_qk_norm
-        loader.output_factors.update(balanced_keys(loader, config, has_qk_norm=has_qk_norm))
+        loader.output_factors.update(balanced_keys(loader, config, architecture))
     model = architecture(config, loader, max_model_len)
     loader.check_all_used()
     return model

@@ -21,7 +21,6 @@ from weft.artifact.checkpoint import Checkpoint, CheckpointError
 from weft.artifact.packing import unpack_int4
 
 _FLOATS = ("BF16", "F16", "F32")
-_HEAD = "lm_head.weight"
 
 
 class WeightLoader:
@@ -43,15 +42,19 @@ class WeightLoader:
         self.output_factors: dict[str, Tensor] = {}
         self._used: set[str] = set()
 
-    def dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """A float tensor of exactly this shape, finite, in the activations' dtype, on their device."""
+    def dense(self, name: str, shape: tuple[int, ...], *, offset: float = 0.0) -> Tensor:
+        """A float tensor of exactly this shape, finite, in the activations' dtype, on their device; with an
+        `offset` added it stays fp32.
+        """
         tensor = self._load(name, shape, _FLOATS)
         if not bool(torch.isfinite(tensor).all()):
             raise self._error(name, "holds a value that is not finite")
+        if offset:
+            tensor = tensor.float() + offset
         factors = self.output_factors.get(name.rpartition(".")[0])
         if factors is not None:
             tensor = tensor.float() * factors.view(-1, *[1] * (tensor.ndim - 1))
-        return tensor.to(self.numerics.device, self.numerics.dtype)
+        return tensor.to(self.numerics.device, torch.float32 if offset else self.numerics.dtype)
 
     def weight(self, name: str, out_features: int, in_features: int) -> Tensor:
         """The weight of one linear in fp32 [out, in], dequantised when it is packed."""
@@ -59,28 +62,37 @@ class WeightLoader:
             return dequantize_int4(*self._int4(name, out_features, in_features)).t()
         return self.dense(f"{name}.weight", (out_features, in_features)).float()
 
-    def head(self, embedding: Tensor) -> Linear:
-        """The output projection: the embedding itself when tied, else lm_head."""
+    def head(self, embedding: Tensor, name: str) -> Linear:
+        """The output projection: the embedding itself when tied, else the tensor of this name."""
         if not self.config.tie_word_embeddings:
-            weight = self.dense(_HEAD, (self.config.vocab_size, self.config.hidden_size))
+            weight = self.dense(name, (self.config.vocab_size, self.config.hidden_size))
             return ops.make_dense_linear(weight, None, self.numerics)
-        if _HEAD in self.checkpoint.names:
-            stored = self.dense(_HEAD, (self.config.vocab_size, self.config.hidden_size))
+        if name in self.checkpoint.names:
+            stored = self.dense(name, (self.config.vocab_size, self.config.hidden_size))
             if not torch.equal(stored, embedding):
-                raise self._error(_HEAD, "differs from the embedding although tie_word_embeddings is true")
+                raise self._error(name, "differs from the embedding although tie_word_embeddings is true")
         return ops.make_dense_linear(embedding, None, self.numerics)
 
     def linear(
-        self, parts: Mapping[str, int], in_features: int, has_bias: bool, *, is_gate_up: bool = False
+        self,
+        parts: Mapping[str, int],
+        in_features: int,
+        has_bias: bool,
+        *,
+        is_gate_up: bool = False,
+        order: Tensor | None = None,
     ) -> Linear:
         """Linears that share an input, fused: {name: out_features} in order of their outputs. `is_gate_up`
-        says that the two are for `linear_silu_mul`.
+        says that they are for `linear_silu_mul` or `linear_gelu_mul`. `order` [out], for a single one: which
+        of the stored outputs each output is.
         """
         is_packed = {name: f"{name}.qweight" in self.checkpoint.names for name in parts}
         biases = {name: self.dense(f"{name}.bias", (out,)) for name, out in parts.items()} if has_bias else {}
         if len(set(is_packed.values())) == 1:
             all_packed = next(iter(is_packed.values()))
-            return self._fused(parts, in_features, biases, is_packed=all_packed, is_gate_up=is_gate_up)
+            return self._fused(
+                parts, in_features, biases, is_packed=all_packed, is_gate_up=is_gate_up, order=order
+            )
         return ConcatLinear(
             [
                 self._fused({name: out}, in_features, biases, is_packed=is_packed[name])
@@ -110,13 +122,19 @@ class WeightLoader:
         *,
         is_packed: bool,
         is_gate_up: bool = False,
+        order: Tensor | None = None,
     ) -> Linear:
-        bias = torch.cat([biases[name] for name in parts]) if biases else None
+        def ordered(outputs: list[Tensor], dim: int) -> Tensor:
+            whole = torch.cat(outputs, dim=dim)
+            return whole if order is None else whole.index_select(dim, order.to(whole.device))
+
+        bias = ordered([biases[name] for name in parts], 0) if biases else None
         if not is_packed:
             weights = [self.dense(f"{name}.weight", (out, in_features)) for name, out in parts.items()]
-            return ops.make_dense_linear(torch.cat(weights), bias, self.numerics)
+            return ops.make_dense_linear(ordered(weights, 0), bias, self.numerics)
+        # Words are unpacked first: neighbours in one of them may go different ways.
         packed = [self._int4(name, out, in_features) for name, out in parts.items()]
-        values, zeros, scales = (torch.cat(tensors, dim=1) for tensors in zip(*packed, strict=True))
+        values, zeros, scales = (ordered(list(tensors), 1) for tensors in zip(*packed, strict=True))
         return ops.make_int4_linear(
             values, zeros, scales, bias, self.numerics, self.scratch, is_gate_up=is_gate_up
         )

@@ -145,9 +145,6 @@ def linear_paths(model: Llama) -> dict[str, str]:
 def weight_bytes(model: Llama) -> int:
     """Bytes of all weights in memory; a head tied to the embedding counts once."""
     total = model.embedding.nbytes + sum(linear.num_bytes for linear in model.linears.values())
-    norms = sum(layer.input_norm.nbytes + layer.post_attention_norm.nbytes for layer in model.layers)
-    for layer in model.layers:
-        head_norms = (layer.attention.q_norm, layer.attention.k_norm)
-        norms += sum(norm.nbytes for norm in head_norms if norm is not None)
+    norms = sum(norm.nbytes for layer in model.layers for norm in layer.norms)
     tied = model.linears["head"].num_bytes if model.config.tie_word_embeddings else 0
     return total + norms + model.norm.nbytes - tied

@@ -69,12 +69,15 @@ class GpuBackend:
         scratch: Scratch,
         *,
         sliding_window: int | None = None,
+        softcap: float | None = None,
     ) -> Tensor:
         """Causal attention over the blocks; [rows, heads, head_dim] -> the same shape.
 
         Decodes split a sequence's keys over programs; a deterministic engine goes without, so that a row has
         the bits of a decode and of a chunk alike.
         """
+        if softcap is not None:
+            raise NotImplementedError("no kernel caps scores yet")
         plan = gpu_metadata(metadata)
         if plan.is_decode and not numerics.is_deterministic:
             return _decode(query, cache, plan, scale, sliding_window)
