@@ -11,6 +11,7 @@ import platform
 import resource
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,9 +34,17 @@ _LOGGER = logs.get_logger("quantizer")
 
 @dataclass(slots=True)
 class Outcome:
-    """What the blocks add up to."""
+    """What the blocks add up to.
 
+    Attributes:
+        errors, records: of every quantized linear, by its full name; a record is what the report tells of it.
+        choices: per scale group, the candidate taken.
+        texts: where calibration and evaluation came from.
+    """
+
+    texts: dict[str, Any] = field(default_factory=dict)
     errors: dict[str, LinearError] = field(default_factory=dict)
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
     choices: dict[str, str] = field(default_factory=dict)
     quality: dict[str, Any] | None = None
     canary: Canary | None = None
@@ -84,13 +93,13 @@ def publish(
     if missed:
         where = keep_rejected(config.artifacts / config.name, version, pages)
         raise GateMissed(explain(missed, where / "report.html"))
-    artifact = staged.publish(manifest, version, _run_document(config, started))
+    artifact = staged.publish(manifest, version, run_document(config.source, config.device, started))
     remove_rejected(config.artifacts / config.name, version)
     return artifact
 
 
-def _run_document(config: QuantizerConfig, started: float) -> bytes:
-    """run.json: what differs from run to run, so that nothing else has to."""
+def run_document(source: Path, device: str, started: float) -> bytes:
+    """run.json: what differs from run to run, so that nothing else has to. `started` is a wall-clock time."""
     document = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.time() - started, 2),
@@ -102,7 +111,7 @@ def _run_document(config: QuantizerConfig, started: float) -> bytes:
         "transformers": transformers.__version__,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "device": config.device,
-        "source": str(config.source),
+        "device": device,
+        "source": str(source),
     }
     return json.dumps(document, indent=1).encode() + b"\n"
