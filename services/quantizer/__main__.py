@@ -1,5 +1,5 @@
-"""`python -m services.quantizer run ...`: one artifact, or one line that says why not. `... serve` is the job
-service. Wiring only.
+"""`python -m services.quantizer run ...`: one artifact, or one line that says why not. `... import` makes one
+of a checkpoint that is quantized already, `... serve` is the job service. Wiring only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from weft.artifact.manifest import ArtifactError
 from weft.artifact.store import Artifact
 
 _PROGRAM = "python -m services.quantizer"
-_COMMANDS = ("run", "serve")
+_COMMANDS = ("run", "import", "serve")
 _LIST_FLAGS = ("--calibration", "--evaluation")
 _EXIT_FAILED = 1
 _EXIT_USAGE = 2
@@ -42,6 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from services.quantizer import serve  # it alone needs grpc
 
         return serve.main(flags, prog)
+    if command == "import":
+        from services.quantizer.importing import command as importing
+
+        signal.signal(signal.SIGTERM, _terminate)
+        return importing.main(flags, prog)
     weft_config.let_waiting_threads_sleep()
     config = weft_config.load_config(QuantizerConfig, join_lists(flags), prog=prog, env_prefix=ENV_PREFIX)
     signal.signal(signal.SIGTERM, _terminate)

@@ -1,0 +1,1 @@
+"""Checkpoints that others have quantized, made into artifacts."""
