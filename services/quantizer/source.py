@@ -114,12 +114,9 @@ class Source:
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """fp32 hidden states [windows, length, hidden_size] of int64 `token_ids` [windows, length]."""
-        table = self.outer(self.architecture.embedding)
-        hidden = table[token_ids].float()
-        if self.architecture.scales_embedding:
-            # Rounded to the dtype on disk, in which the model was trained: 55.5 and not 55.4256 for 3072.
-            hidden *= torch.tensor(self.hidden_size**0.5).to(table.dtype).float()
-        return hidden
+        hidden = self.outer(self.architecture.embedding)[token_ids].float()
+        # As `transformers` in fp32; in bf16 it would round the factor as well (55.5 for 55.4256).
+        return hidden * self.hidden_size**0.5 if self.architecture.scales_embedding else hidden
 
     def head(self) -> Head:
         """The final norm and the output projection."""
