@@ -11,12 +11,13 @@ from types import FrameType
 from typing import NoReturn
 
 from services.quantizer.config import ENV_PREFIX, PATH_SEPARATOR, QuantizerConfig
-from services.quantizer.errors import GateMissed, QuantizerError
+from services.quantizer.errors import GateMissed, NameBusyError, QuantizerError
 from services.quantizer.identity import draft_manifest, find_current
+from services.quantizer.run_lock import refuse_if_busy
 from weft import config as weft_config
 from weft import logs
 from weft.artifact.manifest import ArtifactError
-from weft.artifact.store import Artifact
+from weft.artifact.store import Artifact, ArtifactStore
 
 _PROGRAM = "python -m services.quantizer"
 _COMMANDS = ("run", "import", "serve")
@@ -24,11 +25,13 @@ _LIST_FLAGS = ("--calibration", "--evaluation")
 _EXIT_FAILED = 1
 _EXIT_USAGE = 2
 _EXIT_GATE_MISSED = 3
+_EXIT_BUSY = 4
+_STOPPED = "stopped: nothing was published; the same command goes on from the last finished block"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Exit status: 0 published, up to date or served; 1 failed; 2 wrong usage (as SystemExit); 3 worse than
-    the gate allows.
+    the gate allows; 4 another run of this name is at work.
     """
     command, *flags = (sys.argv[1:] if arguments is None else list(arguments)) or [""]
     if command in ("-h", "--help"):
@@ -86,9 +89,11 @@ def _run(config: QuantizerConfig) -> int:
         logs.stop()  # so that the reason comes last
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {text[:500]}", file=sys.stderr)
-        return _EXIT_GATE_MISSED if isinstance(error, GateMissed) else _EXIT_FAILED
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return _exit_status(error)
+    except (KeyboardInterrupt, SystemExit) as stop:  # SystemExit is SIGTERM's
+        logs.stop()
+        print(_STOPPED, file=sys.stderr)
+        return 128 + signal.SIGINT if isinstance(stop, KeyboardInterrupt) else int(stop.code or 0)
     logs.stop()
     print(artifact.path)
     for line in _quality_lines(artifact.manifest.quality):
@@ -96,7 +101,14 @@ def _run(config: QuantizerConfig) -> int:
     return 0
 
 
+def _exit_status(error: BaseException) -> int:
+    if isinstance(error, NameBusyError):
+        return _EXIT_BUSY
+    return _EXIT_GATE_MISSED if isinstance(error, GateMissed) else _EXIT_FAILED
+
+
 def _quantize(config: QuantizerConfig) -> Artifact:
+    refuse_if_busy(ArtifactStore(config.artifacts).model_directory(config.name))
     draft = draft_manifest(config)
     current = None if config.force else find_current(config, draft)
     if current is not None:
@@ -128,7 +140,7 @@ def _quality_lines(quality: dict[str, dict[str, float]] | None) -> list[str]:
 
 
 def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
-    raise SystemExit(128 + number)  # unwinds through the staging area, which leaves nothing behind
+    raise SystemExit(128 + number)  # unwinds through staging area and workspace
 
 
 if __name__ == "__main__":

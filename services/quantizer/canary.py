@@ -18,25 +18,31 @@ PROMPT_LENGTH = 48
 
 
 class CanaryRecorder:
-    """Carries a few prompts through the quantized blocks."""
+    """Carries a few prompts through the quantized blocks.
 
-    def __init__(self, source: Source, windows: Tensor) -> None:
-        """`windows` int64 [n, length]: the prompts are the beginnings of evenly spaced ones."""
+    Attributes:
+        hidden: fp32 [prompts, length, hidden_size], behind the blocks so far.
+    """
+
+    def __init__(self, source: Source, windows: Tensor, hidden: Tensor | None = None) -> None:
+        """`windows` int64 [n, length]: the prompts are the beginnings of evenly spaced ones. `hidden` is
+        where an earlier recorder of the same prompts was.
+        """
         stride = max(1, windows.shape[0] // NUM_PROMPTS)
         self._source = source
         self._token_ids = windows[::stride][:NUM_PROMPTS, :PROMPT_LENGTH].clone()
-        self._hidden = source.embed(self._token_ids)
+        self.hidden = source.embed(self._token_ids) if hidden is None else hidden
 
     def advance(self, layer: nn.Module, weights: Weights) -> None:
         """Through one block with the weights of the artifact."""
-        self._hidden = self._source.run_block(layer, weights, self._hidden)
+        self._source.run_block(layer, weights, self.hidden, in_place=True)
 
     def finish(self, head: Head) -> Canary:
         """Most likely next token, its log probability and its lead, at every position."""
         return Canary(
             tuple(
                 _answer(ids, head.logits(h).cpu())
-                for ids, h in zip(self._token_ids, self._hidden, strict=True)
+                for ids, h in zip(self._token_ids, self.hidden, strict=True)
             )
         )
 

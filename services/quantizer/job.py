@@ -1,11 +1,13 @@
 """One quantization from checkpoint to published artifact: the order of things, and nothing else.
 
-Block by block: load, take the source and the rounded block through the evaluation, search, fold, write, go
-on. Knows the parts by their interfaces; the numbers are theirs.
+Block by block: load, search, keep what came of it, take all streams through, go on. What is kept lets a run
+that was ended at any moment go on from its last finished block (workspace.py). Knows the parts by their
+interfaces; the numbers are theirs.
 """
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 
@@ -13,40 +15,42 @@ import torch
 import transformers
 from torch import Tensor
 
-from services.quantizer.block_writer import write_block
-from services.quantizer.calibration import calibration_windows, evaluation_windows, load_tokenizer
+from services.quantizer.block_writer import joined_errors, write_block
 from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
 from services.quantizer.identity import draft_manifest, find_current
+from services.quantizer.inputs import Inputs, read_inputs
 from services.quantizer.progress import ProgressReporter
 from services.quantizer.publication import Outcome, publish
-from services.quantizer.quantize import BlockQuantizer, indivisible_linears
+from services.quantizer.quantize import BlockQuantizer, QuantizedBlock, indivisible_linears
+from services.quantizer.run_identity import run_identity
+from services.quantizer.run_lock import RunLock
 from services.quantizer.shards import ShardWriter
-from services.quantizer.source import Source
+from services.quantizer.source import STORED_DTYPES, Source
 from services.quantizer.streams import Streams
-from services.quantizer.texts import BUNDLED_CALIBRATION, BUNDLED_EVALUATION, read_texts
-from weft import logs
-from weft.artifact.manifest import Manifest
+from services.quantizer.tensor_file import StoredTensor, TensorFile, write_tensors
+from services.quantizer.workspace import KeptFile, Workspace, remove_others
+from weft.artifact.manifest import LinearError, Manifest
 from weft.artifact.publish import Staging
 from weft.artifact.store import Artifact, ArtifactStore
 
-_LOGGER = logs.get_logger("quantizer")
-_MAX_EVALUATION_LENGTH = 1024
-
 
 @dataclass(frozen=True, slots=True)
-class _Inputs:
-    """What a run reads besides the weights."""
+class _Job:
+    """What the steps of one run share."""
 
-    calibration: Tensor
-    evaluation: Tensor | None
+    config: QuantizerConfig
+    source: Source
+    inputs: Inputs
+    skipped: set[str]
+    workspace: Workspace
 
 
 def run(config: QuantizerConfig, draft: Manifest | None = None) -> Artifact:
     """Quantize and publish, or return what CURRENT already holds.
 
-    `draft` is what `draft_manifest` gave, if the caller has it. Raises QuantizerError, and what weft.artifact
-    raises.
+    `draft` is what `draft_manifest` gave, if the caller has it. Raises QuantizerError (NameBusyError when
+    another run of the name is at work), and what weft.artifact raises.
     """
     started = time.time()
     draft = draft_manifest(config) if draft is None else draft
@@ -55,10 +59,25 @@ def run(config: QuantizerConfig, draft: Manifest | None = None) -> Artifact:
         return current
     source = Source(config.source, _prepare_torch(config))
     skipped = _check_divisible(source, config)
-    inputs = _read_inputs(config, source)
-    with ArtifactStore(config.artifacts).stage(config.name) as staged, torch.inference_mode():
-        outcome = _quantize_blocks(config, source, inputs, skipped, staged)
-        return publish(staged, source, config, draft, skipped, outcome, started)
+    inputs = read_inputs(config, source)
+    store = ArtifactStore(config.artifacts)
+    parent = store.model_directory(config.name)
+    with RunLock(parent), Workspace(parent, run_identity(config, draft)) as workspace:
+        current = None if config.force else find_current(config, draft)
+        if current is not None:  # whoever held the lock before has just published it
+            workspace.remove()
+            return current
+        remove_others(parent, workspace.path)
+        job = _Job(config, source, inputs, skipped, workspace)
+        with torch.inference_mode(), ProgressReporter(source.num_blocks + 1) as progress:
+            outcome = _quantize_blocks(job, progress)
+            with store.stage(config.name) as staged:
+                _assemble(job, staged)
+                progress.publishing()
+                artifact = publish(staged, source, config, draft, skipped, outcome, started)
+            progress.published(artifact.version)
+        workspace.remove()
+        return artifact
 
 
 def _prepare_torch(config: QuantizerConfig) -> torch.device:
@@ -72,28 +91,6 @@ def _prepare_torch(config: QuantizerConfig) -> torch.device:
     # fp32 means fp32: the losses that are compared differ in digits that reduced precision does not have.
     torch.backends.cuda.matmul.allow_tf32 = False
     return device
-
-
-def _read_inputs(config: QuantizerConfig, source: Source) -> _Inputs:
-    if config.sequence_length > source.max_length:
-        raise QuantizerError(
-            f"--sequence-length {config.sequence_length}: the model's context is {source.max_length}"
-        )
-    tokenizer = load_tokenizer(config.source)
-    calibration_texts, _ = read_texts(config.calibration or BUNDLED_CALIBRATION)
-    evaluation_texts, _ = read_texts(config.evaluation or BUNDLED_EVALUATION)
-    calibration = calibration_windows(
-        tokenizer, calibration_texts, config.samples, config.sequence_length, config.seed, source.vocab_size
-    )
-    if len(calibration) < config.samples:
-        _LOGGER.warning("short calibration text", windows=len(calibration), asked=config.samples)
-    evaluation = None
-    if config.evaluation_tokens:
-        length = min(_MAX_EVALUATION_LENGTH, source.max_length)
-        evaluation = evaluation_windows(
-            tokenizer, evaluation_texts, config.evaluation_tokens, length, source.vocab_size
-        )
-    return _Inputs(calibration, evaluation)
 
 
 def _check_divisible(source: Source, config: QuantizerConfig) -> set[str]:
@@ -113,49 +110,107 @@ def _check_divisible(source: Source, config: QuantizerConfig) -> set[str]:
     return skipped
 
 
-def _quantize_blocks(
-    config: QuantizerConfig, source: Source, inputs: _Inputs, skipped: set[str], staged: Staging
-) -> Outcome:
-    outcome = Outcome()
-    writer = ShardWriter(staged)
-    streams = Streams.begin(source, inputs.calibration, inputs.evaluation)
-    with ProgressReporter(source.num_blocks + 1) as progress:
-        for index in range(source.num_blocks):
-            # A function of its own, so that nothing of a block outlives it.
-            _quantize_block(config, source, index, skipped, streams, writer, outcome)
-            progress.advance(f"block {index + 1}")
-        head = source.head()
-        outcome.canary = streams.canary.finish(head)
-        if streams.evaluation is not None:
-            outcome.quality = streams.evaluation.finish(head)
-        del head
-        for name in source.outer_names():
-            writer.add(name, source.checkpoint.load(name))
-        writer.finish()
-        progress.advance("evaluation")
+def _quantize_blocks(job: _Job, progress: ProgressReporter) -> Outcome:
+    source, inputs, workspace = job.source, job.inputs, job.workspace
+    if not job.config.resume:
+        workspace.start_over()
+    done = workspace.resume()
+    text = f"{source.num_blocks} blocks, {done} of them finished by an earlier run"
+    progress.plan(text, blocks=source.num_blocks, resumed_blocks=done, memory=0, available=None)
+    if done:
+        kept = TensorFile(workspace.streams_path())
+        tensors = {name: kept.load(name) for name in kept.names}
+        streams = Streams.restore(source, inputs.calibration, inputs.evaluation, tensors)
+        del tensors
+    else:
+        streams = Streams.begin(source, inputs.calibration, inputs.evaluation)
+    for index in range(done, source.num_blocks):
+        # A function of its own, so that nothing of a block outlives it.
+        _quantize_block(job, index, streams)
+        progress.advance(f"block {index + 1}")
+    outcome = Outcome(texts=inputs.description)
+    for index in range(source.num_blocks):
+        _add_record(outcome, source, index, workspace.record(index + 1))
+    head = source.head()
+    outcome.canary = streams.canary.finish(head)
+    if streams.evaluation is not None:
+        outcome.quality = streams.evaluation.finish(head)
+    progress.advance("evaluation")
     return outcome
 
 
-def _quantize_block(
-    config: QuantizerConfig,
-    source: Source,
-    index: int,
-    skipped: set[str],
-    streams: Streams,
-    writer: ShardWriter,
-    outcome: Outcome,
-) -> None:
+def _quantize_block(job: _Job, index: int, streams: Streams) -> None:
+    config, source = job.config, job.source
     layer, weights = source.block(index), source.block_weights(index)
-    block = BlockQuantizer(source, index, weights, streams.calibration, config.group_size, skipped).run()
+    block = BlockQuantizer(source, index, weights, streams.calibration, config.group_size, job.skipped).run()
+    kept, record = _keep_tensors(job, index, block)
+    quantized, linears = block.weights, list(block.linears)
+    del block  # the integers
     streams.advance(
         source,
         layer,
         weights,
-        block,
+        quantized,
+        linears,
         group_size=config.group_size,
         propagate_error=config.propagate_error,
         is_last=index + 1 == source.num_blocks,
     )
-    write_block(writer, source, index, block)
-    outcome.errors.update({source.full_name(index, name): error for name, error in block.errors.items()})
-    outcome.choices.update({source.full_name(index, name): label for name, label in block.choices.items()})
+    del weights, quantized
+    behind = {name: StoredTensor.of(tensor) for name, tensor in streams.tensors().items()}
+    job.workspace.finish_block(kept, record, lambda write: write_tensors(write, behind))
+
+
+def _keep_tensors(job: _Job, index: int, block: QuantizedBlock) -> tuple[KeptFile, bytes]:
+    stored = _StoredBlock()
+    write_block(stored, job.source, index, block)
+    kept = job.workspace.write_tensors(lambda write: write_tensors(write, stored.tensors))
+    return kept, _record(block, stored)
+
+
+class _StoredBlock:
+    """A block's tensors in the order in which shards take them."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, StoredTensor] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """See TensorWriter."""
+        self.tensors[name] = StoredTensor.of(tensor.detach().cpu().contiguous())
+
+
+def _record(block: QuantizedBlock, stored: _StoredBlock) -> bytes:
+    """What is kept of a block besides its tensors. Numbers come back from JSON as they went in."""
+    document = {
+        "tensors": list(stored.tensors),
+        "errors": {name: [error.rounding, error.chosen] for name, error in block.errors.items()},
+        "choices": block.choices,
+    }
+    return json.dumps(document).encode()
+
+
+def _add_record(outcome: Outcome, source: Source, index: int, record: bytes) -> None:
+    document = json.loads(record)
+    errors = {name: LinearError(*pair) for name, pair in document["errors"].items()}
+    outcome.errors.update(joined_errors(source, index, errors))
+    for name, label in document["choices"].items():
+        outcome.choices[source.full_name(index, name)] = label
+
+
+def _assemble(job: _Job, staged: Staging) -> None:
+    """The kept blocks and what is around them as shards. Every file gets its digest from what is read here;
+    that the blocks are the ones that were written was checked when the run began or is its own doing.
+    """
+    writer = ShardWriter(staged)
+    for number in range(1, job.source.num_blocks + 1):
+        file = TensorFile(job.workspace.tensors_path(number))
+        for name in json.loads(job.workspace.record(number))["tensors"]:
+            writer.add_stored(name, file.stored(name))
+    for name in job.source.outer_names():
+        writer.add_stored(name, _outer(job.source, name))
+    writer.finish()
+
+
+def _outer(source: Source, name: str) -> StoredTensor:
+    dtype = STORED_DTYPES[source.checkpoint.dtype(name)]
+    return StoredTensor(dtype, source.checkpoint.shape(name), lambda: source.checkpoint.load(name))

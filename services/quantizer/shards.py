@@ -1,22 +1,26 @@
-"""Write tensors as safetensors shards into a staged artifact, holding one shard at most in memory.
+"""Lay tensors out as the shards of a staged artifact, with one tensor at most in memory.
 
-Writing the format here instead of through its library lets every byte pass the staging area's hashing,
-syncing and failure handling. This module does not know what the tensors are.
+This module does not know what the tensors are, nor where they come from.
 """
 
 from __future__ import annotations
 
 import json
-import math
+from typing import Protocol
 
-import torch
 from torch import Tensor
 
+from services.quantizer.tensor_file import StoredTensor, write_tensors
 from weft.artifact.publish import Staging
 
 MAX_SHARD_SIZE = 1 << 30
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
+
+class TensorWriter(Protocol):
+    """Whatever takes tensors by name, in an order that means something."""
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor."""
 
 
 class ShardWriter:
@@ -24,16 +28,21 @@ class ShardWriter:
 
     def __init__(self, staged: Staging, max_shard_size: int = MAX_SHARD_SIZE) -> None:
         self._staged, self._max_shard_size = staged, max_shard_size
-        self._pending: dict[str, Tensor] = {}
+        self._pending: dict[str, StoredTensor] = {}
+        self._pending_size = 0
         self._shards: list[list[str]] = []
         self._total_size = 0
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take a tensor; it is written with its shard."""
-        tensor = tensor.detach().cpu().contiguous()
-        if self._pending and _size(self._pending) + tensor.nbytes > self._max_shard_size:
+        """Take a tensor; it stays in memory until its shard is written."""
+        self.add_stored(name, StoredTensor.of(tensor.detach().cpu().contiguous()))
+
+    def add_stored(self, name: str, tensor: StoredTensor) -> None:
+        """Take a tensor that is read only when its shard is written."""
+        if self._pending and self._pending_size + tensor.nbytes > self._max_shard_size:
             self._flush()
         self._pending[name] = tensor
+        self._pending_size += tensor.nbytes
 
     def finish(self) -> None:
         """Write what is left, give the shards their final names, and write the index."""
@@ -51,29 +60,10 @@ class ShardWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        # Widest first, then by name: every tensor is aligned to its element size, as readers that map the
-        # file want.
-        names = sorted(self._pending, key=lambda name: (-self._pending[name].element_size(), name))
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        for name in names:
-            tensor = self._pending[name]
-            span = [offset, offset + math.prod(tensor.shape) * tensor.element_size()]
-            header[name] = {"dtype": _NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
-            offset = span[1]
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
         with self._staged.create(_part_name(len(self._shards) + 1)) as file:
-            file.write(len(encoded).to_bytes(8, "little") + encoded)
-            for name in names:
-                file.write(memoryview(self._pending[name].reshape(-1).view(torch.uint8).numpy()))
+            self._total_size += write_tensors(file.write, self._pending)
         self._shards.append(sorted(self._pending))
-        self._total_size += offset
-        self._pending = {}
-
-
-def _size(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors.values())
+        self._pending, self._pending_size = {}, 0
 
 
 def _part_name(number: int) -> str:

@@ -1,18 +1,25 @@
 """Hidden states between two blocks: of the calibration windows, the canary and the evaluated models.
 
-They are all that passes from one block to the next. This module does not know how a block is quantized.
+They are all that passes from one block to the next, and so all that a run needs to go on from there. This
+module does not know how a block is quantized, nor where states are kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from services.quantizer.canary import CanaryRecorder
+from services.quantizer.errors import QuantizerError
 from services.quantizer.evaluation import VARIANTS, Evaluation
-from services.quantizer.quantize import QuantizedBlock, rounded_weights
+from services.quantizer.grid import round_to_nearest
 from services.quantizer.source import Source, Weights
+
+_CALIBRATION = "calibration"
+_CANARY = "canary"
+_EVALUATION = "evaluation."
 
 
 @dataclass(slots=True)
@@ -32,23 +39,59 @@ class Streams:
             None if evaluation is None else Evaluation(source, evaluation),
         )
 
+    @classmethod
+    def restore(
+        cls, source: Source, calibration: Tensor, evaluation: Tensor | None, tensors: Mapping[str, Tensor]
+    ) -> Streams:
+        """As they were when `tensors` gave these; the token ids are those of `begin`."""
+        expected = {
+            _CALIBRATION: calibration.shape,
+            **({} if evaluation is None else {_EVALUATION + name: evaluation.shape for name in VARIANTS}),
+        }
+        for name, shape in expected.items():
+            if name not in tensors or tensors[name].shape != (*shape, source.hidden_size):
+                raise QuantizerError(f"the kept stream {name} is not of this text")
+        hidden = {name: tensors[_EVALUATION + name] for name in VARIANTS} if evaluation is not None else {}
+        return cls(
+            tensors[_CALIBRATION],
+            CanaryRecorder(source, calibration, tensors[_CANARY]),
+            None if evaluation is None else Evaluation(source, evaluation, hidden),
+        )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything as it is now, by name; not copies."""
+        evaluation = {} if self.evaluation is None else self.evaluation.hidden
+        return {
+            _CALIBRATION: self.calibration,
+            _CANARY: self.canary.hidden,
+            **{_EVALUATION + name: tensor for name, tensor in evaluation.items()},
+        }
+
     def advance(
         self,
         source: Source,
         layer: nn.Module,
         weights: Weights,
-        block: QuantizedBlock,
+        quantized: Weights,
+        linears: Collection[str],
         *,
         group_size: int,
         propagate_error: bool,
         is_last: bool,
     ) -> None:
-        """Through one block, whose source weights are `weights`. After the last nothing is calibrated."""
+        """Through one block, in place. `weights` are the source's and are used up: where `linears` were,
+        plain rounding is in the end. `quantized` are the artifact's. After the last block nothing is
+        calibrated.
+        """
         if not is_last:
-            seen = block.weights if propagate_error else weights
-            self.calibration = source.run_block(layer, seen, self.calibration)
-        self.canary.advance(layer, block.weights)
-        if self.evaluation is not None:
-            rounded = rounded_weights(weights, list(block.linears), group_size)
-            for variant, seen in zip(VARIANTS, (weights, rounded, block.weights), strict=True):
-                self.evaluation.advance(layer, variant, seen)
+            seen = quantized if propagate_error else weights
+            source.run_block(layer, seen, self.calibration, in_place=True)
+        self.canary.advance(layer, quantized)
+        if self.evaluation is None:
+            return
+        self.evaluation.advance(layer, "source", weights)
+        self.evaluation.advance(layer, "chosen", quantized)
+        for name in linears:  # in place of the source's, so that no third set of weights is in memory
+            key = f"{name}.weight"
+            weights[key] = round_to_nearest(weights[key], group_size).dequantize()
+        self.evaluation.advance(layer, "rounding", weights)
