@@ -61,6 +61,7 @@ class ModelShape:
     has_tied_embeddings: bool = False
     has_qkv_bias: bool = False
     has_qk_norm: bool = False
+    norms_per_layer: int = 2
     nominal_parameters: int | None = None
 
     @property
@@ -73,7 +74,7 @@ class ModelShape:
     def other_parameters(self) -> int:
         """Embeddings, output head, norms and biases: what stays in 16 bits."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.has_tied_embeddings else 2)
-        norms = (2 * self.num_layers + 1) * self.hidden_size
+        norms = (self.norms_per_layer * self.num_layers + 1) * self.hidden_size
         norms += 2 * self.num_layers * self.head_dim if self.has_qk_norm else 0
         bias = (
             self.num_layers * (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
@@ -98,7 +99,9 @@ class ModelShape:
                 raise ShapeError(f"config.json: {key} must be a positive integer, found {str(value)[:32]!r}")
             return value
 
-        is_qwen3 = config.get("model_type") == "qwen3"
+        model_type = config.get("model_type")
+        is_gemma = model_type in ("gemma2", "gemma3_text")
+        head_dims = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256}
         num_heads = size("num_attention_heads")
         hidden_size = size("hidden_size")
         return cls(
@@ -108,11 +111,12 @@ class ModelShape:
             num_layers=size("num_hidden_layers"),
             num_heads=num_heads,
             num_kv_heads=size("num_key_value_heads", num_heads),
-            head_dim=size("head_dim", 128 if is_qwen3 else hidden_size // num_heads),
+            head_dim=size("head_dim", head_dims.get(str(model_type), hidden_size // num_heads)),
             vocab_size=size("vocab_size"),
-            has_tied_embeddings=bool(config.get("tie_word_embeddings", False)),
-            has_qkv_bias=bool(config.get("attention_bias", config.get("model_type") == "qwen2")),
-            has_qk_norm=is_qwen3,
+            has_tied_embeddings=bool(config.get("tie_word_embeddings", is_gemma)),
+            has_qkv_bias=_has_qkv_bias(config),
+            has_qk_norm=model_type in ("qwen3", "gemma3_text"),
+            norms_per_layer=4 if is_gemma else 2,
         )
 
     @classmethod
@@ -126,6 +130,15 @@ class ModelShape:
         if not isinstance(config, dict):
             raise ShapeError(f"{path}: not a JSON object")
         return cls.from_config(config, path.parent.name or str(path))
+
+
+def _has_qkv_bias(config: Mapping[str, Any]) -> bool:
+    """By the field that the family has for it, and what its absence means there."""
+    model_type = config.get("model_type")
+    fields = {"internlm2": "bias", "internlm3": "qkv_bias"}
+    return bool(
+        config.get(fields.get(str(model_type), "attention_bias"), model_type in ("qwen2", "internlm2"))
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,17 +18,10 @@ from services.engine.models.fields import (
     ConfigError,
     Fields,
 )
+from services.engine.models.quantization import QuantizationConfig, parse_quantization
 from services.engine.models.rope_fields import parse_rope
 
 MAX_EOS_IDS = 64
-
-
-@dataclass(frozen=True, slots=True)
-class QuantizationConfig:
-    """How the 4-bit linears of a checkpoint are stored (AutoAWQ gemm). `group_size` -1: one per column."""
-
-    group_size: int
-    modules_to_not_convert: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +120,7 @@ def parse_config(
         stored_dtype=_parse_dtype(fields),
         bos_token_id=_parse_bos(fields, vocab_size),
         eos_token_ids=parse_eos_ids(raw.get("eos_token_id"), vocab_size, "config.json"),
-        quantization=_parse_quantization(raw.get("quantization_config")),
+        quantization=parse_quantization(raw.get("quantization_config")),
         attention_scale=head_dim**-0.5,
     )
 
@@ -191,29 +184,3 @@ def parse_eos_ids(value: Any, vocab_size: int, where: str) -> tuple[int, ...]:
                 f"{where}: eos_token_id {token_id!r:.40} is not an id below vocab_size {vocab_size}"
             )
     return tuple(sorted(set(ids)))
-
-
-def _parse_quantization(raw: Any) -> QuantizationConfig | None:
-    if raw is None:
-        return None
-    if not isinstance(raw, Mapping):
-        raise ConfigError(f"config.json: quantization_config must be an object, found {raw!r:.80}")
-    fields = Fields(raw, "config.json: quantization_config")
-    method = fields.text("quant_method", "")
-    if method != "awq":
-        raise fields.error("quant_method", f"{method!r} is not supported (awq is)")
-    version = fields.text("version", "gemm").lower()
-    if version != "gemm":
-        raise fields.error("version", f"{version!r} is not supported (gemm is)")
-    bits = fields.integer("bits" if "bits" in raw else "w_bit", 1, 64)
-    if bits != 4:
-        raise fields.error("bits", f"must be 4, found {bits}")
-    group_size = fields.integer("group_size" if "group_size" in raw else "q_group_size", -1, MAX_DIMENSION)
-    if group_size != -1 and (group_size < 2 or group_size % 2):
-        raise fields.error("group_size", f"must be even and above zero, or -1, found {group_size}")
-    if not fields.boolean("zero_point", True):
-        raise fields.error("zero_point", "must be true")
-    skipped = raw.get("modules_to_not_convert") or []
-    if not isinstance(skipped, list) or not all(isinstance(name, str) for name in skipped):
-        raise fields.error("modules_to_not_convert", "must be a list of strings")
-    return QuantizationConfig(group_size, tuple(skipped))

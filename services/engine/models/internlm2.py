@@ -32,7 +32,7 @@ class InternLM2(Llama):
 
     @staticmethod
     def parse(raw: Mapping[str, Any]) -> ModelConfig:
-        """config.json -> ModelConfig. `bias` is attention's, and true where it is missing; the MLP has none."""
+        """config.json -> ModelConfig. `bias` is attention's, true where it is missing; the MLP has none."""
         has_bias = Fields(raw).boolean("bias", True)
         return parse_config(raw, has_qkv_bias=has_bias, has_output_bias=has_bias, has_mlp_bias=False)
 

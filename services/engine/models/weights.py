@@ -1,7 +1,7 @@
-"""From a checkpoint's tensors to linears ready to run: one path for our artifacts, AutoAWQ's and plain
-checkpoints.
+"""From a checkpoint's tensors to linears ready to run: one path for our artifacts, AutoAWQ's,
+compressed-tensors' and plain checkpoints.
 
-Knows names, shapes, dtypes and the two ways a linear is stored. Does not know any architecture.
+Knows names, shapes, dtypes and the three ways a linear is stored. Does not know any architecture.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from services.engine.kernels.reference import dequantize_int4
 from services.engine.kernels.scratch import Scratch
 from services.engine.models.config import ModelConfig
 from weft.artifact.checkpoint import Checkpoint, CheckpointError
-from weft.artifact.packing import unpack_int4
+from weft.artifact.packing import SEQUENTIAL, SYMMETRIC_ZERO, unpack_int4, unpack_rows
 
 _FLOATS = ("BF16", "F16", "F32")
 
@@ -58,7 +58,7 @@ class WeightLoader:
 
     def weight(self, name: str, out_features: int, in_features: int) -> Tensor:
         """The weight of one linear in fp32 [out, in], dequantised when it is packed."""
-        if f"{name}.qweight" in self.checkpoint.names:
+        if self._is_packed(name):
             return dequantize_int4(*self._int4(name, out_features, in_features)).t()
         return self.dense(f"{name}.weight", (out_features, in_features)).float()
 
@@ -86,7 +86,7 @@ class WeightLoader:
         says that they are for `linear_silu_mul` or `linear_gelu_mul`. `order` [out], for a single one: which
         of the stored outputs each output is.
         """
-        is_packed = {name: f"{name}.qweight" in self.checkpoint.names for name in parts}
+        is_packed = {name: self._is_packed(name) for name in parts}
         biases = {name: self.dense(f"{name}.bias", (out,)) for name, out in parts.items()} if has_bias else {}
         if len(set(is_packed.values())) == 1:
             all_packed = next(iter(is_packed.values()))
@@ -139,30 +139,56 @@ class WeightLoader:
             values, zeros, scales, bias, self.numerics, self.scratch, is_gate_up=is_gate_up
         )
 
+    def _is_packed(self, name: str) -> bool:
+        return any(f"{name}.{key}" in self.checkpoint.names for key in ("qweight", "weight_packed"))
+
     def _int4(self, name: str, out_features: int, in_features: int) -> tuple[Tensor, Tensor, Tensor]:
-        """(values uint8 [in, out], zeros uint8 [groups, out], scales fp16 [groups, out]) of one AutoAWQ
-        linear.
-        """
-        if self.config.quantization is None:
-            raise self._error(f"{name}.qweight", "is quantized but config.json has no quantization_config")
-        group = self.config.quantization.group_size
-        group = in_features if group == -1 else group
-        if in_features % group or out_features % 8:
+        """(values uint8 [in, out], zeros uint8 [groups, out], scales [groups, out]) of one linear."""
+        quantization = self.config.quantization
+        key = "qweight" if f"{name}.qweight" in self.checkpoint.names else "weight_packed"
+        if quantization is None:
+            raise self._error(f"{name}.{key}", "is quantized but config.json has no quantization_config")
+        group = in_features if quantization.group_size == -1 else quantization.group_size
+        if in_features % group or out_features % 8 or (key == "weight_packed" and in_features % 8):
             raise self._error(
-                f"{name}.qweight",
+                f"{name}.{key}",
                 f"[{in_features}, {out_features}] does not divide into groups of {group} by words of 8",
             )
-        shape = (in_features // group, out_features)
-        words = self._load(f"{name}.qweight", (in_features, out_features // 8), ("I32",))
-        zeros = self._load(f"{name}.qzeros", (shape[0], out_features // 8), ("I32",))
-        scales = self._load(f"{name}.scales", shape, _FLOATS)
-        self._check_scales(f"{name}.scales", scales)
+        read = self._gemm if quantization.layout == "gemm" else self._pack_quantized
+        values, zeros, scales = read(name, out_features, in_features, in_features // group)
         factors = self.output_factors.get(name)
         if factors is not None:
             scales = scales * factors.to(scales.dtype)
+        return values, zeros, scales.to(self.numerics.device)
+
+    def _gemm(
+        self, name: str, out_features: int, in_features: int, groups: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        words = self._load(f"{name}.qweight", (in_features, out_features // 8), ("I32",))
+        zeros = self._load(f"{name}.qzeros", (groups, out_features // 8), ("I32",))
+        scales = self._load(f"{name}.scales", (groups, out_features), _FLOATS)
+        self._check_scales(f"{name}.scales", scales)
         device = self.numerics.device
         # Moved packed: an eighth of the bytes, and unpacked where that is fast.
-        return unpack_int4(words.to(device)), unpack_int4(zeros.to(device)), scales.to(device)
+        return unpack_int4(words.to(device)), unpack_int4(zeros.to(device)), scales
+
+    def _pack_quantized(
+        self, name: str, out_features: int, in_features: int, groups: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        words = self._load(f"{name}.weight_packed", (out_features, in_features // 8), ("I32",))
+        scales = self._load(f"{name}.weight_scale", (out_features, groups), _FLOATS)
+        self._check_scales(f"{name}.weight_scale", scales)
+        stated, shape = self._load(f"{name}.weight_shape", (2,), ("I64", "I32")), [out_features, in_features]
+        if stated.tolist() != shape:
+            raise self._error(f"{name}.weight_shape", f"says {stated.tolist()}, expected {shape}")
+        device = self.numerics.device
+        values = unpack_int4(words.to(device), SEQUENTIAL).t().contiguous()
+        if self.config.quantization is not None and self.config.quantization.has_zeros:
+            packed = self._load(f"{name}.weight_zero_point", (out_features // 8, groups), ("I32",))
+            zeros = unpack_rows(packed.to(device)).t().contiguous()
+        else:
+            zeros = torch.full((groups, out_features), SYMMETRIC_ZERO, dtype=torch.uint8, device=device)
+        return values, zeros, scales.t().contiguous()
 
     def _check_scales(self, name: str, scales: Tensor) -> None:
         if not bool(torch.isfinite(scales).all()):

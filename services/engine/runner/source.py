@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.engine.models.registry import ARCHITECTURES
 from services.engine.runner.config import RunnerConfig, RunnerConfigError
 from weft.artifact.checkpoint import Checkpoint, CheckpointError
 from weft.artifact.manifest import ArtifactNotFound, Canary, tokenizer_digest
@@ -46,7 +47,7 @@ def open_source(config: RunnerConfig) -> Source:
     store.verify(artifact)
     manifest = artifact.manifest
     return Source(
-        checkpoint=Checkpoint.open(artifact.path),
+        checkpoint=Checkpoint.open(artifact.path, ARCHITECTURES),
         model_name=artifact.model,
         version=artifact.version,
         digest=manifest.digest,
@@ -57,7 +58,7 @@ def open_source(config: RunnerConfig) -> Source:
 
 
 def _open_directory(directory: Path, name: str | None) -> Source:
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = Checkpoint.open(directory, ARCHITECTURES)
     try:
         tokenizer = tokenizer_digest(directory)
     except ArtifactNotFound:

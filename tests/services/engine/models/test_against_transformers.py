@@ -4,11 +4,13 @@ blocks.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from services.engine.core.batch import Chunk
@@ -16,8 +18,13 @@ from services.engine.core.sequence import SamplingParams, Sequence
 from services.engine.runner.config import RunnerConfig
 from services.engine.runner.model_runner import ModelRunner, load_runner
 from tests.services.engine.models.checkpoints import (
+    GEMMA2,
+    GEMMA3,
+    INTERNLM2,
+    INTERNLM3,
     LLAMA,
     MISTRAL,
+    PHI3,
     QWEN2,
     QWEN3,
     dequantize_checkpoint,
@@ -26,6 +33,16 @@ from tests.services.engine.models.checkpoints import (
 )
 from weft.memory import ModelShape, weight_bytes
 
+INTERNLM2_NAMES = {
+    "attention.wo": "self_attn.o_proj",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w3": "mlp.up_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "tok_embeddings": "embed_tokens",
+    "output.": "lm_head.",
+}
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -33,6 +50,12 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+LONGROPE = {
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.0, 1.3, 1.2, 1.5, 1.7, 2.0],
+    "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 8.0, 16.0, 32.0],
+}
+LONGROPE_6 = {name: value[:6] if isinstance(value, list) else value for name, value in LONGROPE.items()}
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": LLAMA,
     "llama tied": {**LLAMA, "tie_word_embeddings": True},
@@ -72,14 +95,84 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
     },
     "qwen2 tied": {**QWEN2, "tie_word_embeddings": True, "num_key_value_heads": 1},
+    "internlm2": INTERNLM2,
+    "internlm2 biases, one head each": {**INTERNLM2, "bias": True, "num_key_value_heads": 6},
+    "internlm3": INTERNLM3,
+    "internlm3 biases": {**INTERNLM3, "bias": True, "qkv_bias": True},
+    "internlm3 other biases": {**INTERNLM3, "bias": True, "qkv_bias": False, "num_key_value_heads": 1},
+    "phi3": PHI3,
+    "phi3 no window": {**PHI3, "sliding_window": None, "num_key_value_heads": 4},
+    "phi3 partly turned": {**PHI3, "partial_rotary_factor": 0.75, "tie_word_embeddings": True},
+    "phi3 partly turned, odd": {**PHI3, "partial_rotary_factor": 0.45, "hidden_size": 72},
+    "phi3 short": {**PHI3, "rope_scaling": LONGROPE},
+    "phi3 long": {**PHI3, "rope_scaling": LONGROPE, "original_max_position_embeddings": 32},
+    "phi3 long, partly turned": {
+        **PHI3,
+        "original_max_position_embeddings": 64,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": LONGROPE_6,
+    },
+    "gemma2": GEMMA2,
+    "gemma2 without caps": {**GEMMA2, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    "gemma2 other layers": {
+        **GEMMA2,
+        "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        "num_key_value_heads": 4,
+        "sliding_window": 129,
+        "attention_bias": True,
+    },
+    "gemma3": GEMMA3,
+    "gemma3 nested ropes": {
+        **{key: value for key, value in GEMMA3.items() if "rope" not in key},
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 4.0, "rope_theta": 2000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+        "final_logit_softcapping": 5.0,
+    },
+    "gemma3 no scaling, untied": {**GEMMA3, "rope_scaling": None, "tie_word_embeddings": False},
 }
 
 
 def _transformers_logits(directory: Path, ids: list[int]) -> Tensor:
     transformers = pytest.importorskip("transformers")
+    if json.loads((directory / "config.json").read_text())["model_type"].startswith("internlm"):
+        directory = _as_llama(directory)
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     with torch.inference_mode():
         return model.eval()(torch.tensor([ids])).logits[0]
+
+
+def _as_llama(directory: Path) -> Path:
+    """An InternLM2 or 3 under Llama's names, which transformers computes without code of the checkpoint."""
+    config = json.loads((directory / "config.json").read_text())
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim = config.get("head_dim", config["hidden_size"] // heads)
+    rows = torch.arange((heads + 2 * kv_heads) * head_dim).view(kv_heads, heads // kv_heads + 2, head_dim)
+    parts = {"q_proj": rows[:, :-2], "k_proj": rows[:, -2], "v_proj": rows[:, -1]}
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in load_file(directory / "model.safetensors").items():
+        for theirs, llamas in INTERNLM2_NAMES.items():
+            name = name.replace(theirs, llamas)
+        if ".wqkv." in name:
+            for part, which in parts.items():
+                tensors[name.replace("attention.wqkv", f"self_attn.{part}")] = tensor[which.flatten()]
+        else:
+            tensors[name] = tensor
+    for name in [name for name in tensors if ".q_proj.weight" in name]:
+        # Llama's one flag for the biases of q, k, v and o.
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            stem = name.removesuffix("q_proj.weight") + part
+            tensors.setdefault(f"{stem}.bias", torch.zeros(len(tensors[f"{stem}.weight"])))
+    llama = {key: config[key] for key in LLAMA if key in config} | {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "head_dim": head_dim,
+        "attention_bias": True,
+        "mlp_bias": config["model_type"] == "internlm3" and config["bias"],
+    }
+    return write_checkpoint(directory / "llama", llama, tensors)
 
 
 def _load(directory: Path, block_size: int, **settings: Any) -> ModelRunner:
@@ -131,15 +224,29 @@ def test_logits_equal_those_of_transformers(name: str, tmp_path: Path) -> None:
     assert runner.info.is_deterministic
 
 
-@pytest.mark.parametrize("config", [LLAMA, MISTRAL, QWEN2, QWEN3], ids=lambda config: config["model_type"])
+EACH = [LLAMA, MISTRAL, QWEN2, QWEN3, INTERNLM2, INTERNLM3, PHI3, GEMMA2, GEMMA3]
+
+
+@pytest.mark.parametrize("config", EACH, ids=lambda config: config["model_type"])
 def test_weights_take_what_the_plan_says(config: dict[str, Any], tmp_path: Path) -> None:
     directory = write_checkpoint(tmp_path / "model", config)
     planned = weight_bytes(ModelShape.from_file(directory), 32)
     assert _load(directory, 16).info.weight_bytes == planned
 
 
-@pytest.mark.parametrize("skip", [(), ("v_proj",), ("mlp",)])
-@pytest.mark.parametrize("base", [LLAMA, QWEN2], ids=["llama", "qwen2"])
+@pytest.mark.parametrize(
+    ("base", "skip"),
+    [
+        *((base, skip) for base in (LLAMA, QWEN2) for skip in ((), ("v_proj",), ("mlp",))),
+        (INTERNLM2, ()),
+        (INTERNLM2, ("feed_forward",)),
+        (INTERNLM3, ()),
+        (PHI3, ()),
+        (PHI3 | {"partial_rotary_factor": 0.75}, ("gate_up",)),
+        (GEMMA2, ()),
+        (GEMMA3, ("q_proj",)),
+    ],
+)
 def test_an_autoawq_checkpoint_is_what_its_nibbles_say(
     base: dict[str, Any], skip: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -149,7 +256,8 @@ def test_an_autoawq_checkpoint_is_what_its_nibbles_say(
     expected = _transformers_logits(dequantize_checkpoint(packed, tmp_path / "meant"), ids)
     runner = _load(packed, 32)
     _assert_close(_by_token(runner, ids, 20), expected[19:])
-    assert ("int4-dequantize" in runner.info.kernel_paths["down"]) == ("mlp" not in skip)
+    is_packed = not {"mlp", "feed_forward"} & set(skip)
+    assert ("int4-dequantize" in runner.info.kernel_paths["down"]) == is_packed
 
 
 def test_stored_half_precision_is_served_in_float32(tmp_path: Path) -> None:
