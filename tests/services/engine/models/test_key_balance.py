@@ -15,12 +15,18 @@ from services.engine.kernels.kv_format import FORMATS
 from services.engine.kernels.numerics import Numerics
 from services.engine.models.key_balance import key_divisors
 from services.engine.models.loader import load_model, read_model_config
+from services.engine.models.registry import ARCHITECTURES
 from services.engine.runner.config import RunnerConfig
 from services.engine.runner.inputs import make_inputs
 from services.engine.runner.kv_cache import KVCache
 from services.engine.runner.model_runner import load_runner
 from tests.services.engine.models.checkpoints import (
+    GEMMA2,
+    GEMMA3,
+    INTERNLM2,
+    INTERNLM3,
     LLAMA,
+    PHI3,
     QWEN2,
     QWEN3,
     quantize_checkpoint,
@@ -34,6 +40,8 @@ IDS = torch.randint(97, (60,), generator=torch.Generator().manual_seed(3)).tolis
 
 def _with_outliers(config: dict[str, Any]) -> dict[str, Tensor]:
     """Random tensors, one rotary pair of kv head 1 (of both, where norms are shared) 40 times as large."""
+    if config["model_type"] in ("internlm2", "phi3"):
+        return _fused_with_outliers(config)
     tensors = tensors_of(config)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
@@ -42,19 +50,40 @@ def _with_outliers(config: dict[str, Any]) -> dict[str, Tensor]:
         if not (is_key or is_query):
             continue
         by_head = tensor.view(-1, head_dim, *tensor.shape[1:])
-        if config["model_type"] == "qwen3" and "proj" in name:
+        if config["model_type"] in ("qwen3", "gemma3_text") and "proj" in name:
             continue
+        offset = 1.0 if config["model_type"] == "gemma3_text" else 0.0
+        tensor += offset
         group = heads // kv_heads if is_query else 1
         first = 0 if "norm" in name else group
         for channel in (2, 2 + head_dim // 2):
             by_head[first:, channel] *= 40.0 if is_key else 1 / 40.0
+        tensor -= offset
+    return tensors
+
+
+def _fused_with_outliers(config: dict[str, Any]) -> dict[str, Tensor]:
+    """The same in one tensor of queries, keys and values: channels 2 and 2 + rotary_dim / 2 of kv head 1."""
+    tensors = tensors_of(config)
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    head_dim, group = config["hidden_size"] // heads, heads // kv_heads
+    turned = int(head_dim * config.get("partial_rotary_factor", 1.0))
+    is_interleaved = config["model_type"] == "internlm2"
+    key = group + 2 + group if is_interleaved else heads + 1
+    queries = range(group + 2, 2 * group + 2) if is_interleaved else range(group, 2 * group)
+    for name, tensor in tensors.items():
+        if "qkv" in name:
+            by_head = tensor.view(-1, head_dim, *tensor.shape[1:])
+            for channel in (2, 2 + turned // 2):
+                by_head[key, channel] *= 40.0
+                by_head[list(queries), channel] /= 40.0
     return tensors
 
 
 def _logits(
     directory: Path, kv_dtype: str, *, balances_keys: bool, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    checkpoint = Checkpoint.open(directory)
+    checkpoint = Checkpoint.open(directory, ARCHITECTURES)
     config = read_model_config(checkpoint)
     numerics = Numerics(dtype, is_deterministic=dtype == torch.float32)
     model = load_model(checkpoint, config, numerics, 128, balances_keys=balances_keys)
@@ -65,13 +94,25 @@ def _logits(
         return model.forward(inputs.token_ids, inputs.metadata, cache.layers, torch.arange(len(IDS)))
 
 
-@pytest.fixture(params=["llama", "qwen2", "qwen3", "llama packed"])
+CONFIGS = {
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "internlm2": {**INTERNLM2, "bias": True},
+    "internlm3": INTERNLM3,
+    "phi3": {**PHI3, "partial_rotary_factor": 0.75},
+    "gemma2": GEMMA2,
+    "gemma3": GEMMA3,
+}
+
+
+@pytest.fixture(params=[*CONFIGS, "llama packed", "internlm2 packed", "phi3 packed"])
 def outliers(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    config = {"qwen2": QWEN2, "qwen3": QWEN3}.get(request.param, LLAMA)
+    config = CONFIGS[request.param.split(" ")[0]]
     directory = write_checkpoint(tmp_path / "plain", config, _with_outliers(config))
     if "packed" not in request.param:
         return directory
-    return quantize_checkpoint(directory, tmp_path / "packed", 32, ("mlp",))
+    return quantize_checkpoint(directory, tmp_path / "packed", 32, ("mlp", "feed_forward"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
