@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from statistics import fmean
+
 from torch import Tensor
 
 from services.quantizer.grid import QuantizedWeight
 from services.quantizer.quantize import QuantizedBlock
 from services.quantizer.shards import TensorWriter
 from services.quantizer.source import STORED_DTYPES, Source
+from weft.artifact.manifest import LinearError
 from weft.artifact.packing import pack_int4
 
 
@@ -32,6 +36,21 @@ def joined(source: Source, parts: list[QuantizedWeight]) -> QuantizedWeight:
             for field in ("values", "zeros", "scales")
         )
     )
+
+
+def joined_errors(source: Source, index: int, errors: Mapping[str, LinearError]) -> dict[str, LinearError]:
+    """By full name; of linears that one tensor of the source holds, the mean.
+
+    Each is relative to what its own linear puts out, so where every part is at or below rounding, so is the
+    mean.
+    """
+    parts: dict[str, list[LinearError]] = {}
+    for name, error in errors.items():
+        parts.setdefault(source.full_name(index, name), []).append(error)
+    return {
+        name: LinearError(fmean(error.rounding for error in found), fmean(error.chosen for error in found))
+        for name, found in parts.items()
+    }
 
 
 def packed(weight: QuantizedWeight) -> dict[str, Tensor]:

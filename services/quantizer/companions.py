@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from services.quantizer.errors import QuantizerError
+from services.quantizer.model_map import ARCHITECTURES
 from weft.artifact.manifest import MAX_TOKENIZER_SIZE
 from weft.artifact.publish import Staging
 from weft.artifact.regular_file import FileRefusedError, read_regular
@@ -24,7 +25,10 @@ _MAX_SIZE = 16 << 20
 
 
 def companion_files(directory: Path) -> dict[str, bytes]:
-    """Name -> bytes of what the artifact takes over from the source; tokenizer.json is indispensable."""
+    """Name -> bytes of what the artifact takes over from the source; tokenizer.json is indispensable.
+
+    A tokenizer class of the source's own is left out where the architecture is one that is known.
+    """
     files: dict[str, bytes] = {}
     for name in COMPANION_NAMES:
         path = directory / name
@@ -37,6 +41,8 @@ def companion_files(directory: Path) -> dict[str, bytes]:
                 ) from None
         except (OSError, FileRefusedError) as error:
             raise QuantizerError(str(error)) from error
+    if "tokenizer_config.json" in files:
+        files["tokenizer_config.json"] = _without_code(files["tokenizer_config.json"], directory)
     documents = {
         name: _parse_document(files[name], directory / name)
         for name in ("tokenizer_config.json", "generation_config.json")
@@ -80,6 +86,23 @@ def _parse_document(data: bytes, path: Path) -> dict[str, Any]:
     if document.get("auto_map"):
         raise QuantizerError(f"{path}: auto_map asks to run code of the model; it never is")
     return document
+
+
+def _without_code(data: bytes, directory: Path) -> bytes:
+    """tokenizer_config.json, without the code that it names where config.json names an architecture that
+    needs none. What is served is read from tokenizer.json.
+    """
+    try:
+        document = parse_object(data, str(directory / "tokenizer_config.json"))
+        config = parse_object(
+            read_regular(directory / "config.json", _MAX_SIZE), str(directory / "config.json")
+        )
+    except (OSError, FileRefusedError, StrictJsonError):
+        return data  # refused where it is read for its own sake
+    if not document.get("auto_map") or config.get("architectures") not in [[name] for name in ARCHITECTURES]:
+        return data
+    del document["auto_map"]
+    return json.dumps(document, indent=2, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
 
 
 def _embedded_template(document: dict[str, Any]) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def build_config(architecture: Architecture, config: Mapping[str, Any], where: P
         if config.get(name):
             raise QuantizerError(f"{where}: {name} is not supported for this architecture")
     _check_rope(config, where)
-    values = {key: value for key, value in config.items() if key not in _NOT_PASSED_ON}
+    # A deep copy: the classes write into the objects they are given.
+    values = {key: deepcopy(value) for key, value in config.items() if key not in _NOT_PASSED_ON}
     for name, (stored, default) in architecture.config_fields.items():
         values[name] = config.get(stored, default)
         if not isinstance(values[name], bool):

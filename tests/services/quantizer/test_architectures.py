@@ -3,17 +3,23 @@ changes nothing, and an artifact means what it says under the source's names.
 """
 
 import json
-import logging
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
 from services.quantizer.folding import fold
+from services.quantizer.job import run
 from services.quantizer.model_map import ARCHITECTURES
+from services.quantizer.scales import ScaleSpace
 from services.quantizer.source import Source
+from tests.services.quantizer.test_job import read_gemm
 from tests.services.quantizer.tiny_models import TINY, tiny_config, whole_logits, write_tiny
+from weft.artifact import checkpoint
+from weft.artifact.checkpoint import CheckpointError
+from weft.artifact.store import ArtifactStore
 
 CPU = torch.device("cpu")
 VARIANTS = [
@@ -64,7 +70,7 @@ def test_blocks_one_at_a_time_equal_the_whole_model(tiny):
 
 
 def random_scales(source, weights, group, generator):
-    """Scales [in] of a group, alike wherever one row of the producer feeds several inputs; of its rows, too."""
+    """Scales [in] of a group, alike wherever one row of the producer feeds several; and of its rows."""
     num_in = weights[f"{group.linears[0]}.weight"].shape[1]
     repeats = source.num_repeats if group.is_value else 1
     per_row = torch.randn(num_in // repeats, generator=generator).mul(0.7).exp()
@@ -99,3 +105,156 @@ def test_folding_leaves_a_block_equal(tiny):
         assert not any("norm" in name for name in changed - {g.previous for g in groups})
         after = source.run_block(source.block(1), folded, hidden)
         assert (after - plain).abs().max() <= 1e-4 * (plain - hidden).abs().max(), chosen
+
+
+@pytest.fixture(params=TINY)
+def published(request, tmp_path):
+    """(config.json, source, artifact) of a run of seconds, in the source's 16 bits."""
+    source = write_tiny(tmp_path / "source", request.param, torch.bfloat16)
+    config = QuantizerConfig(
+        source=source,
+        artifacts=tmp_path / "artifacts",
+        name="tiny",
+        samples=4,
+        sequence_length=48,
+        evaluation_tokens=0,
+        group_size=32,
+        threads=1,
+    )
+    return tiny_config(request.param), source, run(config)
+
+
+def test_an_artifact_has_the_sources_names_and_means_what_its_canary_says(published):
+    config, source, artifact = published
+    ArtifactStore(artifact.path.parents[1]).verify(artifact)
+    weights, others = read_gemm(artifact.path)
+    stored = load_file(source / "model.safetensors")
+    assert weights.keys() | others.keys() == stored.keys()
+    assert {name.removesuffix(".weight") for name in weights} == artifact.manifest.linears.keys()
+    matrices = {n for n, t in stored.items() if t.dim() == 2 and "layers" in n}
+    assert weights.keys() == matrices
+    assert all(weights[name].shape == stored[name].shape for name in weights)
+    assert all(tensor.dtype == torch.bfloat16 for tensor in others.values())
+    assert all(0 < error.chosen <= error.rounding < 0.1 for error in artifact.manifest.linears.values())
+    for prompt in artifact.manifest.canary.prompts:
+        token_ids = torch.tensor([prompt.token_ids])
+        logprobs = whole_logits(config, {**weights, **others}, token_ids)[0].log_softmax(-1)
+        expected = torch.tensor(prompt.expected_token_ids).unsqueeze(1)
+        found = logprobs.gather(-1, expected).squeeze(1)
+        assert torch.allclose(found, torch.tensor(prompt.logprobs), atol=1e-3)
+    # Four bits cost a random model a lot; another model altogether would be 1.4 away.
+    plain = whole_logits(config, stored, token_ids)[0]
+    ours = whole_logits(config, {**weights, **others}, token_ids)[0]
+    assert (ours - plain).norm() <= 0.6 * plain.norm()
+
+
+def test_what_an_artifact_says_of_itself_names_no_code(published):
+    config, source, artifact = published
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((artifact.path / name).read_text())
+        assert ("auto_map" in json.loads((source / name).read_text())) == ("auto_map" in config)
+    kept = json.loads((artifact.path / "config.json").read_text())
+    del kept["quantization_config"]
+    assert kept == {key: value for key, value in config.items() if key != "auto_map"}
+
+
+REFUSED = {
+    "experts": ("Qwen3", {"architectures": ["Qwen3MoeForCausalLM"]}, "Qwen3MoeForCausalLM is not supported"),
+    "pictures": (
+        "Gemma3",
+        {"architectures": ["Gemma3ForConditionalGeneration"]},
+        "Gemma3ForConditionalGeneration is not supported",
+    ),
+    "code of an unknown architecture": (
+        "InternLM2",
+        {"architectures": ["InternLM4ForCausalLM"]},
+        "auto_map asks to run code",
+    ),
+    "rope": ("Qwen3", {"rope_scaling": {"rope_type": "spiral"}}, "rope_scaling of type spiral"),
+    "mrope": ("Qwen3", {"rope_scaling": {"type": "mrope"}}, "rope_scaling of type mrope"),
+    "rope of a layer type": (
+        "Gemma3",
+        {"rope_scaling": None, "rope_parameters": {"full_attention": {"rope_type": "spiral"}}},
+        "rope_parameters of type spiral",
+    ),
+    "rope that is no object": ("Mistral", {"rope_scaling": "dynamic"}, "rope_scaling is dynamic; an object"),
+    "longrope of another length": (
+        "Phi3",
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
+        "not usable",
+    ),
+    "both directions": ("Gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+    "a cap that is not computed": ("Gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+    "a cap of nothing": ("Gemma2", {"final_logit_softcapping": 0}, "final_logit_softcapping is 0"),
+    "no scale": ("Gemma2", {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar is -1"),
+    "a window of nothing": ("Mistral", {"sliding_window": 0}, "sliding_window is 0"),
+    "unknown layers": (
+        "Qwen3",
+        {"layer_types": ["full_attention", "chunked_attention"]},
+        "layer_types must name 2 layers",
+    ),
+    "too few layer types": ("Qwen3", {"layer_types": ["full_attention"]}, "layer_types"),
+    "alternating windows": (
+        "Mistral",
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        "layer_types is not supported for this architecture",
+    ),
+    "biases apart": ("InternLM3", {"qkv_bias": True, "bias": False}, "qkv_bias and bias differ"),
+    "a bias of words": ("InternLM2", {"bias": "yes"}, "bias is yes; true or false"),
+    "biases that are not there": ("InternLM2", {"bias": True}, "no tensor model.layers.0.attention"),
+    "other rows": ("InternLM2", {"num_key_value_heads": 6}, "attention.wqkv.weight: shape"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_the_table_does_not_cover_is_refused_by_name(tmp_path, case):
+    name, changes, expected = REFUSED[case]
+    source = write_tiny(tmp_path / "source", name)
+    (source / "config.json").write_text(json.dumps(tiny_config(name, **changes)))
+    with pytest.raises((QuantizerError, CheckpointError), match=expected) as caught:
+        Source(source, CPU)
+    assert "\n" not in str(caught.value)
+
+
+def test_code_that_is_not_run_is_told(tmp_path, monkeypatch):
+    told = []
+
+    class Logger:
+        def info(self, event, **fields):
+            told.append((event, fields))
+
+    monkeypatch.setattr(checkpoint, "_LOGGER", Logger())
+    Source(write_tiny(tmp_path / "source", "Phi3"), CPU)
+    Source(write_tiny(tmp_path / "plain", "Mistral"), CPU)
+    ((event, fields),) = told
+    assert "not run" in event
+    assert fields["architectures"] == ["Phi3ForCausalLM"]
+
+
+@pytest.mark.parametrize("name", ["Gemma2", "Qwen3"])
+def test_what_a_norm_stores_is_divided_exactly(tmp_path, name):
+    """1 + weight, where the norm adds 1, divided by scales that are made for it."""
+    source = Source(write_tiny(tmp_path / "source", name, torch.bfloat16), CPU)
+    weights, group = source.block_weights(0), source.architecture.groups[0]
+    offset = 1.0 if name == "Gemma2" else 0.0
+    norm = weights[f"{group.previous}.weight"]
+    space = ScaleSpace(
+        x_mean=torch.rand(96, generator=torch.Generator().manual_seed(1)) + 0.05,
+        w_mean=torch.ones(96),
+        num_repeats=1,
+        head_size=1,
+        producer=norm,
+        dtype=torch.bfloat16,
+        is_norm=True,
+        offset=group.norm_offset,
+    )
+    scales = space.make("x-only", 1.0).scales
+    assert scales.max() / scales.min() > 5
+    folding = fold(
+        weights,
+        source.architecture.linears,
+        [(group, scales, scales)],
+        lambda _name, value: value.to(torch.bfloat16).float(),
+    )
+    divided = folding.parameters[f"{group.previous}.weight"]
+    assert torch.allclose((divided + offset) * scales, norm + offset, rtol=1e-6, atol=0)

@@ -1,11 +1,13 @@
-"""A small random checkpoint of every architecture that can be quantized, with config.json as real ones have it,
-and the whole model that `transformers` makes of it.
+"""A small random checkpoint of every architecture that can be quantized, with config.json as real ones have
+it, and the whole model that `transformers` makes of it.
 
-InternLM2 has no class there: its tensors are renamed into Llama's by code that shares nothing with the product.
+InternLM2 has no class there: its tensors are renamed into Llama's by code that shares nothing with the
+product.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -153,8 +155,8 @@ def write_tiny(directory: Path, name: str, dtype: torch.dtype = torch.float32, *
 
 @torch.inference_mode()
 def whole_logits(config: dict[str, Any], tensors: dict[str, Tensor], token_ids: Tensor) -> Tensor:
-    """fp32 logits [windows, length, vocabulary] of the whole model that `transformers` makes of `tensors`, under
-    their names in the checkpoint.
+    """fp32 logits [windows, length, vocabulary] of the whole model that `transformers` makes of `tensors`,
+    under their names in the checkpoint.
     """
     model = _empty_model(config).eval()
     tensors = {key: value.float() for key, value in tensors.items()}
@@ -168,7 +170,9 @@ def whole_logits(config: dict[str, Any], tensors: dict[str, Tensor], token_ids: 
 
 
 def _empty_model(config: dict[str, Any]) -> Any:
-    values = {key: value for key, value in config.items() if key not in ("auto_map", "attn_implementation")}
+    values = copy.deepcopy(config)  # the classes write into it
+    for key in ("auto_map", "attn_implementation"):
+        values.pop(key, None)
     if config["model_type"] == "internlm2":
         values.update(model_type="llama", attention_bias=values.pop("bias"), rope_scaling=None)
     built = transformers.AutoConfig.for_model(**values)
