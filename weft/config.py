@@ -42,6 +42,8 @@ class ConfigError(ValueError):
 
     def __init__(self, flag: str, reason: str) -> None:
         super().__init__(f"{flag}: {reason}")
+        self.flag = flag
+        self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,6 +226,40 @@ def load_config(
     except ConfigError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def build_config(config_class: type[T], values: Mapping[str, str | bool]) -> T:
+    """A config from option names and what their flags would be given (a bool for a flag that takes no value),
+    without the environment. Raises ConfigError, naming the flag, for a bad, missing or unknown one.
+    """
+    fields = {field.name: field for field in _fields(config_class)}
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        field = fields.get(name)
+        if field is None:
+            raise ConfigError("--" + name.replace("_", "-"), "no such option")
+        if field.is_bool != isinstance(value, bool):
+            raise ConfigError(field.flag, "takes no value" if field.is_bool else "takes a value")
+        found[name] = value if isinstance(value, bool) else _value(field, value, field.flag)
+    for field in fields.values():
+        if field.default is dataclasses.MISSING and field.name not in found:
+            raise ConfigError(field.flag, "is required")
+    return config_class(**found)
+
+
+def flags_of(values: Mapping[str, str | bool]) -> list[str]:
+    """The same as words of a command line."""
+    return [
+        "--" + ("" if value else "no-") + name.replace("_", "-")
+        if isinstance(value, bool)
+        else f"--{name.replace('_', '-')}={value}"
+        for name, value in values.items()
+    ]
+
+
+def environment_without(prefix: str) -> dict[str, str]:
+    """The variables that a child process may inherit: all but those that begin with `prefix`."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(prefix)}
 
 
 def shown(value: Any) -> Any:

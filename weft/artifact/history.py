@@ -23,7 +23,7 @@ FENCE_NAME = ".fence"
 _NEW_FENCE = ".fence.new"
 _MAX_HISTORY_SIZE = 64 << 20
 _MAX_FENCE_SIZE = 64
-MAX_TOKEN = (1 << 63) - 1
+MAX_TOKEN = (1 << 62) - 1
 
 
 class FencedError(ArtifactError):

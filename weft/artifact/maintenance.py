@@ -28,6 +28,8 @@ from weft.artifact.publish import locked, remove_abandoned, set_current
 from weft.artifact.regular_file import FileRefusedError, read_regular
 from weft.artifact.store import RUN_NAME, ArtifactStore
 
+# Held, as a file lock, by a run of the quantizer: the directories that it goes on from are in use then.
+RUN_LOCK_NAME = ".run.lock"
 _MAX_RUN_SIZE = 1 << 20
 _WORK = re.compile(r"\.work-[0-9a-f]{16}\Z")
 
@@ -133,6 +135,22 @@ def _unused(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
+@contextmanager
+def _no_run(directory: Path) -> Iterator[bool]:
+    """Whether no run of this name is at work; while the context lasts none can begin."""
+    path = directory / RUN_LOCK_NAME
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        yield False
+    else:
+        yield True
+        path.unlink(missing_ok=True)  # still locked: whoever opened it meanwhile sees that it is gone
+    finally:
+        os.close(descriptor)
+
+
 def _collect_version(directory: Path, model: str, name: str, grace_s: float, is_dry: bool) -> Removal:
     path = directory / name
     size = _tree_size(path)
@@ -150,6 +168,14 @@ def _collect_version(directory: Path, model: str, name: str, grace_s: float, is_
 
 
 def _collect_leftovers(directory: Path, model: str, grace_s: float, is_dry: bool) -> list[Removal]:
+    with _no_run(directory) as is_idle:
+        found = _leftovers(directory, model, grace_s, is_idle, is_dry)
+    if not is_dry:
+        remove_abandoned(directory)
+    return found
+
+
+def _leftovers(directory: Path, model: str, grace_s: float, is_idle: bool, is_dry: bool) -> list[Removal]:
     found = []
     for name in sorted(os.listdir(directory)):
         is_work = _WORK.match(name) is not None
@@ -162,11 +188,10 @@ def _collect_leftovers(directory: Path, model: str, grace_s: float, is_dry: bool
             found.append(Removal(model, name, size, False, "younger than the grace"))
             continue
         with contextlib.suppress(OSError), _unused(path) as is_unused:
-            if is_unused and is_work and not is_dry:
+            is_free = is_unused and (is_idle or not is_work)
+            if is_free and is_work and not is_dry:
                 shutil.rmtree(path, ignore_errors=True)
-            found.append(Removal(model, name, size, is_unused, "abandoned" if is_unused else "in use"))
-    if not is_dry:
-        remove_abandoned(directory)
+            found.append(Removal(model, name, size, is_free, "abandoned" if is_free else "in use"))
     return found
 
 

@@ -202,7 +202,7 @@ def test_a_worker_that_lost_its_lease_does_not_publish(store):
     assert store.current("demo") == "v2"
 
 
-@pytest.mark.parametrize("content", ["", "x", "-1", "1" * 80, str(1 << 63)])
+@pytest.mark.parametrize("content", ["", "x", "-1", "1" * 80, str(1 << 62)])
 def test_a_fence_that_cannot_be_read_keeps_everybody_out(store, content):
     publish(store, "v1")
     (store.root / "demo" / ".fence").write_text(content)
@@ -221,3 +221,16 @@ def test_listing_tells_what_is_broken(store):
     ]
     assert listed[0].size == len(b"v2v2v2") + 2
     assert list_versions(store, "nothing") == []
+
+
+def test_collect_leaves_the_state_of_a_run_at_work(store):
+    publish(store, "v1")
+    work = store.root / "demo" / (".work-" + "0" * 16)
+    work.mkdir()
+    os.utime(work, (1, 1))
+    lock = (store.root / "demo" / ".run.lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert [(r.name, r.why) for r in collect(store, "demo", 1, 60)] == [(work.name, "in use")]
+    lock.close()
+    assert [(r.name, r.why) for r in collect(store, "demo", 1, 60)] == [(work.name, "abandoned")]
+    assert sorted(os.listdir(store.root / "demo")) == ["CURRENT", "HISTORY", "v1"]
