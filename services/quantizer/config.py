@@ -11,9 +11,16 @@ from weft.artifact.manifest import is_model_name
 from weft.config import REQUIRED, ConfigError, option, parse_float, parse_size
 
 GROUP_SIZES = ("32", "64", "128")
+AWQ, COMPRESSED_TENSORS = "awq", "compressed-tensors"
+FORMATS = (AWQ, COMPRESSED_TENSORS)
 RECIPE_VERSION = 1
 PATH_SEPARATOR = ":"
+DEFAULT_SAMPLES = 128
 ENV_PREFIX = "WEFT_QUANTIZER_"
+_WEIGHTED = re.compile(r"(?s)(.+)@(\d{1,9}(?:\.\d{1,9})?)\Z")
+_WORKERS = re.compile(
+    r"local:[1-9]\d{0,2}|ray:auto|ray:(//)?(\[[0-9A-Fa-f:.]+\]|[\w.-]{1,253}):\d{1,5}", re.ASCII
+)
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 
 
@@ -22,6 +29,18 @@ def _paths(text: str) -> tuple[Path, ...]:
     if not paths:
         raise ValueError("no file is named")
     return paths
+
+
+def split_weight(path: Path) -> tuple[Path, float | None]:
+    """`chat.jsonl@2.5` as its name and its weight; None without one. The last @ counts, so a file whose own
+    name ends like that is given with a weight behind it. Raises ValueError for a weight of zero.
+    """
+    match = _WEIGHTED.match(str(path))
+    if match is None:
+        return path, None
+    if not float(match[2]) > 0:
+        raise ValueError(f"{str(path)!r}: a weight of zero leaves nothing of the file")
+    return Path(match[1]), float(match[2])
 
 
 def _increase(text: str) -> float:
@@ -37,13 +56,20 @@ def _increase(text: str) -> float:
 
 @dataclass(frozen=True, slots=True)
 class QuantizerConfig:
-    """One run. Empty `calibration` and `evaluation` mean the bundled texts."""
+    """One run. Empty `calibration` and `evaluation` mean the bundled texts. `samples` is a number once the
+    object is made: what was given, or what `calibration_tokens` makes of it.
+    """
 
     source: Path = option(REQUIRED, "Hugging Face checkpoint directory (safetensors)", metavar="DIR")  # noqa: RUF009
     artifacts: Path = option(REQUIRED, "root of the artifact volume", metavar="DIR")  # noqa: RUF009
     name: str = option(REQUIRED, "model name to publish under")
-    calibration: tuple[Path, ...] = option((), "UTF-8 text files", parse=_paths, metavar="FILE ...")
-    samples: int = option(128, "calibration windows, at most", metavar="N")
+    calibration: tuple[Path, ...] = option(
+        (), "UTF-8 text or JSON lines, with shares", parse=_paths, metavar="FILE[@WEIGHT] ..."
+    )
+    samples: int = option(None, f"calibration windows, at most; {DEFAULT_SAMPLES} by default", metavar="N")
+    calibration_tokens: int | None = option(
+        None, "calibration tokens, at most: --samples by another name", metavar="N"
+    )
     sequence_length: int = option(512, "tokens of a calibration window", metavar="N")
     evaluation: tuple[Path, ...] = option((), "held-out UTF-8 text files", parse=_paths, metavar="FILE ...")
     evaluation_tokens: int = option(32768, "tokens to evaluate on, at most; 0 skips it", metavar="N")
@@ -54,9 +80,13 @@ class QuantizerConfig:
         None, "publish nothing whose mean KL to the source is larger", metavar="NATS"
     )
     group_size: int = option(128, "input channels that share a scale", choices=GROUP_SIZES)
+    format: str = option(AWQ, "how the artifact stores its weights", choices=FORMATS)
     skip_indivisible: bool = option(False, "leave sets that do not divide in full precision")
     propagate_error: bool = option(True, "calibrate each block on the quantized ones before it")
     device: str = option("cpu", "cpu, cuda or cuda:N")
+    workers: str | None = option(
+        None, "where to search: local:N, ray:auto, ray:HOST:PORT, ray://HOST:PORT", metavar="WHERE"
+    )
     threads: int | None = option(None, "CPU threads; by default torch decides", metavar="N")
     seed: int = option(0, "chooses the calibration windows", metavar="N")
     force: bool = option(False, "quantize even when CURRENT already holds this")
@@ -64,27 +94,57 @@ class QuantizerConfig:
     memory_limit: int | None = option(
         None, "refuse a job that needs more; by default what is available", parse=parse_size, metavar="8GiB"
     )
+    fencing_token: int | None = option(
+        None, "a larger one that has been here keeps this run from publishing", metavar="N"
+    )
 
     def __post_init__(self) -> None:
         if not is_model_name(self.name):
             raise ConfigError("--name", f"{self.name[:80]!r} does not match [a-z0-9][a-z0-9._-]{{0,63}}")
         if str(self.group_size) not in GROUP_SIZES:
             raise ConfigError("--group-size", f"{self.group_size} is none of {', '.join(GROUP_SIZES)}")
+        if self.format not in FORMATS:
+            raise ConfigError("--format", f"{self.format[:80]!r} is none of {', '.join(FORMATS)}")
         if not 0 <= self.seed < 1 << 64:
             raise ConfigError("--seed", f"{self.seed} is not between 0 and 2^64 - 1")
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError("--device", f"{self.device[:80]!r} is neither cpu, cuda nor cuda:N")
+        if self.workers is not None and not _WORKERS.fullmatch(self.workers):
+            raise ConfigError(
+                "--workers",
+                f"{self.workers[:80]!r} is none of local:N, ray:auto, ray:HOST:PORT, ray://HOST:PORT",
+            )
         for flag, value, least, most in (
-            ("--samples", self.samples, 1, 1 << 16),
-            ("--sequence-length", self.sequence_length, 8, 1 << 17),
+            ("--samples", DEFAULT_SAMPLES if self.samples is None else self.samples, 1, 1 << 16),
+            ("--sequence-length", self.sequence_length, 1, 1 << 17),
             ("--evaluation-tokens", self.evaluation_tokens, 0, 1 << 30),
             ("--threads", 1 if self.threads is None else self.threads, 1, 1 << 10),
+            ("--fencing-token", self.fencing_token or 0, 0, (1 << 62) - 1),
             ("--memory-limit", 1 if self.memory_limit is None else self.memory_limit, 1, 1 << 50),
         ):
             if not least <= value <= most:
                 raise ConfigError(flag, f"{value} is not between {least} and {most}")
 
         self._check_gate()
+        self._resolve_samples()
+        try:
+            for path in self.calibration:
+                split_weight(path)
+        except ValueError as error:
+            raise ConfigError("--calibration", str(error)) from None
+
+    def _resolve_samples(self) -> None:
+        """One number of windows, however it was said."""
+        if self.calibration_tokens is None:
+            windows = DEFAULT_SAMPLES if self.samples is None else self.samples
+        else:
+            windows = self.calibration_tokens // self.sequence_length
+            budget = f"{self.calibration_tokens} tokens are {windows} windows of {self.sequence_length}"
+            if not 1 <= windows <= 1 << 16:
+                raise ConfigError("--calibration-tokens", f"{budget}, which is not between 1 and {1 << 16}")
+            if self.samples not in (None, windows):
+                raise ConfigError("--calibration-tokens", f"{budget}, --samples says {self.samples}")
+        object.__setattr__(self, "samples", windows)
 
     def _check_gate(self) -> None:
         for flag, bound in (
@@ -105,11 +165,13 @@ class QuantizerConfig:
             "method": "awq",
             "bits": 4,
             "group_size": self.group_size,
+            "format": self.format,
             "zero_point": True,
             "clip": "asymmetric",
             "propagate_error": self.propagate_error,
             "skip_indivisible": self.skip_indivisible,
             "samples": self.samples,
+            "calibration_weights": [split_weight(path)[1] for path in self.calibration],
             "sequence_length": self.sequence_length,
             "evaluation_tokens": self.evaluation_tokens,
             "evaluation_digest": evaluation_digest,

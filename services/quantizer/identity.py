@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from services.quantizer.companions import companion_files
-from services.quantizer.config import QuantizerConfig
+from services.quantizer.config import QuantizerConfig, split_weight
 from services.quantizer.errors import QuantizerError
 from services.quantizer.gate import require
 from services.quantizer.texts import BUNDLED_CALIBRATION, BUNDLED_EVALUATION, read_texts
@@ -27,7 +27,9 @@ _IDENTITY = ("source_digest", "recipe", "seed", "calibration_digest", "tokenizer
 
 def draft_manifest(config: QuantizerConfig) -> Manifest:
     """The manifest of a run as far as it is known beforehand: no files, errors, quality or canary."""
-    _, calibration_digest = read_texts(config.calibration or BUNDLED_CALIBRATION)
+    _, calibration_digest = read_texts(
+        [split_weight(p)[0] for p in config.calibration] or BUNDLED_CALIBRATION
+    )
     _, evaluation_digest = read_texts(config.evaluation or BUNDLED_EVALUATION)
     check_directory(config.source)
     companions = companion_files(config.source)

@@ -56,7 +56,7 @@ def complain(make_checkpoint, tmp_path, capfd):
         ("--name", "Upper"),
         ("--samples", "0"),
         ("--samples", "-1"),
-        ("--sequence-length", "1"),
+        ("--sequence-length", "0"),
         ("--threads", "0"),
         ("--seed", "-1"),
         ("--device", "tpu"),
@@ -138,7 +138,7 @@ def test_bad_sources_end_with_one_line(complain, case):
 BAD_TEXTS = {
     "empty": (b"", "empty"),
     "blank": (b" \n\n ", "empty"),
-    "not UTF-8": (b"abc\xff\xfe", "not UTF-8 at byte 3"),
+    "not UTF-8": (b"abc\xff\xfe", "text.txt:1: not UTF-8 at byte 3"),
     "too short": (b"one two three", "fewer tokens"),
 }
 
@@ -248,7 +248,7 @@ def test_a_text_that_gives_no_window_is_not_ignored(complain, tmp_path):
         paths = (str(tmp_path / "long.txt"), str(tmp_path / "short.txt"))
         status, line = complain(None, flag, *paths, "--evaluation-tokens", "512")
         assert status == 1
-        assert f"{flag[2:]} text 2 holds fewer tokens" in line
+        assert f"{flag[2:]} {tmp_path}/short.txt holds fewer tokens" in line
 
 
 def test_the_module_runs_and_help_names_every_flag():
