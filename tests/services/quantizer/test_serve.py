@@ -1,4 +1,4 @@
-"""The job service as a process: health, reflection, keys, and an honest answer to every rpc."""
+"""The job service as a process: real jobs, killed and resumed; keys; what keeps it from starting."""
 
 import json
 import os
@@ -11,6 +11,8 @@ import grpc
 import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from weft.artifact.history import read_fence
+from weft.artifact.store import ArtifactStore
 from weft.rpc import auth
 from weft.rpc.channel import open_channel
 from weft.rpc.healthcheck import check
@@ -24,13 +26,19 @@ WITHOUT_TORCH = (
     "import sys; sys.modules['torch'] = sys.modules['transformers'] = None;"
     "from services.quantizer.__main__ import main; sys.exit(main(sys.argv[1:]))"
 )
-REQUESTS = {
-    "CreateJob": pb.CreateJobRequest(request_id="a"),
-    "GetJob": pb.GetJobRequest(job_id="a"),
-    "ListJobs": pb.ListJobsRequest(),
-    "WatchJob": pb.WatchJobRequest(job_id="a"),
-    "CancelJob": pb.CancelJobRequest(job_id="a"),
-}
+
+
+@pytest.fixture
+def directories(tmp_path):
+    """directories() -> the flags that every service needs."""
+    for name in ("sources", "artifacts"):
+        (tmp_path / name).mkdir()
+
+    def flags(**changes):
+        values = {name: tmp_path / name for name in ("sources", "artifacts", "state")} | changes
+        return [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
+
+    return flags
 
 
 @pytest.fixture
@@ -69,51 +77,120 @@ def terminate(process):
     return process.returncode
 
 
-async def test_every_rpc_is_unimplemented_and_says_what_to_do(serve):
-    process, address = serve("--listen", "127.0.0.1:0")
+TINY = {
+    "name": "tiny",
+    "group_size": 32,
+    "samples": 2,
+    "sequence_length": 64,
+    "evaluation_tokens": 0,
+    "threads": 1,
+}
+
+
+def request(request_id="first", **changes):
+    return pb.CreateJobRequest(request_id=request_id, spec=pb.JobSpec(**{**TINY, **changes}))
+
+
+async def watch(stub, job_id, until=lambda job: False):
+    """Every state that was seen, up to the end or to the one that `until` takes."""
+    seen = []
+    call = stub.WatchJob(pb.WatchJobRequest(job_id=job_id), timeout=120)
+    try:
+        async for response in call:
+            seen.append(response.job)
+            if until(response.job):
+                break
+    finally:
+        call.cancel()
+    return seen
+
+
+async def test_a_job_from_its_creation_to_an_artifact_that_loads(
+    serve, directories, make_checkpoint, tmp_path
+):
+    make_checkpoint(num_hidden_layers=1).rename(tmp_path / "sources" / "tiny")
+    process, address = serve("--listen=127.0.0.1:0", *directories())
     assert [check(address, name, 5.0) for name in ("", NAME)] == ["SERVING"] * 2
-    assert {method.name for method in pb.DESCRIPTOR.services_by_name["QuantizerService"].methods} == set(
-        REQUESTS
-    )
-    async with open_channel(address) as channel:
-        for name, request in REQUESTS.items():
-            call = getattr(QuantizerServiceStub(channel), name)(request, timeout=10)
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await (call.read() if name == "WatchJob" else call)
-            assert caught.value.code() is grpc.StatusCode.UNIMPLEMENTED, name
-            assert "python -m services.quantizer run" in caught.value.details()
     with grpc.insecure_channel(address) as channel:
         services = ProtoReflectionDescriptorDatabase(channel).get_services()
     assert {NAME, "grpc.health.v1.Health"} <= set(services)
+    async with open_channel(address) as channel:
+        stub = QuantizerServiceStub(channel)
+        created = (await stub.CreateJob(request(source="tiny"), timeout=10)).job
+        assert created.state == pb.JOB_STATE_QUEUED
+        again = (await stub.CreateJob(request(source="tiny"), timeout=10)).job
+        assert again.job_id == created.job_id
+        seen = await watch(stub, created.job_id)
+        last = seen[-1]
+        assert last.state == pb.JOB_STATE_SUCCEEDED
+        assert pb.JOB_STATE_RUNNING in {job.state for job in seen}
+        assert [job.progress for job in seen] == sorted(job.progress for job in seen)
+        assert last.progress == 1.0
+        assert last.blocks_done == last.blocks_total == 2
+        assert last.attempt == 1
+        assert last.create_time.seconds <= last.start_time.seconds <= last.end_time.seconds
+        got = await stub.GetJob(pb.GetJobRequest(job_id=created.job_id, include_log=True), timeout=10)
+        assert got.job == last
+        assert any('"event": "published"' in line for line in got.log_lines)
+    store = ArtifactStore(tmp_path / "artifacts")
+    artifact = store.open("tiny")
+    store.verify(artifact)
+    assert artifact.version == last.artifact_version
+    assert read_fence(tmp_path / "artifacts" / "tiny") == 1
     assert terminate(process) == 0
 
 
-async def test_keys_and_variables(serve, tmp_path):
+async def test_keys_and_variables(serve, directories, tmp_path):
     key = "a-key-of-a-test-0123456789"
     keys = tmp_path / "keys"
     keys.write_text(f"tester:{auth.hash_key(key)}\n")
     variables = {"WEFT_QUANTIZER_LISTEN": "127.0.0.1:0", "WEFT_QUANTIZER_API_KEY_FILE": str(keys)}
-    process, address = serve(**variables)
-    for given, expected in ((None, "UNAUTHENTICATED"), (key, "UNIMPLEMENTED")):
-        async with open_channel(address, given) as channel:
-            with pytest.raises(grpc.aio.AioRpcError) as caught:
-                await QuantizerServiceStub(channel).ListJobs(pb.ListJobsRequest(), timeout=10)
-        assert caught.value.code().name == expected
+    process, address = serve(*directories(), **variables)
+    async with open_channel(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await QuantizerServiceStub(channel).ListJobs(pb.ListJobsRequest(), timeout=10)
+        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+    async with open_channel(address, key) as channel:
+        assert not (await QuantizerServiceStub(channel).ListJobs(pb.ListJobsRequest(), timeout=10)).jobs
     assert terminate(process) == 0
 
 
+def broken_database(tmp_path):
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "jobs.sqlite").write_bytes(b"SQLite format 3\0" + b"x" * 5000)
+    return {}
+
+
 @pytest.mark.parametrize(
-    ("flags", "status", "expected"),
+    ("changes", "status", "expected"),
     [
-        (("--listen", "nowhere"), 2, "--listen"),
-        (("--samples", "3"), 2, "--samples"),
-        (("--api-key-file", "/nonexistent/keys"), 1, "/nonexistent/keys"),
-        (("--listen", "192.0.2.1:1"), 1, "cannot listen on 192.0.2.1:1"),
+        ({"listen": "nowhere"}, 2, "--listen"),
+        ({"samples": "3"}, 2, "--samples"),
+        ({"devices": "tpu"}, 2, "--devices"),
+        ({"devices": "cpu,cpu"}, 2, "--devices"),
+        ({"runner": "magic"}, 2, "--runner"),
+        ({"max_queued": "0"}, 2, "--max-queued"),
+        ({"api_key_file": "/nonexistent/keys"}, 1, "/nonexistent/keys"),
+        ({"listen": "192.0.2.1:1"}, 1, "cannot listen on 192.0.2.1:1"),
+        ({"sources": "/nonexistent"}, 1, "/nonexistent: no such directory"),
+        (lambda path: {"state": path / "artifacts" / "state"}, 1, "must not lie in one another"),
+        (lambda path: {"artifacts": path / "sources", "state": path}, 1, "must not lie in one another"),
+        (broken_database, 1, "jobs.sqlite"),
     ],
 )
-def test_what_keeps_it_from_starting_is_one_line(flags, status, expected):
+def test_what_keeps_it_from_starting_is_one_line(directories, tmp_path, changes, status, expected):
+    changes = changes(tmp_path) if callable(changes) else changes
+    flags = directories(**{"listen": "127.0.0.1:0", **changes})
     command = [sys.executable, "-m", "services.quantizer", "serve", *flags]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
     assert done.returncode == status
-    assert expected in done.stderr.splitlines()[-1] or expected in done.stderr.splitlines()[-2]
+    assert expected in "".join(done.stderr.splitlines()[-3:])
     assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_database_is_left_as_it_is(directories, tmp_path):
+    broken_database(tmp_path)
+    before = (tmp_path / "state" / "jobs.sqlite").read_bytes()
+    command = [sys.executable, "-m", "services.quantizer", "serve", "--listen=127.0.0.1:0", *directories()]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=30).returncode == 1
+    assert (tmp_path / "state" / "jobs.sqlite").read_bytes() == before
