@@ -83,6 +83,11 @@ DOORS: list[tuple[str, tuple[str, ...], tuple[str, ...]]] = [
         ("grpc", "weft.rpc", "weft.v1"),
         ("services/quantizer/rpc/", "services/quantizer/serve.py"),
     ),
+    (
+        "services/quantizer",
+        ("ray",),
+        ("services/quantizer/ray_cluster.py", "services/quantizer/ray_pool.py"),
+    ),
     ("services/engine", ("triton",), ("services/engine/kernels/",)),
 ]
 
@@ -162,18 +167,22 @@ DISTRIBUTIONS = {
 }
 # Area -> the extra that its users install.
 EXTRAS = {"services/engine": "engine", "services/gateway": "gateway", "services/quantizer": "quantizer"}
+# Extras that add something to an area which works without.
+OPTIONAL = {"services/quantizer": "ray"}
 
 
 @pytest.mark.parametrize("area", ["cli", "tools/demo", *EXTRAS])
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported(area: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    base, extra = (
+    extras = [name for name in (EXTRAS.get(area), OPTIONAL.get(area)) if name]
+    base, *extra_sets = (
         {re.split(r"[<>=]", line)[0] for line in lines}
         for lines in (
             project["dependencies"],
-            project["optional-dependencies"][EXTRAS[area]] if area in EXTRAS else [],
+            *(project["optional-dependencies"][name] for name in extras),
         )
     )
+    extra = set().union(*extra_sets)
     own = {"weft", "services", "cli", "tools"} | sys.stdlib_module_names
     names = {i.name.partition(".")[0] for path in python_files(area) for i in imports(path)} - own
     found = {DISTRIBUTIONS.get(name, name) for name in names}
