@@ -5,23 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
+import torch
 from torch import Tensor
 
+from services.quantizer.config import AWQ, COMPRESSED_TENSORS
 from services.quantizer.grid import QuantizedWeight
 from services.quantizer.quantize import QuantizedBlock
 from services.quantizer.shards import TensorWriter
 from services.quantizer.source import STORED_DTYPES, Source
 from weft.artifact.manifest import LinearError
-from weft.artifact.packing import pack_int4
+from weft.artifact.packing import SEQUENTIAL, pack_int4, pack_rows
 
 
-def write_block(writer: TensorWriter, source: Source, index: int, block: QuantizedBlock) -> None:
-    """Add all tensors of block `index` to `writer`, by the names that the source has for them."""
+def write_block(
+    writer: TensorWriter, source: Source, index: int, block: QuantizedBlock, file_format: str = AWQ
+) -> None:
+    """Add all tensors of block `index` to `writer`, by the names that the source has for them; linears as
+    `file_format` says, one of config.py's FORMATS.
+    """
     for full_name, names in sorted(source.stored_parameters(index).items()):
         linears = [name.removesuffix(".weight") for name in names]
         if linears[0] in block.linears:
             weight = joined(source, [block.linears[linear] for linear in linears])
-            for suffix, tensor in packed(weight).items():
+            for suffix, tensor in packed(weight, file_format).items():
                 writer.add(f"{full_name.removesuffix('weight')}{suffix}", tensor)
         else:
             tensor = source.join_rows([block.weights[name] for name in names])
@@ -53,8 +59,15 @@ def joined_errors(source: Source, index: int, errors: Mapping[str, LinearError])
     }
 
 
-def packed(weight: QuantizedWeight) -> dict[str, Tensor]:
-    """The three tensors of the gemm layout: input channels along rows."""
+def packed(weight: QuantizedWeight, file_format: str = AWQ) -> dict[str, Tensor]:
+    """The tensors of a linear, by what they add to its name."""
+    if file_format == COMPRESSED_TENSORS:
+        return {
+            "weight_packed": pack_int4(weight.values.cpu(), SEQUENTIAL),
+            "weight_zero_point": pack_rows(weight.zeros.cpu()),
+            "weight_scale": weight.scales,
+            "weight_shape": torch.tensor(weight.values.shape),
+        }
     return {
         "qweight": pack_int4(weight.values.T.cpu()),
         "qzeros": pack_int4(weight.zeros.T.cpu()),

@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from services.quantizer.config import AWQ, COMPRESSED_TENSORS
 from services.quantizer.errors import QuantizerError
 from services.quantizer.model_map import ARCHITECTURES
 from weft.artifact.manifest import MAX_TOKENIZER_SIZE
@@ -65,9 +66,11 @@ def write_companions(staged: Staging, files: dict[str, bytes]) -> None:
         staged.write(name, files[name])
 
 
-def quantized_config(config: dict[str, Any], group_size: int, full_precision: list[str]) -> bytes:
+def quantized_config(
+    config: dict[str, Any], group_size: int, full_precision: list[str], file_format: str = AWQ
+) -> bytes:
     """config.json of the artifact: the source's, and how its weights are packed."""
-    packing = {
+    packing: dict[str, Any] = {
         "quant_method": "awq",
         "version": "gemm",
         "bits": 4,
@@ -75,7 +78,30 @@ def quantized_config(config: dict[str, Any], group_size: int, full_precision: li
         "zero_point": True,
         "modules_to_not_convert": full_precision or None,
     }
+    if file_format == COMPRESSED_TENSORS:
+        packing = _pack_quantized(group_size, full_precision)
     return json.dumps({**config, "quantization_config": packing}, indent=2).encode("utf-8") + b"\n"
+
+
+def _pack_quantized(group_size: int, full_precision: list[str]) -> dict[str, Any]:
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": False,
+        "strategy": "group",
+        "group_size": group_size,
+        "dynamic": False,
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        # For transformers alone: compressed-tensors 0.19 cannot keep packed zero points packed when it loads.
+        "dequantize": True,
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        # The head is a Linear too, which nobody packs.
+        "ignore": ["lm_head", *full_precision],
+    }
 
 
 def _parse_document(data: bytes, path: Path) -> dict[str, Any]:

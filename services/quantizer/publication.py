@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from services.quantizer.companions import companion_files, quantized_config, write_companions
-from services.quantizer.config import QuantizerConfig
+from services.quantizer.config import AWQ, COMPRESSED_TENSORS, QuantizerConfig
 from services.quantizer.errors import GateMissed, QuantizerError
 from services.quantizer.gate import explain, misses
 from services.quantizer.rejection import keep_rejected, remove_rejected
@@ -30,6 +30,7 @@ from weft.artifact.publish import Staging
 from weft.artifact.store import Artifact
 
 _LOGGER = logs.get_logger("quantizer")
+_VERSION_PREFIXES = {AWQ: "awq", COMPRESSED_TENSORS: "ct"}
 
 
 @dataclass(slots=True)
@@ -74,7 +75,10 @@ def publish(
     write_companions(staged, companion_files(config.source))
     if "sha256:" + staged.files["tokenizer.json"].sha256 != draft.tokenizer_digest:
         raise QuantizerError(f"{config.source}: tokenizer.json changed during the run")
-    staged.write("config.json", quantized_config(source.checkpoint.config, config.group_size, full_precision))
+    staged.write(
+        "config.json",
+        quantized_config(source.checkpoint.config, config.group_size, full_precision, config.format),
+    )
     report = build_report(
         config.name, draft.recipe, outcome.quality, outcome.errors, outcome.choices, full_precision
     )
@@ -88,14 +92,24 @@ def publish(
         quality=outcome.quality,
         canary=outcome.canary,
     )
-    version = "awq-" + manifest.digest.removeprefix("sha256:")[:12]
+    version = version_name(config.format, manifest)
     missed = misses(config, outcome.quality)
     if missed:
         where = keep_rejected(config.artifacts / config.name, version, pages)
         raise GateMissed(explain(missed, where / "report.html"))
-    artifact = staged.publish(manifest, version, run_document(config.source, config.device, started))
+    artifact = staged.publish(
+        manifest,
+        version,
+        run_document(config.source, config.device, started),
+        fencing_token=config.fencing_token,
+    )
     remove_rejected(config.artifacts / config.name, version)
     return artifact
+
+
+def version_name(file_format: str, manifest: Manifest) -> str:
+    """What an artifact is called in its model's directory: its format and the beginning of its digest."""
+    return f"{_VERSION_PREFIXES[file_format]}-" + manifest.digest.removeprefix("sha256:")[:12]
 
 
 def run_document(source: Path, device: str, started: float) -> bytes:

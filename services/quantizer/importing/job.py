@@ -21,12 +21,13 @@ from services.quantizer.block_writer import packed
 from services.quantizer.calibration import calibration_windows, load_tokenizer
 from services.quantizer.canary import NUM_PROMPTS, PROMPT_LENGTH, CanaryRecorder
 from services.quantizer.companions import companion_files, quantized_config, write_companions
+from services.quantizer.config import AWQ
 from services.quantizer.errors import QuantizerError
 from services.quantizer.identity import check_directory, find_same, source_digest
 from services.quantizer.importing.config import ImportConfig
 from services.quantizer.importing.view import PackedCheckpoint
 from services.quantizer.progress import ProgressReporter
-from services.quantizer.publication import run_document
+from services.quantizer.publication import run_document, version_name
 from services.quantizer.shards import ShardWriter
 from services.quantizer.source import Source
 from services.quantizer.texts import BUNDLED_CALIBRATION, read_texts
@@ -125,7 +126,7 @@ def _publish(
     if checkpoint.rounded:
         _LOGGER.warning("not exact", linears=len(checkpoint.rounded), groups=report["rounded_groups"])
     manifest = dataclasses.replace(draft, files=dict(staged.files))
-    version = "awq-" + manifest.digest.removeprefix("sha256:")[:12]
+    version = version_name(AWQ, manifest)
     return staged.publish(manifest, version, run_document(config.source, "cpu", started))
 
 
