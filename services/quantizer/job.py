@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 import transformers
 from torch import Tensor
 
+from services.quantizer.block_driver import BlocksAhead
 from services.quantizer.block_writer import joined_errors, write_block
 from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
@@ -29,6 +31,7 @@ from services.quantizer.shards import ShardWriter
 from services.quantizer.source import STORED_DTYPES, Source
 from services.quantizer.streams import Streams
 from services.quantizer.tensor_file import StoredTensor, TensorFile, write_tensors
+from services.quantizer.workers import WorkerPool, num_threads, open_pool
 from services.quantizer.workspace import KeptFile, Workspace, remove_others
 from weft.artifact.manifest import LinearError, Manifest
 from weft.artifact.publish import Staging
@@ -44,6 +47,7 @@ class _Job:
     inputs: Inputs
     skipped: set[str]
     workspace: Workspace
+    pool: WorkerPool
 
 
 def run(config: QuantizerConfig, draft: Manifest | None = None) -> Artifact:
@@ -68,9 +72,10 @@ def run(config: QuantizerConfig, draft: Manifest | None = None) -> Artifact:
             workspace.remove()
             return current
         remove_others(parent, workspace.path)
-        job = _Job(config, source, inputs, skipped, workspace)
         with torch.inference_mode(), ProgressReporter(source.num_blocks + 1) as progress:
-            outcome = _quantize_blocks(job, progress)
+            with open_pool(config.workers, source.device) as pool:
+                job = _Job(config, source, inputs, skipped, workspace, pool)
+                outcome = _quantize_blocks(job, progress)
             with store.stage(config.name) as staged:
                 _assemble(job, staged)
                 progress.publishing()
@@ -83,8 +88,7 @@ def run(config: QuantizerConfig, draft: Manifest | None = None) -> Artifact:
 def _prepare_torch(config: QuantizerConfig) -> torch.device:
     transformers.logging.set_verbosity_error()
     torch.manual_seed(config.seed % (1 << 63))
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(num_threads(config.threads, config.workers))
     device = torch.device(config.device)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise QuantizerError(f"--device {config.device}: this torch sees no such device")
@@ -124,9 +128,10 @@ def _quantize_blocks(job: _Job, progress: ProgressReporter) -> Outcome:
         del tensors
     else:
         streams = Streams.begin(source, inputs.calibration, inputs.evaluation)
+    blocks = _blocks(job, done, streams)
     for index in range(done, source.num_blocks):
         # A function of its own, so that nothing of a block outlives it.
-        _quantize_block(job, index, streams)
+        _quantize_block(job, index, streams, blocks)
         progress.advance(f"block {index + 1}")
     outcome = Outcome(texts=inputs.description)
     for index in range(source.num_blocks):
@@ -139,10 +144,27 @@ def _quantize_blocks(job: _Job, progress: ProgressReporter) -> Outcome:
     return outcome
 
 
-def _quantize_block(job: _Job, index: int, streams: Streams) -> None:
+def _blocks(job: _Job, first: int, streams: Streams) -> Iterator[tuple[QuantizedBlock, Tensor]] | None:
+    """Whole blocks on the workers, where no block waits for the one before it."""
+    if job.config.propagate_error:
+        return None
+    group_size, skipped = job.config.group_size, job.skipped
+    return iter(
+        BlocksAhead(
+            job.pool, job.source, streams.calibration, first=first, group_size=group_size, skipped=skipped
+        )
+    )
+
+
+def _quantize_block(
+    job: _Job, index: int, streams: Streams, blocks: Iterator[tuple[QuantizedBlock, Tensor]] | None
+) -> None:
     config, source = job.config, job.source
+    block, behind = (None, None) if blocks is None else next(blocks)
     layer, weights = source.block(index), source.block_weights(index)
-    block = BlockQuantizer(source, index, weights, streams.calibration, config.group_size, job.skipped).run()
+    if block is None:
+        calibration = streams.calibration
+        block = BlockQuantizer(source, index, weights, calibration, config.group_size, job.skipped).run()
     kept, record = _keep_tensors(job, index, block)
     quantized, linears = block.weights, list(block.linears)
     del block  # the integers
@@ -153,7 +175,7 @@ def _quantize_block(job: _Job, index: int, streams: Streams) -> None:
         quantized,
         linears,
         group_size=config.group_size,
-        propagate_error=config.propagate_error,
+        behind=behind,
         is_last=index + 1 == source.num_blocks,
     )
     del weights, quantized

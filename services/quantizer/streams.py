@@ -76,16 +76,17 @@ class Streams:
         linears: Collection[str],
         *,
         group_size: int,
-        propagate_error: bool,
+        behind: Tensor | None,
         is_last: bool,
     ) -> None:
-        """Through one block, in place. `weights` are the source's and are used up: where `linears` were,
-        plain rounding is in the end. `quantized` are the artifact's. After the last block nothing is
-        calibrated.
+        """Through one block, in place; `behind`, if given, is the calibration stream behind it. `weights`
+        are the source's and are used up: where `linears` were, plain rounding is in the end. `quantized` are
+        the artifact's. After the last block nothing is calibrated.
         """
-        if not is_last:
-            seen = quantized if propagate_error else weights
-            source.run_block(layer, seen, self.calibration, in_place=True)
+        if behind is not None:
+            self.calibration = behind
+        elif not is_last:
+            source.run_block(layer, quantized, self.calibration, in_place=True)
         self.canary.advance(layer, quantized)
         if self.evaluation is None:
             return
