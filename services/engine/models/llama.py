@@ -6,7 +6,8 @@ Knows the order of operations; names come from `Names`, weights through `WeightL
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,11 +55,7 @@ class Llama:
         self.norm = self._norm(names.final_norm, hidden, loader)
         self.head = loader.head(self.embedding, f"{names.head}.weight")
         self._embedding_scale = float(torch.tensor(hidden**0.5, dtype=loader.numerics.dtype))
-        ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
-        self._rotations = tuple(
-            Rotation(*(table.to(loader.numerics.device) for table in tables))
-            for tables in (rotary_tables(rope, config.head_dim, max_model_len) for rope in ropes)
-        )
+        self._rotations = self._rotations_for(max_model_len, loader.numerics.device)
 
     @staticmethod
     def parse(raw: Mapping[str, Any]) -> ModelConfig:
@@ -83,6 +80,27 @@ class Llama:
         """Change attention's tile sizes (the linears keep theirs)."""
         for layer in self.layers:
             layer.attention.numerics = numerics
+
+    @contextmanager
+    def serving(self, num_positions: int) -> Iterator[None]:
+        """Turn, for a while, as a model does that is loaded for `num_positions`: with longrope, which chooses
+        by them, not always as this one.
+        """
+        before = self._rotations
+        if self.config.rope.kind == "longrope":
+            self._rotations = self._rotations_for(num_positions, before[0].cos.device)
+        try:
+            yield
+        finally:
+            self._rotations = before
+
+    def _rotations_for(self, num_positions: int, device: torch.device) -> tuple[Rotation, ...]:
+        config = self.config
+        ropes = [config.rope] if config.local_rope is None else [config.rope, config.local_rope]
+        return tuple(
+            Rotation(*(table.to(device) for table in rotary_tables(rope, config.head_dim, num_positions)))
+            for rope in ropes
+        )
 
     @property
     def linears(self) -> dict[str, Linear]:

@@ -84,7 +84,8 @@ def _logits(prompt: CanaryPrompt, length: int, model: Llama, cache: KVCache) -> 
     chunks = [Chunk(sequence, 0, length, False)]
     inputs = make_inputs(chunks, cache.block_size, cache.scratch_block, 16, cache.device)
     rows = torch.arange(length, device=cache.device)
-    return model.forward(inputs.token_ids, inputs.metadata, cache.layers, rows).cpu()
+    with model.serving(length):  # the quantizer ran prompts of this length and knows no longer context
+        return model.forward(inputs.token_ids, inputs.metadata, cache.layers, rows).cpu()
 
 
 def _check(prompt: CanaryPrompt, logits: Tensor, bounds: Bounds) -> None:
