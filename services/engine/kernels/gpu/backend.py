@@ -17,7 +17,7 @@ from services.engine.kernels.gpu.gpu_metadata import GpuMetadata, gpu_metadata
 from services.engine.kernels.gpu.norm import add_rms_norm, rms_norm
 from services.engine.kernels.gpu.paged_decode import paged_decode
 from services.engine.kernels.gpu.paged_prefill import paged_prefill
-from services.engine.kernels.gpu.silu_mul import silu_mul
+from services.engine.kernels.gpu.silu_mul import gelu_mul, silu_mul
 from services.engine.kernels.gpu.w4a16_linear import GpuInt4Linear
 from services.engine.kernels.kv_format import LayerCache
 from services.engine.kernels.linear import Linear
@@ -36,6 +36,9 @@ class GpuBackend:
     # Models rotate in `rotary_write_kv`; alone it is for tests and tools.
     rotary = staticmethod(reference.rotary)
     silu_mul = staticmethod(silu_mul)
+    gelu_mul = staticmethod(gelu_mul)
+    # A few small launches for a step's logits.
+    softcap = staticmethod(reference.softcap)
 
     @staticmethod
     def write_kv(key: Tensor, value: Tensor, cache: LayerCache, metadata: AttentionMetadata) -> None:
@@ -76,11 +79,9 @@ class GpuBackend:
         Decodes split a sequence's keys over programs; a deterministic engine goes without, so that a row has
         the bits of a decode and of a chunk alike.
         """
-        if softcap is not None:
-            raise NotImplementedError("no kernel caps scores yet")
         plan = gpu_metadata(metadata)
         if plan.is_decode and not numerics.is_deterministic:
-            return _decode(query, cache, plan, scale, sliding_window)
+            return _decode(query, cache, plan, scale, sliding_window, softcap)
         return paged_prefill(
             query,
             cache,
@@ -90,6 +91,7 @@ class GpuBackend:
             scale,
             max_query_len=plan.max_query_len,
             sliding_window=sliding_window,
+            softcap=softcap,
             deterministic=numerics.is_deterministic,
         )
 
@@ -98,6 +100,12 @@ class GpuBackend:
         """silu_mul(gate_up(x)), in one launch where the linear can."""
         fused = getattr(gate_up, "silu_mul", None)
         return silu_mul(gate_up(x)) if fused is None else fused(x)
+
+    @staticmethod
+    def linear_gelu_mul(x: Tensor, gate_up: Linear) -> Tensor:
+        """gelu_mul(gate_up(x)), in one launch where the linear can."""
+        fused = getattr(gate_up, "gelu_mul", None)
+        return gelu_mul(gate_up(x)) if fused is None else fused(x)
 
     @staticmethod
     def make_dense_linear(weight: Tensor, bias: Tensor | None, numerics: Numerics) -> Linear:
@@ -120,7 +128,12 @@ class GpuBackend:
 
 
 def _decode(
-    query: Tensor, cache: LayerCache, plan: GpuMetadata, scale: float, sliding_window: int | None
+    query: Tensor,
+    cache: LayerCache,
+    plan: GpuMetadata,
+    scale: float,
+    sliding_window: int | None,
+    softcap: float | None,
 ) -> Tensor:
     """Attention of a batch whose row i is sequence i. Rows behind the last sequence are padding: zeros."""
     num_seqs = plan.context_lens.shape[0]
@@ -134,6 +147,7 @@ def _decode(
         scale,
         max_context=plan.max_context,
         sliding_window=sliding_window,
+        softcap=softcap,
         out=out[:num_seqs],
     )
     return out

@@ -50,7 +50,10 @@ def _norm_kernel(
     weight = tl.load(weight_ptr + columns, mask=is_inside, other=0.0).to(tl.float32)
     mean_square = tl.sum(x * x, 0) / hidden
     scale = tl.rsqrt(mean_square + eps)
-    normed = round_to(round_to(x * scale, DTYPE, INTERPRET).to(tl.float32) * weight, DTYPE, INTERPRET)
+    normed = x * scale
+    if weight_ptr.dtype.element_ty == DTYPE:
+        normed = round_to(normed, DTYPE, INTERPRET).to(tl.float32)
+    normed = round_to(normed * weight, DTYPE, INTERPRET)
     tl.store(normed_ptr + row * hidden + columns, normed, mask=is_inside)
     if GROUP:
         num_groups = hidden // GROUP
@@ -62,7 +65,8 @@ def _norm_kernel(
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, *, group_size: int | None = None
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; [rows, hidden] in x's dtype.
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension; [rows, hidden] in x's dtype. It is rounded
+    before the weight is multiplied in as well, unless the weight is fp32.
 
     With `group_size` (a power of two that divides hidden) also fp32 [rows, hidden / group_size]: the sums of
     the rounded result over each group. Raises ValueError for shapes that do not fit.
@@ -119,8 +123,9 @@ def _launch(
 def _check(x: Tensor, residual: Tensor | None, weight: Tensor, group_size: int | None) -> None:
     if x.dim() != 2 or not 1 <= x.shape[1] <= MAX_HIDDEN or x.stride(1) != 1:
         raise ValueError(f"x must be [rows, 1..{MAX_HIDDEN}] with rows that lie together, found {_form(x)}")
-    if weight.shape != x.shape[1:] or weight.dtype != x.dtype or not weight.is_contiguous():
-        raise ValueError(f"the weight of {_form(x)} must be one row like it, found {_form(weight)}")
+    is_known = weight.dtype in (x.dtype, torch.float32)
+    if weight.shape != x.shape[1:] or not is_known or not weight.is_contiguous():
+        raise ValueError(f"the weight of {_form(x)} must be one row like it or fp32, found {_form(weight)}")
     if residual is not None and (
         residual.shape != x.shape or residual.dtype != x.dtype or residual.stride(1) != 1
     ):
@@ -149,17 +154,21 @@ def compile_cases() -> list[CompileCase]:
         _case(f"{kind}/hidden{hidden}" + (f"/group{group}" if group else ""), hidden, kind, group)
         for kind in ("rms_norm", "add_rms_norm")
         for hidden, group in ((100, 0), (2048, 0), (4096, 0), (4096, 128), (8192, 64), (16384, 128))
-    ]
+    ] + [_case(f"{kind}/hidden3584/fp32", 3584, kind, 0, "*fp32") for kind in ("rms_norm", "add_rms_norm")]
 
 
-def _case(name: str, hidden: int, kind: str, group: int) -> CompileCase:
+def _case(name: str, hidden: int, kind: str, group: int, weight: str = "*bf16") -> CompileCase:
     block = _block(hidden, group)
     pointers = dict.fromkeys(("x_ptr", "residual_ptr", "weight_ptr", "normed_ptr", "total_ptr"), "*bf16")
     sizes = {"stride_x_n": "i32", "stride_residual_n": "i32", "hidden": "i32"}
     return CompileCase(
         name=name,
         kernel=_norm_kernel,
-        signature=pointers | {"sums_ptr": "*fp32" if group else "*bf16"} | sizes | {"eps": "fp32"},
+        signature=pointers
+        | {"weight_ptr": weight}
+        | {"sums_ptr": "*fp32" if group else "*bf16"}
+        | sizes
+        | {"eps": "fp32"},
         constexprs={
             "DTYPE": tl.bfloat16,
             "BLOCK": block,

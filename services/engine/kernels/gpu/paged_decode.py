@@ -68,7 +68,7 @@ from services.engine.kernels.gpu.paged_decode_tile import (
     splits_of,
     sum_of_lanes,
 )
-from services.engine.kernels.gpu.rounding import has_fp8_conversion, is_interpreting
+from services.engine.kernels.gpu.rounding import capped, has_fp8_conversion, is_interpreting
 from services.engine.kernels.kv_format import LayerCache
 
 UNALIGNED = ("num_splits", "num_kv_heads", "stride_table", "block_tables_ptr", "context_lens_ptr")
@@ -104,6 +104,7 @@ def _paged_decode_kernel(
     LANES: tl.constexpr,
     SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     IS_SINGLE: tl.constexpr,
     IS_WIDE: tl.constexpr,
     USE_CVT: tl.constexpr,
@@ -147,6 +148,7 @@ def _paged_decode_kernel(
             LANES,
             SPLIT,
             WINDOW,
+            SOFTCAP,
             IS_SINGLE,
             IS_WIDE,
             USE_CVT,
@@ -181,6 +183,7 @@ def _attend(
     LANES: tl.constexpr,
     SPLIT: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     IS_SINGLE: tl.constexpr,
     IS_WIDE: tl.constexpr,
     USE_CVT: tl.constexpr,
@@ -288,12 +291,16 @@ def _attend(
             if HAS_MINIMUM:
                 minimum = (k_params & -65536).to(tl.float32, bitcast=True)[:, :, None]
                 scores = tl.fma(minimum, query_sum, scores)
+            if SOFTCAP > 0.0:
+                scores = capped(scores, SOFTCAP)
             # Scales of less than 2^-64 are not weighed down further: weights stay within fp32.
             exponent = tl.maximum((v_params >> 7) & 0xFF, 63).to(tl.float32)[:, :, None]
             scores = tl.where(is_key[:, :, None], scores, float("-inf"))
             new_maximum = tl.maximum(maximum, tl.max(scores + exponent, 1, keep_dims=True))
         else:
             scores = dot(k.to(DTYPE), query, scores, INTERPRET) * scale_log2
+            if SOFTCAP > 0.0:
+                scores = capped(scores, SOFTCAP)
             scores = tl.where(is_key[:, :, None], scores, float("-inf"))
             new_maximum = tl.maximum(maximum, tl.max(scores, 1, keep_dims=True))
         decay = tl.exp2(maximum - new_maximum)
@@ -336,6 +343,7 @@ def paged_decode(
     *,
     max_context: int,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     split_size: int = SPLIT_SIZE,
     out: Tensor | None = None,
     workspace: Tensor | None = None,
@@ -350,12 +358,13 @@ def paged_decode(
         scale: of the scores, before the softmax.
         max_context: bound of context_lens on the host, which sizes the grid; a row beyond it is not whole.
         sliding_window: keys a row sees, its own included.
+        softcap: a score becomes softcap * tanh(score / softcap).
         split_size: keys of a split, a power of two from 128 on; with another size a row has other bits.
         workspace: fp32 with at least `workspace_size` elements, instead of an allocation.
 
     Raises ValueError for shapes that do not fit.
     """
-    check_arguments(query, cache, block_tables, context_lens, split_size, sliding_window)
+    check_arguments(query, cache, block_tables, context_lens, split_size, sliding_window, softcap)
     num_seqs, num_heads, head_dim = query.shape
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device) if out is None else out
     if not out.is_contiguous() or out.shape != query.shape:
@@ -368,7 +377,7 @@ def paged_decode(
     partial, lse = out, out
     if splits > 1:
         partial, lse = _split_workspace(workspace, query, splits)
-    constants = launch_constants(query.dtype, cache, num_heads, head_dim, split_size, sliding_window)
+    constants = launch_constants(query.dtype, cache, num_heads, head_dim, split_size, sliding_window, softcap)
     k, v = as_operands(cache, constants["IS_WIDE"])
     heads = cache.num_kv_heads * triton.cdiv(constants["GROUP"], constants["BLOCK_H"])
     _paged_decode_kernel[(num_seqs, heads, num_programs(query.device, num_seqs * heads, splits))](

@@ -53,6 +53,7 @@ def launch_constants(
     head_dim: int,
     split_size: int,
     sliding_window: int | None,
+    softcap: float | None = None,
 ) -> dict[str, Any]:
     """Constants of the launch: by the shapes of the model and the cache, never by the batch's."""
     kv_format = cache.kv_format
@@ -72,6 +73,7 @@ def launch_constants(
         "LANES": NUM_LANES,
         "SPLIT": split_size,
         "WINDOW": sliding_window or 0,
+        "SOFTCAP": float(softcap or 0.0),
         "IS_WIDE": is_wide,
         "NUM_STAGES": num_stages,
     }
@@ -111,6 +113,7 @@ def check_arguments(
     context_lens: Tensor,
     split_size: int,
     sliding_window: int | None,
+    softcap: float | None = None,
 ) -> None:
     """Raises ValueError for tensors that the kernel would misread."""
     num_seqs, num_heads, head_dim = query.shape
@@ -127,6 +130,8 @@ def check_arguments(
         raise ValueError(f"split_size {split_size} is no power of two from 128 on")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"sliding_window {sliding_window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap {softcap}")
     for params in (cache.k_params, cache.v_params) if cache.kv_format.is_quantized else ():
         if params is None or params.shape != (blocks, kv_heads, block_size) or not params.is_contiguous():
             raise ValueError(
@@ -168,6 +173,9 @@ def sample_launches() -> list[SampleLaunch]:
         _sample("fp8", 3, 80),
         _sample("bfloat16", 8, 256, window=4096),
         _sample("int8", 8, 256),
+        *(_sample(name, 2, 256, softcap=50.0) for name in ("bfloat16", "fp8", "int8", "int4")),
+        _sample("bfloat16", 2, 256, window=4096, softcap=50.0),
+        _sample("bfloat16", 2, 128, softcap=50.0),
         _sample("fp8", 4, 128, use_cvt=False),
         _sample("float16", 4, 128),
         _sample("float32", 4, 128),
@@ -181,18 +189,27 @@ def _sample(
     *,
     block_size: int = 128,
     window: int | None = None,
+    softcap: float | None = None,
     use_cvt: bool = True,
 ) -> SampleLaunch:
     kv_format = FORMATS[format_name]
     dtype = {"float32": torch.float32, "float16": torch.float16}.get(format_name, torch.bfloat16)
     k = torch.empty((1, 1, block_size, kv_format.row_size(head_dim)), dtype=kv_format.storage, device="meta")
-    constants = launch_constants(dtype, LayerCache(kv_format, k, k), group, head_dim, SPLIT_SIZE, window)
+    cache = LayerCache(kv_format, k, k)
+    constants = launch_constants(dtype, cache, group, head_dim, SPLIT_SIZE, window, softcap)
     use_cvt = use_cvt and format_name == "fp8"
     pointer = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}[dtype]
     words = "*i32" if kv_format.is_quantized else pointer
-    is_gated = head_dim == 128 and group <= 8 and block_size == 128 and use_cvt == (format_name == "fp8")
+    is_gated = (
+        softcap is None
+        and head_dim == 128
+        and group <= 8
+        and block_size == 128
+        and use_cvt == (format_name == "fp8")
+    )
     name = f"paged_decode/{format_name}/group{group}/head_dim{head_dim}/block{block_size}"
     name += "" if window is None else f"/window{window}"
+    name += "" if softcap is None else "/softcap"
     return SampleLaunch(
         name=name if use_cvt or format_name != "fp8" else f"{name}/integers",
         signature={

@@ -37,6 +37,7 @@ def paged_prefill(
     *,
     max_query_len: int,
     sliding_window: int | None = None,
+    softcap: float | None = None,
     deterministic: bool = False,
     out: Tensor | None = None,
     config: PrefillConfig | None = None,
@@ -53,6 +54,7 @@ def paged_prefill(
         scale: what q.k is multiplied by, greater than 0.
         max_query_len: the most rows of any sequence, or a bound on it: it chooses the launch configuration.
         sliding_window: keys a row sees, its own included; None for all.
+        softcap: a score becomes softcap * tanh(score / softcap).
         deterministic: one launch configuration for all batches, so that a row's bits are the same in each.
         out: where to write, like query.
         config: instead of the configuration chosen.
@@ -60,7 +62,7 @@ def paged_prefill(
     Rows with no key get zeros, and so do rows that belong to no sequence. Raises ValueError for tensors that
     do not fit together.
     """
-    _check(query, cache, scale, sliding_window)
+    _check(query, cache, scale, sliding_window, softcap)
     _check_batch(block_tables, query_starts, context_lens)
     rows, num_heads, head_dim = query.shape
     group = num_heads // cache.num_kv_heads
@@ -104,7 +106,7 @@ def paged_prefill(
         *k_params.stride()[:2],
         *v_params.stride()[:2],
         block_tables.stride(0),
-        **_constants(cache.kv_format, cache.block_size, config, group, head_dim, sliding_window),
+        **_constants(cache.kv_format, cache.block_size, config, group, head_dim, sliding_window, softcap),
         USE_CVT=cache.kv_format.name == "fp8" and has_fp8_conversion(query.device),
         INTERPRET=is_interpreting(),
         num_warps=config.num_warps,
@@ -140,7 +142,8 @@ def _constants(
     group: int,
     head_dim: int,
     sliding_window: int | None,
-) -> dict[str, int | str]:
+    softcap: float | None,
+) -> dict[str, int | float | str]:
     """Constexpr arguments that do not depend on the device."""
     per_unit = _codes_per_word(kv_format)
     block_d = max(16, triton.next_power_of_2(head_dim))
@@ -154,13 +157,16 @@ def _constants(
         "BLOCK_M": config.block_m,
         "TILE": config.tile,
         "WINDOW": sliding_window or 0,
+        "SOFTCAP": float(softcap or 0.0),
         "SPAN": _INDEX_SPAN,
         "NUM_STAGES": config.num_stages,
         "FORMAT": kv_format.name if kv_format.is_quantized else "float",
     }
 
 
-def _check(query: Tensor, cache: LayerCache, scale: float, sliding_window: int | None) -> None:
+def _check(
+    query: Tensor, cache: LayerCache, scale: float, sliding_window: int | None, softcap: float | None
+) -> None:
     if query.dim() != 3 or query.stride(2) != 1 or query.shape[2] % 8:
         raise ValueError(
             f"query must be [rows, heads, head_dim] with head_dim in eights, {tuple(query.shape)}"
@@ -184,6 +190,8 @@ def _check(query: Tensor, cache: LayerCache, scale: float, sliding_window: int |
         raise ValueError(f"scale must be greater than 0, found {scale}")
     if sliding_window is not None and sliding_window < 1:
         raise ValueError(f"a window holds at least the row itself, found {sliding_window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be greater than 0, found {softcap}")
 
 
 def _check_batch(block_tables: Tensor, query_starts: Tensor, context_lens: Tensor) -> None:
@@ -215,6 +223,9 @@ def compile_cases() -> list[CompileCase]:
         _case(96, "bfloat16", 1024),
         _case(80, "int8", 1024),
         _case(128, "float32", 1024),
+        _case(128, "bfloat16", 1024, softcap=50.0),
+        *(_case(256, name, rows, softcap=50.0) for name in ("bfloat16", "int8") for rows in (1024, 4)),
+        _case(256, "bfloat16", 1024, window=4096, softcap=50.0),
     ]
     cases += [
         _case(head_dim, kv_name, 1024, arch=80)
@@ -232,6 +243,7 @@ def _case(
     *,
     block_size: int = 128,
     window: int | None = None,
+    softcap: float | None = None,
     arch: int = 90,
 ) -> CompileCase:
     """Four query heads to a kv head, bfloat16 rows (fp32 over an fp32 cache)."""
@@ -243,13 +255,14 @@ def _case(
     pointers = dict.fromkeys(("out_ptr", "query_ptr"), query)
     pointers |= dict.fromkeys(("k_ptr", "v_ptr", "k_params_ptr", "v_params_ptr"), stored)
     pointers |= dict.fromkeys(("block_tables_ptr", "query_starts_ptr", "context_lens_ptr"), "*i32")
-    constants = _constants(kv_format, block_size, config, group, head_dim, window)
+    constants = _constants(kv_format, block_size, config, group, head_dim, window, softcap)
     constants |= {"USE_CVT": kv_name == "fp8" and arch >= 89, "INTERPRET": False}
     numbers = [
         name for name in paged_prefill_kernel.arg_names if name not in pointers and name not in constants
     ]
     name = f"paged_prefill/{kv_name}/head{head_dim}/m{config.block_m}"
     name += f"/block{block_size}" * (block_size != 128) + f"/window{window}" * (window is not None)
+    name += "/softcap" * (softcap is not None)
     if arch == 90:
         notes = {"sm_80": "launched otherwise"} if config.block_m == 128 or kv_name == "fp8" else {}
     else:

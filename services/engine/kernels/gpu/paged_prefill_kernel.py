@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from services.engine.kernels.gpu.paged_prefill_tiles import load_tile
+from services.engine.kernels.gpu.rounding import capped
 
 
 @triton.jit
@@ -89,6 +90,7 @@ def paged_prefill_kernel(
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     SPAN: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     FORMAT: tl.constexpr,
@@ -178,6 +180,10 @@ def paged_prefill_kernel(
             INTERPRET,
         )
         scores = tl.dot(query, k.T, input_precision="ieee")
+        score_unit = scale_log2
+        if SOFTCAP > 0.0:
+            scores = capped(scores * scale_log2, SOFTCAP)
+            score_unit = 1.0
         # One loop with a branch that the whole program takes, not two loops: a row meets the same machine
         # code whether its tile is masked for a neighbour's sake or not, and loads stay in flight throughout.
         is_edge = start + TILE > first_position + 1
@@ -188,7 +194,7 @@ def paged_prefill_kernel(
             if WINDOW > 0:
                 is_seen = is_seen & (key[None, :] > position[:, None] - WINDOW)
             scores = tl.where(is_seen, scores, float("-inf"))
-        weights, decay, maximum, total = _softmax_step(scores, maximum, total, scale_log2)
+        weights, decay, maximum, total = _softmax_step(scores, maximum, total, score_unit)
         weights = weights.to(DTYPE)
         if INTERPRET:
             weights = weights.to(tl.float32)

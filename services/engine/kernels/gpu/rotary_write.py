@@ -65,10 +65,12 @@ def _rotate(
         scale = tl.rsqrt(mean_square + eps)[:, None]
         first_weight = tl.load(norm_ptr + shared, mask=is_shared, other=0.0).to(tl.float32)
         second_weight = tl.load(norm_ptr + HALF + shared, mask=is_shared, other=0.0).to(tl.float32)
-        first = round_to(first * scale, DTYPE, INTERPRET).to(tl.float32) * first_weight
-        second = round_to(second * scale, DTYPE, INTERPRET).to(tl.float32) * second_weight
-        first = round_to(first, DTYPE, INTERPRET).to(tl.float32)
-        second = round_to(second, DTYPE, INTERPRET).to(tl.float32)
+        first, second = first * scale, second * scale
+        if norm_ptr.dtype.element_ty == DTYPE:
+            first = round_to(first, DTYPE, INTERPRET).to(tl.float32)
+            second = round_to(second, DTYPE, INTERPRET).to(tl.float32)
+        first = round_to(first * first_weight, DTYPE, INTERPRET).to(tl.float32)
+        second = round_to(second * second_weight, DTYPE, INTERPRET).to(tl.float32)
     cos = tl.load(cos_ptr + row * HALF + shared, mask=is_shared, other=0.0)
     sin = tl.load(sin_ptr + row * HALF + shared, mask=is_shared, other=0.0)
     return (
@@ -293,7 +295,8 @@ def rotary_write_kv(
         cos, sin: fp32 [rows, head_dim / 2]; element i turns with element i + head_dim / 2.
         cache: written in the slots named, and nowhere else. Contiguous.
         slot_mapping: int64 [rows], block * block_size + offset.
-        q_norm, k_norm: [head_dim], both or neither: each head's RMSNorm before the rotation, with `eps`.
+        q_norm, k_norm: [head_dim], both or neither, in qkv's dtype or fp32: each head's RMSNorm before the
+            rotation, with `eps`, rounded as `reference.rms_norm` does.
 
     Returns: the query [rows, num_heads, head_dim], contiguous. Raises ValueError for shapes that do not fit.
     """
@@ -428,6 +431,7 @@ def compile_cases() -> list[CompileCase]:
         _case("int8/norms", "int8", 32, 8, 128, has_norm=True),
         _case("int8/head80", "int8", 32, 32, 80),
         _case("int8/head256", "int8", 8, 4, 256),
+        _case("int8/head256/fp32 norms", "int8", 8, 4, 256, has_norm=True, norm="*fp32"),
         _case("int8/write", "int8", 0, 8, 128),
     ]
 
@@ -440,6 +444,7 @@ def _case(
     head_dim: int,
     *,
     has_norm: bool = False,
+    norm: str = "*bf16",
     has_fp8: bool = True,
 ) -> CompileCase:
     stored = FORMATS[kv_format]
@@ -455,7 +460,7 @@ def _case(
             "slot_ptr": "*i64",
             **dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), element),
             **dict.fromkeys(("k_params_ptr", "v_params_ptr"), "*i32" if stored.is_quantized else element),
-            **dict.fromkeys(("q_norm_ptr", "k_norm_ptr"), "*bf16"),
+            **dict.fromkeys(("q_norm_ptr", "k_norm_ptr"), norm),
             "eps": "fp32",
             **strides,
         },

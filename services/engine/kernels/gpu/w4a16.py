@@ -25,7 +25,7 @@ from services.engine.kernels.gpu.launch_configs import (
     w4a16_tiles,
 )
 from services.engine.kernels.gpu.rounding import is_interpreting, round_to
-from services.engine.kernels.gpu.silu_mul import silu
+from services.engine.kernels.gpu.silu_mul import Activation, activate
 from services.engine.kernels.gpu.w4a16_reduce import w4a16_reduce
 from services.engine.kernels.gpu.w4a16_repack import PackedWeight
 from services.engine.kernels.gpu.w4a16_tile import dequantize_tile
@@ -118,7 +118,7 @@ def _output_columns(pid_n, out_features, BLOCK_N: tl.constexpr, IS_INTERLEAVED: 
 
 
 @triton.jit
-def _store_silu_mul(
+def _store_activation_mul(
     acc,
     out_ptr,
     rows,
@@ -127,11 +127,12 @@ def _store_silu_mul(
     out_features,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
-    """silu(gate) * up of an interleaved tile: a gate and its up lie 8 rows apart, in one thread."""
+    """activation(gate) * up of an interleaved tile: a gate and its up lie 8 rows apart, in one thread."""
     gate, up = tl.split(acc.reshape(BLOCK_N // 16, 2, 8, BLOCK_M).permute(0, 2, 3, 1))
-    y = (silu(gate) * up).reshape(BLOCK_N // 2, BLOCK_M)
+    y = (activate(gate, ACTIVATION) * up).reshape(BLOCK_N // 2, BLOCK_M)
     width = out_features // 2
     column = pid_n * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
     mask = (rows[None, :] < num_rows) & (column < width)[:, None]
@@ -161,7 +162,7 @@ def _w4a16_kernel(
     HAS_SCALE: tl.constexpr,
     IS_PARTIAL: tl.constexpr,
     IS_INTERLEAVED: tl.constexpr,
-    HAS_SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     EVEN_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -211,8 +212,10 @@ def _w4a16_kernel(
     else:
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + n, mask=is_output, other=0.0).to(tl.float32)[:, None]
-        if HAS_SILU:
-            _store_silu_mul(acc, out_ptr, rows, pid_n, num_rows, out_features, BLOCK_M, BLOCK_N, INTERPRET)
+        if ACTIVATION != "":
+            _store_activation_mul(
+                acc, out_ptr, rows, pid_n, num_rows, out_features, BLOCK_M, BLOCK_N, ACTIVATION, INTERPRET
+            )
         else:
             offsets = rows[None, :].to(tl.int64) * out_features + n[:, None]
             mask = is_row & is_output[:, None]
@@ -229,26 +232,28 @@ def w4a16(
     *,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    has_silu: bool = False,
+    activation: Activation | None = None,
     partial: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
     """x [rows, in] times a packed weight -> [rows, out] in x's dtype, plus bias [out], plus residual
-    [rows, out]; with `has_silu` [rows, out / 2] = silu(first half) * second half.
+    [rows, out]; with an `activation` [rows, out / 2] = activation(first half) * second half.
 
     The inputs are cut into `num_splits` ranges; their fp32 sums go to `partial` [splits, rows, out] and are
     added by a second launch. That is also done for one split where gate and up lie in different programs.
     ValueError if shapes, strides or types do not fit.
     """
     num_rows = x.shape[0]
-    width = packed.out_features // 2 if has_silu else packed.out_features
-    _check(x, packed, bias, residual, has_silu)
+    width = packed.out_features // 2 if activation else packed.out_features
+    _check(x, packed, bias, residual, activation)
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device) if out is None else out
     if num_rows == 0:
         return out
-    is_partial = num_splits > 1 or (has_silu and not packed.is_interleaved)
+    is_partial = num_splits > 1 or (activation is not None and not packed.is_interleaved)
     if not is_partial:
-        _launch(x, packed, tile, 1, out, bias=bias, residual=residual, has_silu=has_silu, is_partial=False)
+        _launch(
+            x, packed, tile, 1, out, bias=bias, residual=residual, activation=activation, is_partial=False
+        )
         return out
     shape = (num_splits, num_rows, packed.out_features)
     if partial is None:
@@ -256,11 +261,15 @@ def w4a16(
     elif partial.shape != shape or partial.dtype != torch.float32:
         raise ValueError(f"partial sums are fp32 {shape}, not {partial.dtype} {tuple(partial.shape)}")
     _launch(x, packed, tile, num_splits, partial, is_partial=True)
-    return w4a16_reduce(partial, out, bias=bias, residual=residual, has_silu=has_silu)
+    return w4a16_reduce(partial, out, bias=bias, residual=residual, activation=activation)
 
 
 def _check(
-    x: Tensor, packed: PackedWeight, bias: Tensor | None, residual: Tensor | None, has_silu: bool
+    x: Tensor,
+    packed: PackedWeight,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation | None,
 ) -> None:
     if packed.span is None:
         raise ValueError(f"no kernel for groups of {packed.group_size} inputs")
@@ -269,8 +278,8 @@ def _check(
     is_known = x.dtype in (torch.bfloat16, torch.float16) or (is_interpreting() and x.dtype == torch.float32)
     if not is_known or (x.dtype == torch.float16) != (packed.dtype == torch.float16):
         raise ValueError(f"the weight is packed for {packed.dtype}, x is {x.dtype}")
-    if has_silu and residual is not None:
-        raise ValueError("silu(gate) * up has no residual")
+    if activation and residual is not None:
+        raise ValueError(f"{activation}(gate) * up has no residual")
     if residual is not None and (
         residual.shape != (x.shape[0], packed.out_features) or not residual.is_contiguous()
     ):
@@ -289,7 +298,7 @@ def _launch(
     is_partial: bool,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    has_silu: bool = False,
+    activation: Activation | None = None,
 ) -> None:
     num_blocks = packed.padded_inputs // tile.block_k
     grid = (
@@ -314,7 +323,7 @@ def _launch(
         **_constexprs(tile, packed.group_stride, packed.span, packed.in_features),
         IS_PARTIAL=is_partial,
         IS_INTERLEAVED=packed.is_interleaved,
-        HAS_SILU=has_silu,
+        ACTIVATION=activation or "",
         INTERPRET=is_interpreted,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
@@ -358,6 +367,7 @@ def compile_cases() -> list[CompileCase]:
             _case(f"w4a16/{name}/bias", tile, 128, end="bias"),
             _case(f"w4a16/{name}/residual", tile, 128, end="residual"),
             _case(f"w4a16/{name}/silu", tile, 128, end="silu", is_interleaved=True),
+            _case(f"w4a16/{name}/gelu", tile, 128, end="gelu", is_interleaved=True),
         ]
     return cases
 
@@ -378,8 +388,8 @@ def _case(
     signature |= dict.fromkeys(sizes, "i32")
     constexprs = _constexprs(tile, span, span, 128 if is_even else 192)
     constexprs |= {"IS_PARTIAL": end == "partial", "IS_INTERLEAVED": is_interleaved}
-    constexprs |= {"HAS_SILU": end == "silu", "INTERPRET": False}
-    for pointer, used_by in (("bias_ptr", ("bias", "silu")), ("residual_ptr", ("residual",))):
+    constexprs |= {"ACTIVATION": end if end in ("silu", "gelu") else "", "INTERPRET": False}
+    for pointer, used_by in (("bias_ptr", ("bias", "silu", "gelu")), ("residual_ptr", ("residual",))):
         if end in used_by:
             signature[pointer] = f"*{dtype}"
         else:

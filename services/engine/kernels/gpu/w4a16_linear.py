@@ -23,7 +23,7 @@ from services.engine.kernels.gpu.launch_configs import (
     w4a16_deterministic_tile,
 )
 from services.engine.kernels.gpu.rounding import is_interpreting
-from services.engine.kernels.gpu.silu_mul import silu_mul
+from services.engine.kernels.gpu.silu_mul import Activation, activation_mul
 from services.engine.kernels.gpu.w4a16 import w4a16
 from services.engine.kernels.gpu.w4a16_dequantize import w4a16_dequantize
 from services.engine.kernels.gpu.w4a16_repack import pack
@@ -54,8 +54,8 @@ class GpuInt4Linear:
         """values uint8 [in, out], zeros uint8 and scales [in / group, out], bias [out].
 
         `is_gate_up` says that the first half of the outputs are gates and the second half their ups: they are
-        packed side by side, so that `silu_mul` needs no second launch where the inputs are not split. Results
-        do not change. `scratch` may be shared by all linears of a model. ValueError as `pack`.
+        packed side by side, so that `silu_mul` and `gelu_mul` need no second launch where the inputs are not
+        split. Results do not change. `scratch` may be shared by all linears of a model. ValueError as `pack`.
         """
         self.in_features, self.out_features = values.shape
         self.packed = pack(values, zeros, scales, numerics.dtype, is_interleaved=is_gate_up)
@@ -76,20 +76,24 @@ class GpuInt4Linear:
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x [rows, in] -> [rows, out] in x's dtype, plus residual [rows, out]."""
-        return self._apply(x, residual, has_silu=False)
+        return self._apply(x, residual, None)
 
     def silu_mul(self, x: Tensor) -> Tensor:
         """silu(gate) * up of the outputs' halves, [rows, out / 2]; rounded once, after the product."""
-        return self._apply(x, None, has_silu=True)
+        return self._apply(x, None, "silu")
+
+    def gelu_mul(self, x: Tensor) -> Tensor:
+        """gelu(gate) * up, by the tanh formula; else as `silu_mul`."""
+        return self._apply(x, None, "gelu")
 
     def dequantize(self) -> Tensor:
         """The weight [out, in], rounded once. Valid until any linear with the same scratch is called."""
         return w4a16_dequantize(self.packed, self._take_weight(self.packed.words.device))
 
-    def _apply(self, x: Tensor, residual: Tensor | None, *, has_silu: bool) -> Tensor:
+    def _apply(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
         x = x if x.stride(-1) == 1 else x.contiguous()
         if self._is_fused and self._numerics.is_deterministic:
-            return self._apply_fixed(x, residual, has_silu)
+            return self._apply_fixed(x, residual, activation)
         if self._is_fused and x.shape[0] <= MAX_FUSED_ROWS:
             packed = self.packed
             tile, num_splits = choose_w4a16(
@@ -99,17 +103,19 @@ class GpuInt4Linear:
                 packed.padded_inputs,
                 _num_multiprocessors(x.device),
             )
-            return w4a16(x, packed, tile, num_splits, bias=self.bias, residual=residual, has_silu=has_silu)
+            return w4a16(
+                x, packed, tile, num_splits, bias=self.bias, residual=residual, activation=activation
+            )
         y = linear_with_residual(x, self.dequantize(), self.bias, residual, self._numerics.is_deterministic)
-        return silu_mul(y) if has_silu else y
+        return y if activation is None else activation_mul(y, activation)
 
-    def _apply_fixed(self, x: Tensor, residual: Tensor | None, has_silu: bool) -> Tensor:
+    def _apply_fixed(self, x: Tensor, residual: Tensor | None, activation: Activation | None) -> Tensor:
         packed, num_rows = self.packed, x.shape[0]
         tile = w4a16_deterministic_tile(packed.span)
         num_splits = choose_fixed_splits(tile, packed.padded_outputs, packed.padded_inputs, 4)
-        width = self.out_features // 2 if has_silu else self.out_features
+        width = self.out_features // 2 if activation else self.out_features
         out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
-        needs_partial = num_splits > 1 or (has_silu and not packed.is_interleaved)
+        needs_partial = num_splits > 1 or (activation is not None and not packed.is_interleaved)
         step = rows_per_launch(tile, num_splits, self.out_features) if needs_partial else max(num_rows, 1)
         for first in range(0, num_rows, step):
             rows = slice(first, first + step)
@@ -120,7 +126,7 @@ class GpuInt4Linear:
                 num_splits,
                 bias=self.bias,
                 residual=None if residual is None else residual[rows],
-                has_silu=has_silu,
+                activation=activation,
                 out=out[rows],
             )
         return out

@@ -1,8 +1,8 @@
 """The second pass of a split product: partial sums added in order, then what follows the product.
 
 fp32 partial sums [splits, rows, outputs] of `w4a16` are added first split first, always, so the result does
-not depend on which program finished when; no atomics. Then bias and residual are added, or silu(gate) * up is
-formed, and the result is rounded once. Knows nothing of weights.
+not depend on which program finished when; no atomics. Then bias and residual are added, or activation(gate) *
+up is formed, and the result is rounded once. Knows nothing of weights.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from services.engine.kernels.gpu.compile_case import CompileCase
 from services.engine.kernels.gpu.rounding import is_interpreting, round_to
-from services.engine.kernels.gpu.silu_mul import silu
+from services.engine.kernels.gpu.silu_mul import Activation, activate
 
 _BLOCK_N = 512
 _NUM_WARPS = 4
@@ -37,12 +37,12 @@ def _w4a16_reduce_kernel(
     num_rows,
     out_features,
     NUM_SPLITS: tl.constexpr,
-    HAS_SILU: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    width = out_features // 2 if HAS_SILU else out_features
+    width = out_features // 2 if ACTIVATION != "" else out_features
     column = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = column < width
     stride_split = num_rows.to(tl.int64) * out_features
@@ -50,26 +50,31 @@ def _w4a16_reduce_kernel(
     y = _sum_splits(partial_ptrs, stride_split, mask, NUM_SPLITS)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + column, mask=mask, other=0.0).to(tl.float32)
-    if HAS_SILU:
+    if ACTIVATION != "":
         up = _sum_splits(partial_ptrs + width, stride_split, mask, NUM_SPLITS)
         if bias_ptr is not None:
             up += tl.load(bias_ptr + width + column, mask=mask, other=0.0).to(tl.float32)
-        y = silu(y) * up
+        y = activate(y, ACTIVATION) * up
     if residual_ptr is not None:
         y += tl.load(residual_ptr + row * width + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * width + column, round_to(y, out_ptr.dtype.element_ty, INTERPRET), mask=mask)
 
 
 def w4a16_reduce(
-    partial: Tensor, out: Tensor, *, bias: Tensor | None, residual: Tensor | None, has_silu: bool = False
+    partial: Tensor,
+    out: Tensor,
+    *,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: Activation | None = None,
 ) -> Tensor:
-    """Sum fp32 partial [splits, rows, outputs] over splits into out [rows, outputs], or with `has_silu` into
-    out [rows, outputs / 2] = silu(first half) * second half.
+    """Sum fp32 partial [splits, rows, outputs] over splits into out [rows, outputs], or with an `activation`
+    into out [rows, outputs / 2] = activation(first half) * second half.
 
     `bias` [outputs] is added first; `residual`, of out's shape, last. All contiguous; ValueError if not.
     """
     num_splits, num_rows, out_features = partial.shape
-    width = out_features // 2 if has_silu else out_features
+    width = out_features // 2 if activation else out_features
     if out.shape != (num_rows, width) or partial.dtype != torch.float32:
         raise ValueError(f"partial sums {tuple(partial.shape)} do not reduce to {tuple(out.shape)}")
     if residual is not None and (residual.shape != out.shape or not residual.is_contiguous()):
@@ -85,7 +90,7 @@ def w4a16_reduce(
         num_rows,
         out_features,
         NUM_SPLITS=num_splits,
-        HAS_SILU=has_silu,
+        ACTIVATION=activation or "",
         BLOCK_N=_BLOCK_N,
         INTERPRET=is_interpreting(),
         num_warps=_NUM_WARPS,
@@ -94,18 +99,19 @@ def w4a16_reduce(
 
 
 def compile_cases() -> list[CompileCase]:
-    """Sums over 2, 8 and 16 splits, and the silu epilogue."""
+    """Sums over 2, 8 and 16 splits, and the epilogues of an MLP's gate."""
     cases = []
-    for num_splits, has_silu in ((2, False), (8, False), (16, False), (4, True)):
+    for num_splits, activation in ((2, ""), (8, ""), (16, ""), (4, "silu"), (4, "gelu")):
         pointers = {"partial_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-        constexprs = {"NUM_SPLITS": num_splits, "HAS_SILU": has_silu, "BLOCK_N": _BLOCK_N, "INTERPRET": False}
-        if has_silu:
+        constexprs: dict[str, object] = {"NUM_SPLITS": num_splits, "ACTIVATION": activation}
+        constexprs |= {"BLOCK_N": _BLOCK_N, "INTERPRET": False}
+        if activation:
             constexprs["residual_ptr"] = None
         else:
             pointers["residual_ptr"] = "*bf16"
         cases.append(
             CompileCase(
-                name=f"w4a16_reduce/splits{num_splits}{'/silu' if has_silu else ''}",
+                name=f"w4a16_reduce/splits{num_splits}{f'/{activation}' if activation else ''}",
                 kernel=_w4a16_reduce_kernel,
                 signature={**pointers, "num_rows": "i32", "out_features": "i32"},
                 constexprs=constexprs,

@@ -5,6 +5,7 @@ others.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from services.engine.kernels.kv_format import FORMATS, LayerCache
 from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
 from services.engine.kernels.rope import RopeConfig, inverse_frequencies, rotary_tables
+
+ROW_OPS = ["rms_norm", "add_rms_norm", "silu_mul", "gelu_mul", "softcap", "rotary", "embedding"]
 
 
 def _rows(count: int, width: int, seed: int = 0) -> Tensor:
@@ -47,11 +50,30 @@ def test_silu_mul_is_the_formula(width: int) -> None:
     assert torch.allclose(ops.silu_mul(x).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_silu_mul_keeps_large_negative_gates_finite() -> None:
-    assert torch.equal(ops.silu_mul(torch.tensor([[-200.0, 3.0]])), torch.tensor([[-0.0]]))
+@pytest.mark.parametrize("width", [63, 100, 257])
+def test_gelu_mul_is_the_tanh_formula(width: int) -> None:
+    x = 3 * _rows(4, 2 * width)
+    gate, up = x[:, :width].double(), x[:, width:].double()
+    expected = torch.nn.functional.gelu(gate, approximate="tanh") * up
+    assert torch.allclose(ops.gelu_mul(x).double(), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "add_rms_norm", "silu_mul", "rotary", "embedding"])
+@pytest.mark.parametrize("op", [ops.silu_mul, ops.gelu_mul])
+def test_large_negative_gates_stay_finite(op: Callable[[Tensor], Tensor]) -> None:
+    assert torch.equal(op(torch.tensor([[-200.0, 3.0]])), torch.tensor([[-0.0]]))
+
+
+@pytest.mark.parametrize("cap", [0.5, 30.0])
+def test_softcap_is_the_formula_and_leaves_its_input(cap: float) -> None:
+    x = 10 * _rows(4, 101)
+    x[0, :3] = torch.tensor([1e30, -1e30, 0.0])
+    before = x.clone()
+    expected = cap * (x.double() / cap).tanh()
+    assert torch.allclose(ops.softcap(x, cap).double(), expected, rtol=0, atol=4e-7 * cap)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("op", ROW_OPS)
 @pytest.mark.parametrize("width", [62, 100, 258])
 def test_row_alone_has_the_bits_it_has_among_others(op: str, width: int) -> None:
     x, weight = _rows(67, width), _rows(1, width, 1)[0]
@@ -62,8 +84,10 @@ def test_row_alone_has_the_bits_it_has_among_others(op: str, width: int) -> None
             return ops.rms_norm(x[rows], weight, 1e-5)
         if op == "add_rms_norm":
             return ops.add_rms_norm(x[rows], x[rows] * 2, weight, 1e-5)[0]
-        if op == "silu_mul":
-            return ops.silu_mul(x[rows])
+        if op in ("silu_mul", "gelu_mul"):
+            return getattr(ops, op)(x[rows])
+        if op == "softcap":
+            return ops.softcap(x[rows], 2.0)
         if op == "rotary":
             return ops.rotary(x[rows].unsqueeze(1), table[rows].cos(), table[rows].sin())
         return ops.embedding(torch.arange(67)[rows], x)
@@ -172,11 +196,19 @@ def test_rows_written_alone_have_the_bits_of_those_written_together(kv_dtype: st
         assert (first is None and second is None) or torch.equal(first, second)
 
 
-def test_linear_silu_mul_is_one_after_the_other() -> None:
+def test_linears_with_an_activation_are_one_after_the_other() -> None:
     numerics = Numerics(torch.float32, is_deterministic=True)
     gate_up = ops.make_dense_linear(_rows(14, 10, 1), None, numerics)
     x = _rows(3, 10)
     assert torch.equal(ops.linear_silu_mul(x, gate_up), ops.silu_mul(ops.linear(x, gate_up)))
+    assert torch.equal(ops.linear_gelu_mul(x, gate_up), ops.gelu_mul(ops.linear(x, gate_up)))
+
+
+def test_a_norm_weight_in_fp32_is_rounded_once() -> None:
+    x, weight = _rows(3, 48).bfloat16(), 1 + 0.1 * _rows(1, 48, 2)[0]
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-6).rsqrt() * weight.double()
+    assert float((ops.rms_norm(x, weight, 1e-6) != exact.bfloat16()).float().mean()) < 0.01
+    assert ops.rms_norm(x, weight, 1e-6).dtype == torch.bfloat16
 
 
 def test_a_device_without_kernels_is_named() -> None:

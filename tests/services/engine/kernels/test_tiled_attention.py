@@ -54,6 +54,7 @@ class _World:
     lengths: list[int]
     kv_dtype: str = "float32"
     window: int | None = None
+    softcap: float | None = None
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -102,6 +103,7 @@ class _World:
             NUMERICS,
             Scratch(),
             sliding_window=self.window,
+            softcap=self.softcap,
         )
         return list(out.split([stop - start for _, start, stop in spans]))
 
@@ -111,6 +113,8 @@ class _World:
         keys = self.keys[index].double().repeat_interleave(groups, 1)
         values = self.values[index].double().repeat_interleave(groups, 1)
         scores = torch.einsum("qhd,khd->hqk", self.queries[index].double(), keys) * self.head_dim**-0.5
+        if self.softcap is not None:
+            scores = self.softcap * (scores / self.softcap).tanh()
         length = self.lengths[index]
         hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
         if self.window is not None:
@@ -134,6 +138,21 @@ def test_mixed_batch_equals_plain_softmax(heads: int, kv_heads: int, head_dim: i
 
 LAST_FORMATS = ["bfloat16", "float16", "int8", "int4", "fp8"]
 WINDOWS = [1, 100, 128, 129, 300]
+
+
+@pytest.mark.parametrize("softcap", [0.2, 1.0, 50.0])
+@pytest.mark.parametrize("window", [None, 50])
+def test_scores_stay_within_a_cap(softcap: float, window: int | None) -> None:
+    world = _World(6, 2, 24, 16, [150, 131, 1, 77], window=window, softcap=softcap)
+    spans = [(0, 149, 150), (1, 40, 131), (2, 0, 1), (3, 76, 77)]
+    for (index, start, stop), out in zip(spans, world.run(spans), strict=True):
+        assert torch.allclose(out.double(), world.expected(index)[start:stop], rtol=1e-4, atol=1e-5)
+    metadata = world.metadata(spans)
+    query = torch.cat([world.queries[index][start:stop] for index, start, stop in spans])
+    twin = reference.paged_attention(
+        query, world.cache, metadata, 24**-0.5, sliding_window=window, softcap=softcap
+    )
+    assert torch.allclose(twin, torch.cat(world.run(spans)), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", WINDOWS)
@@ -196,11 +215,22 @@ def test_bits_do_not_depend_on_batch_chunk_or_block_size(heads: int, kv_heads: i
 
 
 @pytest.mark.parametrize(
-    ("kv_dtype", "window"), [("float32", 1), ("float32", 130), ("int8", None), ("int4", 200), ("fp8", 77)]
+    ("kv_dtype", "window", "softcap"),
+    [
+        ("float32", 1, None),
+        ("float32", 130, None),
+        ("int8", None, None),
+        ("int4", 200, None),
+        ("fp8", 77, None),
+        ("float32", None, 2.0),
+        ("int8", 130, 50.0),
+    ],
 )
-def test_bits_hold_with_windows_and_quantised_caches(kv_dtype: str, window: int | None) -> None:
+def test_bits_hold_with_windows_caps_and_quantised_caches(
+    kv_dtype: str, window: int | None, softcap: float | None
+) -> None:
     lengths = [3, 260, 600]
-    worlds = [_World(4, 2, 80, size, lengths, kv_dtype, window) for size in (128, 16)]
+    worlds = [_World(4, 2, 80, size, lengths, kv_dtype, window, softcap) for size in (128, 16)]
     whole = [worlds[0].run([(index, 0, length)])[0] for index, length in enumerate(lengths)]
     assert all(bool(part.isfinite().all()) for part in whole)
     for step, world in ((7, worlds[1]), (512, worlds[0])):

@@ -20,8 +20,18 @@ from services.engine.kernels.numerics import Numerics
 from services.engine.kernels.scratch import Scratch
 from services.engine.models.llama import Llama
 from services.engine.models.loader import load_model, read_model_config
+from services.engine.models.registry import ARCHITECTURES
 from services.engine.runner.kv_cache import KVCache
-from tests.services.engine.models.checkpoints import LLAMA, QWEN3, quantize_checkpoint, write_checkpoint
+from tests.services.engine.models.checkpoints import (
+    GEMMA2,
+    GEMMA3,
+    INTERNLM2,
+    LLAMA,
+    PHI3,
+    QWEN3,
+    quantize_checkpoint,
+    write_checkpoint,
+)
 from weft.artifact.checkpoint import Checkpoint
 
 BLOCK_SIZE = 16
@@ -43,10 +53,22 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("models")
     plain = write_checkpoint(place / "plain", LLAMA)
     shallow = write_checkpoint(place / "shallow", {**LLAMA, "num_hidden_layers": 1})
+    gemma2 = write_checkpoint(place / "plain-gemma2", {**GEMMA2, "num_hidden_layers": 1, "sliding_window": 9})
+    phi3 = {**PHI3, "num_hidden_layers": 1, "partial_rotary_factor": 0.75, "sliding_window": 9}
     return {
         "llama-int4": quantize_checkpoint(plain, place / "packed", 32),
         "one-layer-int4": quantize_checkpoint(shallow, place / "packed-shallow", 32),
         "qwen3": write_checkpoint(place / "qwen3", {**QWEN3, "num_hidden_layers": 1}),
+        "gemma2-int4": quantize_checkpoint(gemma2, place / "gemma2", 32),
+        "gemma3": write_checkpoint(
+            place / "gemma3", {**GEMMA3, "num_hidden_layers": 2, "sliding_window_pattern": 2}
+        ),
+        "internlm2-int4": quantize_checkpoint(
+            write_checkpoint(place / "plain-internlm2", {**INTERNLM2, "num_hidden_layers": 1}),
+            place / "internlm2",
+            32,
+        ),
+        "phi3-int4": quantize_checkpoint(write_checkpoint(place / "plain-phi3", phi3), place / "phi3", 32),
     }
 
 
@@ -54,7 +76,7 @@ class Engine:
     """A model on one backend, with its cache. Unwritten memory is NaN."""
 
     def __init__(self, directory: Path, kv_dtype: str, numerics: Numerics) -> None:
-        checkpoint = Checkpoint.open(directory)
+        checkpoint = Checkpoint.open(directory, ARCHITECTURES)
         config = read_model_config(checkpoint)
         self.device = numerics.device
         self.model: Llama = load_model(checkpoint, config, numerics, 64)
@@ -113,6 +135,11 @@ def _expected(directory: Path, kv_dtype: str) -> tuple[list[Tensor], KVCache]:
         ("one-layer-int4", "int4", 0),
         ("one-layer-int4", "fp8", 0),
         ("qwen3", "int8", 0),
+        ("gemma2-int4", "float32", 0),
+        ("gemma2-int4", "int8", 0),
+        ("gemma3", "float32", 0),
+        ("internlm2-int4", "float32", 0),
+        ("phi3-int4", "int8", 0),
     ],
 )
 def test_logits_are_those_of_the_cpu(

@@ -42,6 +42,21 @@ def test_norm_and_sum_are_those_of_the_twin(
     _assert_close(normed, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_weight_in_fp32_is_multiplied_in_before_the_one_rounding(
+    dtype: torch.dtype, device: str, poison_empty: None
+) -> None:
+    x, residual, weight = _inputs(3, 1000, dtype, device)
+    weight = weight.float() + 1e-3
+    plain = x.double() * (x.double().square().mean(-1, keepdim=True) + EPS).rsqrt() * weight.double()
+    normed = norm.rms_norm(x, weight, EPS)
+    _assert_close(normed, reference.rms_norm(x, weight, EPS))
+    assert float((normed != plain.to(dtype)).float().mean()) < 0.01
+    _assert_close(
+        norm.add_rms_norm(x, residual, weight, EPS)[0], reference.add_rms_norm(x, residual, weight, EPS)[0]
+    )
+
+
 @pytest.mark.parametrize("hidden", [64, 320, 384])
 @pytest.mark.parametrize("group", [32, 64])
 def test_group_sums_are_those_of_the_rounded_result(

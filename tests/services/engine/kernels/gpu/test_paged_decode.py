@@ -58,19 +58,19 @@ class Batch:
             context_lens=[self.context_lens[i] for i in index],
         )
 
-    def expected(self, sliding_window=None):
+    def expected(self, sliding_window=None, softcap=None):
         """(output, bound of its error), fp64."""
         out = torch.zeros(self.query.shape, dtype=torch.float64)
         bound = torch.zeros_like(out)
         for i, context in enumerate(self.context_lens):
             first = max(context - (sliding_window or context), 0)
             if context:
-                out[i], bound[i] = self._expected_row(i, torch.arange(first, context))
+                out[i], bound[i] = self._expected_row(i, torch.arange(first, context), softcap)
         # The output's own rounding; fp16 has no steps below 2^-24.
         smallest = 2.0**-25 if self.query.dtype == torch.float16 else 0.0
         return out, bound + (out.abs() * ROUNDING[self.query.dtype]).clamp_min(smallest)
 
-    def _expected_row(self, i, positions):
+    def _expected_row(self, i, positions, softcap):
         block_size, dtype = self.cache.block_size, self.query.dtype
         blocks = self.block_tables[i].cpu().long()[positions // block_size]
         groups = self.query.shape[1] // self.cache.num_kv_heads
@@ -83,10 +83,15 @@ class Batch:
         )
         query = self.query[i].cpu().double()
         scale = query.shape[1] ** -0.5
-        weights = (torch.einsum("hd,hkd->hk", query, keys) * scale).softmax(-1)
+        scores = torch.einsum("hd,hkd->hk", query, keys) * scale
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        weights = scores.softmax(-1)
         out = torch.einsum("hk,hkd->hd", weights, values)
         sizes = torch.einsum("hd,hkd->hk", query.abs(), key_size) * scale
         score_error = sizes.amax(-1, keepdim=True) * (query.shape[1] + 32) * FP32
+        # A capped score has an error of the cap's own size, and one of the exp2 in it.
+        score_error += 0.0 if softcap is None else 16 * softcap * FP32
         is_exact = dtype == torch.float32 or self.cache.k.dtype not in (dtype, torch.uint8)
         rounding = (
             FP32 if is_exact else ROUNDING[torch.float16 if self.cache.kv_format.is_quantized else dtype]
@@ -155,9 +160,9 @@ def make_cache(keys, values, is_owned, kv):
     return LayerCache(kv_format, tensors[0], tensors[2], tensors[1], tensors[3])
 
 
-def check(batch, sliding_window=None, **options):
-    got = batch.run(sliding_window=sliding_window, **options).cpu().double()
-    expected, bound = batch.expected(sliding_window)
+def check(batch, sliding_window=None, softcap=None, **options):
+    got = batch.run(sliding_window=sliding_window, softcap=softcap, **options).cpu().double()
+    expected, bound = batch.expected(sliding_window, softcap)
     excess = ((got - expected).abs() - bound).max().item()
     assert excess <= 0, f"error {(got - expected).abs().max():.2e}, {excess:.2e} over the bound"
 
@@ -210,6 +215,19 @@ def test_a_window_hides_and_skips_what_lies_before_it(window, kv, device):
         # Blocks that left the window may have gone to others: their entries name the block of NaN.
         batch.block_tables[row, : max(context - window, 0) // 16] = scratch
     check(batch, sliding_window=window)
+
+
+@pytest.mark.parametrize(
+    ("kv", "window"), [("float32", None), ("float16", 37), ("int8", None), ("int4", 200), ("fp8", None)]
+)
+@pytest.mark.parametrize("softcap", [0.3, 50.0])
+def test_scores_within_a_cap(kv, window, softcap, device):
+    dtype = torch.float32 if kv == "float32" else torch.float16
+    batch = make_batch(device, RAGGED, heads=(4, 2), head_dim=256, kv=kv, dtype=dtype)
+    check(batch, sliding_window=window, softcap=softcap)
+    # Scores far beyond the cap, of both signs.
+    batch = make_batch(device, RAGGED, heads=(4, 2), head_dim=64, kv=kv, dtype=dtype, change=_huge_query)
+    check(batch, sliding_window=window, softcap=softcap)
 
 
 def test_a_split_that_ends_with_the_window_is_in_the_grid(device):
@@ -351,6 +369,7 @@ def test_no_row_launches_nothing(device):
     [
         ({"split_size": 100}, "split_size"),
         ({"sliding_window": 0}, "sliding_window"),
+        ({"softcap": 0.0}, "softcap"),
         ({"out": torch.zeros(1, 4, 65)}, "out"),
     ],
 )

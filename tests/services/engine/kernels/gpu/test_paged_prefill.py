@@ -52,7 +52,7 @@ class Batch:
         assert result is out
         return out
 
-    def expected(self, sliding_window=None):
+    def expected(self, sliding_window=None, softcap=None):
         """The twin's output, in fp32."""
         positions = [
             position
@@ -70,7 +70,9 @@ class Batch:
         )
         query = self.query.float()
         scale = query.shape[2] ** -0.5
-        return reference.paged_attention(query, self.cache, metadata, scale, sliding_window=sliding_window)
+        return reference.paged_attention(
+            query, self.cache, metadata, scale, sliding_window=sliding_window, softcap=softcap
+        )
 
 
 def make_batch(
@@ -131,9 +133,9 @@ def tolerance(*dtypes):
     return max({torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype] for dtype in dtypes)
 
 
-def check(batch, sliding_window=None, **options):
-    got = batch.run(sliding_window=sliding_window, **options).float()
-    expected = batch.expected(sliding_window)
+def check(batch, sliding_window=None, softcap=None, **options):
+    got = batch.run(sliding_window=sliding_window, softcap=softcap, **options).float()
+    expected = batch.expected(sliding_window, softcap)
     torch.testing.assert_close(got, expected, rtol=0, atol=4 * tolerance(batch.query.dtype))
 
 
@@ -162,6 +164,13 @@ def test_a_ragged_batch_in_one_launch(device, heads, head_dim, block_size, confi
 def test_sliding_window(device, window):
     """Of 68, the last row's first key is the second of a tile that no row sees less of."""
     check(make_batch(device, [1, 40, 7], [90, 101, 7]), sliding_window=window, config=SMALL)
+
+
+@pytest.mark.parametrize(("window", "kv"), [(None, "float32"), (20, "float32"), (None, "int8")])
+@pytest.mark.parametrize("softcap", [0.3, 5.0])
+def test_scores_within_a_cap(device, window, kv, softcap):
+    batch = make_batch(device, **RAGGED, head_dim=256, kv=kv)
+    check(batch, sliding_window=window, softcap=softcap, config=SMALL)
 
 
 def test_half_precision(device):
@@ -251,10 +260,12 @@ def slice_of(batch, sequence, begin, end):
     )
 
 
-@pytest.mark.parametrize(("dtype", "window"), [("float32", None), ("float16", 37)])
-def test_deterministic_rows_have_the_same_bits_in_any_chunk_and_batch(device, dtype, window):
+@pytest.mark.parametrize(
+    ("dtype", "window", "softcap"), [("float32", None, None), ("float16", 37, None), ("float32", 37, 2.0)]
+)
+def test_deterministic_rows_have_the_same_bits_in_any_chunk_and_batch(device, dtype, window, softcap):
     batch = make_batch(device, [50, 1, 21], [140, 70, 21], dtype=getattr(torch, dtype), kv=dtype)
-    options = {"deterministic": True, "sliding_window": window}
+    options = {"deterministic": True, "sliding_window": window, "softcap": softcap}
     whole = batch.run(**options)
     for size in (1, 7, 50):
         for begin in range(0, 50, size) if size > 1 else (0, 17, 49):
@@ -303,6 +314,8 @@ def test_what_does_not_fit_is_refused(device):
         batch.run(scale=0.0)
     with pytest.raises(ValueError, match="window"):
         batch.run(sliding_window=0)
+    with pytest.raises(ValueError, match="softcap"):
+        batch.run(softcap=-1.0)
     batch.query = batch.query[..., :32]
     with pytest.raises(ValueError, match="no vectors of 32"):
         batch.run()

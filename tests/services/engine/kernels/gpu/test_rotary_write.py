@@ -112,11 +112,14 @@ def test_more_heads_than_one_program_takes(name: str, device: str) -> None:
     _assert_same_cache(ours, theirs)
 
 
+@pytest.mark.parametrize("is_wide", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_heads_are_normed_before_they_are_rotated(dtype: torch.dtype, device: str) -> None:
+def test_heads_are_normed_before_they_are_rotated(dtype: torch.dtype, is_wide: bool, device: str) -> None:
     qkv, cos, sin = _inputs(3, 3 + 2 * 2, 100, dtype)
     generator = torch.Generator().manual_seed(5)
-    q_norm, k_norm = (1 + 0.5 * torch.randn(2, 100, generator=generator)).to(dtype)
+    q_norm, k_norm = (1 + 0.5 * torch.randn(2, 100, generator=generator)).to(
+        torch.float32 if is_wide else dtype
+    )
     ours, theirs = (_cache(FORMATS["float32"], 2, 100, place) for place in (device, "cpu"))
     expected = reference.rotary_write_kv(qkv, cos, sin, 3, theirs, _metadata(SLOTS), q_norm, k_norm, 1e-6)
     moved = [part.to(device) for part in (qkv, cos, sin, q_norm, k_norm, SLOTS)]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from services.engine.kernels import reference
 from services.engine.kernels.gpu.launch_configs import LaunchConfig, w4a16_deterministic_tile, w4a16_tiles
+from services.engine.kernels.gpu.silu_mul import Activation
 from services.engine.kernels.gpu.w4a16 import w4a16
 from services.engine.kernels.gpu.w4a16_repack import pack
 
@@ -46,7 +47,7 @@ def _check(
     *,
     has_bias: bool = False,
     has_residual: bool = False,
-    has_silu: bool = False,
+    activation: Activation | None = None,
     is_interleaved: bool = False,
 ) -> None:
     rows, in_features, out_features, group = shape
@@ -58,7 +59,7 @@ def _check(
     residual = None
     if has_residual:
         residual = torch.randn(rows, out_features, generator=generator).to(device, dtype)
-    width = out_features // 2 if has_silu else out_features
+    width = out_features // 2 if activation else out_features
     out = torch.full((rows + 1, width), NAN, dtype=dtype, device=device)
     partial = None
     if num_splits > 1:
@@ -70,15 +71,17 @@ def _check(
         num_splits,
         bias=bias,
         residual=residual,
-        has_silu=has_silu,
+        activation=activation,
         partial=partial,
         out=out[:rows],
     )
     expected = x.double().cpu() @ reference.dequantize_int4(*weight).double()
     if bias is not None:
         expected += bias.double().cpu()
-    if has_silu:
-        expected = F.silu(expected[:, :width]) * expected[:, width:]
+    if activation:
+        gate = expected[:, :width]
+        gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+        expected = gate * expected[:, width:]
     if residual is not None:
         expected += residual.double().cpu()
     error = (y.double().cpu() - expected).abs().amax() / expected.abs().amax()
@@ -138,7 +141,9 @@ def test_groups_of_other_sizes(device: str, dtype: torch.dtype, in_features: int
 
 @pytest.mark.parametrize("num_splits", [1, 2])
 @pytest.mark.parametrize("is_interleaved", [False, True])
-@pytest.mark.parametrize("end", ["bias", "residual", "both", "silu", "silu and bias"])
+@pytest.mark.parametrize(
+    "end", ["bias", "residual", "both", "silu", "silu and bias", "gelu", "gelu and bias"]
+)
 def test_epilogues(device: str, end: str, is_interleaved: bool, num_splits: int) -> None:
     _check(
         device,
@@ -146,9 +151,9 @@ def test_epilogues(device: str, end: str, is_interleaved: bool, num_splits: int)
         (9, 256, 152, 128),
         _tile(16, 128),
         num_splits,
-        has_bias=end in ("bias", "both", "silu and bias"),
+        has_bias=end.endswith("bias") or end == "both",
         has_residual=end in ("residual", "both"),
-        has_silu=end.startswith("silu"),
+        activation=next((name for name in ("silu", "gelu") if end.startswith(name)), None),
         is_interleaved=is_interleaved,
     )
 
@@ -225,7 +230,7 @@ def test_what_does_not_fit_is_refused(device: str) -> None:
     with pytest.raises(ValueError, match="bias"):
         w4a16(x, packed, tile, 1, bias=x.new_zeros(23))
     with pytest.raises(ValueError, match="partial"):
-        w4a16(x, packed, tile, 1, has_silu=True, partial=x.new_zeros(1, 3, 23).float())
+        w4a16(x, packed, tile, 1, activation="silu", partial=x.new_zeros(1, 3, 23).float())
     with pytest.raises(ValueError, match="packed for"):
         w4a16(x.double(), packed, tile, 1)
     odd = pack(*(part.to(device) for part in _weight(72, 24, 24)), DTYPES[0])

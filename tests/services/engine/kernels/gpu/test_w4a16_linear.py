@@ -68,13 +68,18 @@ def test_every_path_gives_the_twins_product(
 @pytest.mark.parametrize("is_deterministic", [False, True])
 @pytest.mark.parametrize("is_gate_up", [False, True])
 @pytest.mark.parametrize(("rows", "group"), [(5, 128), (300, 128), (5, 8)])
-def test_silu_mul(device: str, rows: int, group: int, is_gate_up: bool, is_deterministic: bool) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_activation_mul(
+    device: str, activation: str, rows: int, group: int, is_gate_up: bool, is_deterministic: bool
+) -> None:
     weight = _weight(128, 48, group)
     linear = _make(weight, device, is_gate_up=is_gate_up, is_deterministic=is_deterministic)
     x = _randn(rows, 128).to(DTYPE)
     plain = x.double() @ reference.dequantize_int4(*weight).double()
-    expected = F.silu(plain[:, :24]) * plain[:, 24:]
-    assert _error(linear.silu_mul(x.to(device)), expected) < TOLERANCE
+    gate = plain[:, :24]
+    gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    gated = linear.silu_mul if activation == "silu" else linear.gelu_mul
+    assert _error(gated(x.to(device)), gate * plain[:, 24:]) < TOLERANCE
     assert _error(linear(x.to(device)), plain) < TOLERANCE
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from services.engine.kernels.gpu.silu_mul import Activation
 from services.engine.kernels.gpu.w4a16_reduce import w4a16_reduce
 
 
@@ -39,14 +40,19 @@ def test_bias_then_residual_rounded_once(device: str) -> None:
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_silu_of_the_first_half_times_the_second(device: str, has_bias: bool) -> None:
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_activation_of_the_first_half_times_the_second(
+    device: str, activation: Activation, has_bias: bool
+) -> None:
     partial = _partial(4, 3, 1040, device) * 3
     partial[0, 0, :4] = torch.tensor([-200.0, 200.0, 0.0, -90.0])
     bias = torch.randn(1040, device=device) if has_bias else None
     out = torch.full((3, 520), float("nan"), device=device)
-    w4a16_reduce(partial, out, bias=bias, residual=None, has_silu=True)
+    w4a16_reduce(partial, out, bias=bias, residual=None, activation=activation)
     total = partial.double().sum(0) + (0 if bias is None else bias.double())
-    expected = F.silu(total[:, :520]) * total[:, 520:]
+    gate = total[:, :520]
+    gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    expected = gate * total[:, 520:]
     assert torch.allclose(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
