@@ -20,6 +20,7 @@ from weft import logs
 from weft.artifact.manifest import ArtifactError, DigestMismatch, Manifest
 from weft.artifact.regular_file import FileRefusedError, chunks, open_regular
 from weft.artifact.store import Artifact, ArtifactStore
+from weft.strict_json import canonical_bytes
 
 _LOGGER = logs.get_logger("quantizer")
 _IDENTITY = ("source_digest", "recipe", "seed", "calibration_digest", "tokenizer_digest")
@@ -42,6 +43,12 @@ def draft_manifest(config: QuantizerConfig) -> Manifest:
         calibration_digest=calibration_digest,
         tokenizer_digest="sha256:" + hashlib.sha256(companions["tokenizer.json"]).hexdigest(),
     )
+
+
+def draft_key(draft: Manifest) -> str:
+    """What a run makes, as a digest in hex: the same for two runs for which one artifact is current."""
+    document = {name: getattr(draft, name) for name in _IDENTITY}
+    return hashlib.sha256(canonical_bytes({**document, "seed": str(draft.seed)})).hexdigest()
 
 
 def find_current(config: QuantizerConfig, draft: Manifest) -> Artifact | None:

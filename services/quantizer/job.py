@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import transformers
@@ -20,7 +21,7 @@ from services.quantizer.block_driver import BlocksAhead
 from services.quantizer.block_writer import joined_errors, write_block
 from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
-from services.quantizer.identity import draft_manifest, find_current
+from services.quantizer.identity import draft_key, draft_manifest, find_current
 from services.quantizer.inputs import Inputs, read_inputs
 from services.quantizer.progress import ProgressReporter
 from services.quantizer.publication import Outcome, publish
@@ -66,7 +67,7 @@ def run(config: QuantizerConfig, draft: Manifest | None = None) -> Artifact:
     inputs = read_inputs(config, source)
     store = ArtifactStore(config.artifacts)
     parent = store.model_directory(config.name)
-    with RunLock(parent), Workspace(parent, run_identity(config, draft)) as workspace:
+    with RunLock(parent), _workspace(parent, config, draft) as workspace:
         current = None if config.force else find_current(config, draft)
         if current is not None:  # whoever held the lock before has just published it
             workspace.remove()
@@ -83,6 +84,10 @@ def run(config: QuantizerConfig, draft: Manifest | None = None) -> Artifact:
             progress.published(artifact.version)
         workspace.remove()
         return artifact
+
+
+def _workspace(parent: Path, config: QuantizerConfig, draft: Manifest) -> Workspace:
+    return Workspace(parent, draft_key(draft), run_identity(config, draft))
 
 
 def _prepare_torch(config: QuantizerConfig) -> torch.device:
@@ -185,7 +190,7 @@ def _quantize_block(
 
 def _keep_tensors(job: _Job, index: int, block: QuantizedBlock) -> tuple[KeptFile, bytes]:
     stored = _StoredBlock()
-    write_block(stored, job.source, index, block)
+    write_block(stored, job.source, index, block, job.config.format)
     kept = job.workspace.write_tensors(lambda write: write_tensors(write, stored.tensors))
     return kept, _record(block, stored)
 
@@ -207,6 +212,8 @@ def _record(block: QuantizedBlock, stored: _StoredBlock) -> bytes:
         "tensors": list(stored.tensors),
         "errors": {name: [error.rounding, error.chosen] for name, error in block.errors.items()},
         "choices": block.choices,
+        # Blocks of a search that tells less have none.
+        "records": getattr(block, "records", {}),
     }
     return json.dumps(document).encode()
 
@@ -217,6 +224,11 @@ def _add_record(outcome: Outcome, source: Source, index: int, record: bytes) -> 
     outcome.errors.update(joined_errors(source, index, errors))
     for name, label in document["choices"].items():
         outcome.choices[source.full_name(index, name)] = label
+    stored = {name: source.full_name(index, name) for name in document["records"]}
+    for name, told in document["records"].items():
+        # Linears that one stored tensor holds are told apart by their own names.
+        is_shared = list(stored.values()).count(stored[name]) > 1
+        outcome.records[f"{stored[name]} ({name})" if is_shared else stored[name]] = told
 
 
 def _assemble(job: _Job, staged: Staging) -> None:

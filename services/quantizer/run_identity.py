@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from services.quantizer.config import QuantizerConfig
+from services.quantizer.identity import draft_key
 from weft.artifact import packing
 from weft.artifact.manifest import Manifest
 from weft.strict_json import canonical_bytes
@@ -26,11 +27,7 @@ def run_identity(config: QuantizerConfig, draft: Manifest) -> str:
     """
     device = torch.device(config.device)
     document = {
-        "source_digest": draft.source_digest,
-        "recipe": draft.recipe,
-        "seed": str(draft.seed),
-        "calibration_digest": draft.calibration_digest,
-        "tokenizer_digest": draft.tokenizer_digest,
+        "draft": draft_key(draft),
         "program": _program_digest(),
         "python": platform.python_version(),
         "torch": torch.__version__,

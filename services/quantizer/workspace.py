@@ -1,7 +1,7 @@
 """What a run has finished, kept so that the same run can go on from there after any end. Standard library
 only.
 
-    <artifacts>/<name>/.work-<16 hex of the identity>/
+    <artifacts>/<name>/.work-<16 hex>/
         journal.json                 the finished blocks, and the sha256 of every file that belongs to them
         block-00001.safetensors      a block's tensors, packed as they will be published
         block-00001.json             what is known of it: errors, choices
@@ -27,6 +27,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from services.quantizer.errors import NameBusyError
+from services.quantizer.run_lock import RunLock
 from weft import logs
 from weft.artifact.regular_file import FileRefusedError, chunks, open_regular, read_regular
 from weft.strict_json import StrictJsonError, parse_object
@@ -64,16 +66,17 @@ class KeptBlock:
 
 
 class Workspace:
-    """The state of one run, `identity` (hex) being whatever decides its bytes. A context: if no block is
-    finished when it is left, the directory goes.
+    """The state of one run. `key` (hex) says what it makes and names the directory; `identity` is whatever
+    decides its bytes, and what another identity kept is not used. A context: if no block is finished when it
+    is left, the directory goes.
 
     Attributes:
         path: its directory.
         blocks: the finished ones, all sound.
     """
 
-    def __init__(self, parent: Path, identity: str) -> None:
-        self.path = parent / f".work-{identity[:16]}"
+    def __init__(self, parent: Path, key: str, identity: str) -> None:
+        self.path = _path(parent, key)
         self._identity = identity
         self.blocks: list[KeptBlock] = []
         self._is_read = False
@@ -186,7 +189,10 @@ class Workspace:
         try:
             document = parse_object(read_regular(path, _MAX_JOURNAL_SIZE), str(path))
             if document["format"] != _FORMAT or document["identity"] != self._identity:
-                raise ValueError(f"{path}: of another run")
+                _LOGGER.info(
+                    "what was kept is of another program, machine or number of threads", path=str(path)
+                )
+                return []
             return [KeptBlock(*(_kept_file(block[part]) for part in _PARTS)) for block in document["blocks"]]
         except FileNotFoundError:
             return []
@@ -240,6 +246,18 @@ def remove_others(parent: Path, keep: Path | None = None) -> None:
         if path != keep:
             _LOGGER.info("removing abandoned state", path=str(path))
             _remove(path)
+
+
+def remove_own(parent: Path, key: str) -> None:
+    """Remove what a run kept that ended between publishing and cleaning up. It is tried, no more."""
+    path = _path(parent, key)
+    if path.is_dir():
+        with contextlib.suppress(OSError, NameBusyError), RunLock(parent):
+            _remove(path)
+
+
+def _path(parent: Path, key: str) -> Path:
+    return parent / f".work-{key[:16]}"
 
 
 def _directories(parent: Path) -> Iterator[Path]:
