@@ -6,15 +6,18 @@ from typing import Annotated
 
 import typer
 
+from cli.artifacts import artifacts
 from cli.chat import chat
 from cli.generate import generate
+from cli.jobs import jobs
 from cli.models import models
 from cli.plan import plan
+from cli.quantize import import_checkpoint, quantize
 from weft import __version__
 
 app = typer.Typer(
     name="weft",
-    help="Talk to a Weft gateway, and work out what fits on a device.",
+    help="Quantize models, talk to a gateway, look after artifacts, work out what fits on a device.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -23,6 +26,11 @@ app.command()(generate)
 app.command()(chat)
 app.command()(models)
 app.command()(plan)
+_PASSES_FLAGS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(context_settings=_PASSES_FLAGS_ON)(quantize)
+app.command("import", context_settings=_PASSES_FLAGS_ON)(import_checkpoint)
+app.add_typer(jobs, name="jobs")
+app.add_typer(artifacts, name="artifacts")
 
 
 def show_version(is_wanted: bool) -> None:

@@ -1,4 +1,4 @@
-"""One call to the gateway: the channel, the key, the deadline, and how a failure is told.
+"""One call to the gateway or the job service: the channel, the key, the deadline, and how a failure is told.
 
 A failure is one line on stderr that begins with the name of its gRPC status, and exit status 1. Ctrl-C
 cancels the call, so that the server frees what it holds, and exits with 130.
@@ -20,11 +20,13 @@ from weft.config import variable
 from weft.rpc.auth import auth_metadata
 from weft.rpc.channel import channel_options
 from weft.v1 import gateway_service_pb2_grpc as gateway_grpc
+from weft.v1 import quantizer_service_pb2_grpc as quantizer_grpc
 
 EXIT_FAILURE = 1
 EXIT_INTERRUPTED = 130
 CONNECTION = "Connection"
 SERVER = "127.0.0.1:50052"
+JOB_SERVER = "127.0.0.1:50053"
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,45 @@ class ConnectionOptions:
     @property
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """The call's metadata. Raises typer.BadParameter for a key that no header can hold."""
-        # A key read from a file brings the file's line end along.
-        key = (self.api_key or variable("WEFT_API_KEY") or "").strip()
-        if not (key.isascii() and key.isprintable()):
-            raise typer.BadParameter("the API key holds characters that a header cannot")
-        return auth_metadata(key)
+        return _key_metadata(self.api_key or variable("WEFT_API_KEY"))
+
+
+@dataclass(frozen=True)
+class JobServiceOptions:
+    """Where the quantizer's job service is and who is calling."""
+
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help=f"The job service; else WEFT_JOB_SERVER, else {JOB_SERVER}.",
+            rich_help_panel=CONNECTION,
+        ),
+    ] = None
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            metavar="KEY", help="Sent as a bearer token; else WEFT_API_KEY.", rich_help_panel=CONNECTION
+        ),
+    ] = None
+
+    @property
+    def target(self) -> str:
+        """The service's address: flag, then variable, then default."""
+        return self.server or variable("WEFT_JOB_SERVER") or JOB_SERVER
+
+    @property
+    def metadata(self) -> tuple[tuple[str, str], ...]:
+        """The call's metadata. Raises typer.BadParameter for a key that no header can hold."""
+        return _key_metadata(self.api_key or variable("WEFT_API_KEY"))
+
+
+def _key_metadata(given: str | None) -> tuple[tuple[str, str], ...]:
+    # A key read from a file brings the file's line end along.
+    key = (given or "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise typer.BadParameter("the API key holds characters that a header cannot")
+    return auth_metadata(key)
 
 
 @contextlib.contextmanager
@@ -80,6 +116,16 @@ def gateway(options: ConnectionOptions) -> Iterator[gateway_grpc.GatewayServiceS
     with grpc.insecure_channel(options.target, options=channel_options()) as channel:
         try:
             yield gateway_grpc.GatewayServiceStub(channel)
+        except grpc.RpcError as error:
+            fail(describe(error))
+
+
+@contextlib.contextmanager
+def job_service(options: JobServiceOptions) -> Iterator[quantizer_grpc.QuantizerServiceStub]:
+    """The same for the job service."""
+    with grpc.insecure_channel(options.target, options=channel_options()) as channel:
+        try:
+            yield quantizer_grpc.QuantizerServiceStub(channel)
         except grpc.RpcError as error:
             fail(describe(error))
 

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
@@ -194,3 +195,63 @@ def test_a_damaged_database_is_left_as_it_is(directories, tmp_path):
     command = [sys.executable, "-m", "services.quantizer", "serve", "--listen=127.0.0.1:0", *directories()]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, timeout=30).returncode == 1
     assert (tmp_path / "state" / "jobs.sqlite").read_bytes() == before
+
+
+def children_of(pid):
+    """Every process below `pid`."""
+    return psutil.Process(pid).children(recursive=True)
+
+
+async def test_a_job_cancelled_midway_goes_on_when_it_is_asked_for_again(
+    serve, directories, make_checkpoint, tmp_path
+):
+    make_checkpoint(num_hidden_layers=6).rename(tmp_path / "sources" / "tiny")
+    process, address = serve("--listen=127.0.0.1:0", "--grace=30", *directories())
+    async with open_channel(address) as channel:
+        stub = QuantizerServiceStub(channel)
+        first = (await stub.CreateJob(request("a", source="tiny"), timeout=10)).job
+        await watch(stub, first.job_id, until=lambda job: job.blocks_done >= 2)
+        assert children_of(process.pid)
+        for _ in range(2):
+            answer = await stub.CancelJob(pb.CancelJobRequest(job_id=first.job_id), timeout=10)
+            assert answer.job.cancel_requested
+        last = (await watch(stub, first.job_id))[-1]
+        assert last.state == pb.JOB_STATE_CANCELLED
+        assert not children_of(process.pid)
+        assert not (tmp_path / "artifacts" / "tiny" / "CURRENT").exists()
+        answer = await stub.CancelJob(pb.CancelJobRequest(job_id=first.job_id), timeout=10)
+        assert answer.job == last
+        second = (await stub.CreateJob(request("b", source="tiny"), timeout=10)).job
+        seen = await watch(stub, second.job_id)
+        assert seen[-1].state == pb.JOB_STATE_SUCCEEDED
+        begun = min(job.blocks_done for job in seen if job.blocks_total)
+        assert begun >= 2, "it began anew"
+    assert terminate(process) == 0
+
+
+async def test_a_service_that_is_killed_takes_its_run_along_and_the_next_one_goes_on(
+    serve, directories, make_checkpoint, tmp_path
+):
+    make_checkpoint(num_hidden_layers=6).rename(tmp_path / "sources" / "tiny")
+    process, address = serve("--listen=127.0.0.1:0", "--grace=30", *directories())
+    async with open_channel(address) as channel:
+        stub = QuantizerServiceStub(channel)
+        job_id = (await stub.CreateJob(request(source="tiny"), timeout=10)).job.job_id
+        await watch(stub, job_id, until=lambda job: job.blocks_done >= 1)
+        left = children_of(process.pid)
+        assert left
+        process.kill()
+        process.wait()
+    _, alive = psutil.wait_procs(left, timeout=20)
+    assert not alive
+    process, address = serve("--listen=127.0.0.1:0", *directories())
+    async with open_channel(address) as channel:
+        stub = QuantizerServiceStub(channel)
+        seen = await watch(stub, job_id)
+        assert seen[-1].state == pb.JOB_STATE_SUCCEEDED
+        assert seen[-1].attempt == 2
+        assert min(job.blocks_done for job in seen if job.blocks_total) >= 1
+        again = (await stub.CreateJob(request(source="tiny"), timeout=10)).job
+        assert again == seen[-1]
+    assert read_fence(tmp_path / "artifacts" / "tiny") == 2
+    assert terminate(process) == 0
