@@ -28,8 +28,8 @@ Weights = dict[str, Tensor]
 """Parameters of a block in fp32, by their names relative to the block."""
 
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_TOKENS_PER_BATCH = 4096
-_VOCABULARY_SLICE = 16384
+TOKENS_PER_BATCH = 2048
+VOCABULARY_SLICE = 16384
 
 
 class Source:
@@ -106,7 +106,7 @@ class Source:
         """Slices of windows that fit comfortably, on the device, with the arguments that tell block `index`
         their positions.
         """
-        step = max(1, _TOKENS_PER_BATCH // hidden.shape[1])
+        step = max(1, TOKENS_PER_BATCH // hidden.shape[1])
         for begin in range(0, hidden.shape[0], step):
             window = slice(begin, begin + step)
             batch = hidden[window].to(self.device)
@@ -132,7 +132,7 @@ class Source:
     def outer(self, name: str) -> Tensor:
         """A tensor outside of the blocks, in its stored dtype. Refuses values that are not finite."""
         tensor = self.checkpoint.load(name)
-        for part in tensor.split(_VOCABULARY_SLICE):  # a mask of all of it would be half as large again
+        for part in tensor.split(VOCABULARY_SLICE):  # a mask of all of it would be half as large again
             _require_finite(part, name)
         return tensor
 
@@ -216,7 +216,7 @@ class Head:
         """fp32 logits [tokens, vocabulary] of `hidden` [tokens, hidden_size]."""
         hidden = hidden.to(self._projection.device)
         normed = functional_call(self._norm, {"weight": self._norm_weight}, (hidden,))
-        slices = self._projection.split(_VOCABULARY_SLICE)
+        slices = self._projection.split(VOCABULARY_SLICE)
         logits = torch.cat([normed @ part.float().T for part in slices], dim=-1)
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
 
