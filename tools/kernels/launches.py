@@ -36,6 +36,7 @@ from services.engine.kernels.metadata import AttentionMetadata
 from services.engine.kernels.numerics import Numerics
 from services.engine.kernels.scratch import Scratch
 from services.engine.models.llama import Llama
+from services.engine.models.registry import ARCHITECTURES
 from tools.kernels.gates import MULTIPROCESSORS
 
 ARCHS = (90,)
@@ -67,6 +68,17 @@ QWEN_7B = LLAMA_8B | {
     "num_key_value_heads": 4,
     "intermediate_size": 18944,
 }
+GEMMA_9B = LLAMA_8B | {
+    "architectures": ["Gemma2ForCausalLM"],
+    "vocab_size": 256000,
+    "hidden_size": 3584,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 256,
+    "sliding_window": 4096,
+}
+"""A layer with a window and one without; both cap their scores."""
 DECODES = (1, 2, 8, 16, 24, 64, 100, 256)
 PREFILLS = ((2, 1), (17,), (512,), (300, 1, 1, 63))
 CONTEXTS = (256, 4096)
@@ -211,7 +223,7 @@ def _listed_cases() -> Iterator[CompileCase]:
 def recorded() -> dict[str, CompileCase]:
     """Every distinct launch, by its key."""
     with recording() as recorder, torch.inference_mode():
-        for model, raw in (("8B", LLAMA_8B), ("7B", QWEN_7B)):
+        for model, raw in (("8B", LLAMA_8B), ("7B", QWEN_7B), ("9B", GEMMA_9B)):
             for is_deterministic in (False, True):
                 for weight_bits in (4, 16):
                     mode = f"{model}/{weight_bits} bits" + ("/fixed" if is_deterministic else "")
@@ -225,7 +237,8 @@ def _run_model(
 ) -> None:
     numerics = Numerics(torch.bfloat16, is_deterministic, device=META)
     weights: Any = MetaWeights(numerics, weight_bits)
-    model = Llama(Llama.parse(raw), weights, MAX_CONTEXT)
+    architecture = ARCHITECTURES[raw["architectures"][0]]
+    model = architecture(architecture.parse(raw), weights, MAX_CONTEXT)
     for name in ("bfloat16", "fp8", "int8", "int4") if weight_bits == 4 else ("bfloat16",):
         cache = _cache(name, model.config.num_kv_heads, model.config.head_dim)
         batches = [(1,) * count for count in DECODES] + list(PREFILLS)
@@ -247,7 +260,8 @@ def _run_step(model: Llama, cache: LayerCache, lengths: tuple[int, ...], context
         block_size=BLOCK_SIZE,
     )
     ids = torch.empty(rows, dtype=torch.int64, device=META)
-    model.forward(ids, metadata, [cache], torch.empty(num_seqs, dtype=torch.int64, device=META))
+    caches = [cache] * model.config.num_layers
+    model.forward(ids, metadata, caches, torch.empty(num_seqs, dtype=torch.int64, device=META))
 
 
 def _cache(name: str, num_kv_heads: int, head_dim: int) -> LayerCache:

@@ -6,6 +6,7 @@ Knows files and limits; does not verify digests (the artifact store does) and do
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from services.engine.kernels.numerics import Numerics
@@ -19,6 +20,7 @@ from weft.artifact.regular_file import FileRefusedError, read_regular
 from weft.strict_json import StrictJsonError, parse_object
 
 _MAX_GENERATION_CONFIG_SIZE = 1 << 20
+_log = logging.getLogger(__name__)
 
 
 def read_model_config(checkpoint: Checkpoint) -> ModelConfig:
@@ -63,6 +65,13 @@ def load_model(
     """
     loader = WeightLoader(checkpoint, config, numerics, is_strict=is_artifact)
     architecture = model_class(config.architecture)
+    if config.rope.kind == "longrope" and max_model_len > config.rope.original_max_position:
+        _log.warning(
+            "longrope: all positions turn by the long factors, because max_model_len %d is more than %d, up to "
+            "which the short ones would be taken",
+            max_model_len,
+            config.rope.original_max_position,
+        )
     if balances_keys:
         loader.output_factors.update(balanced_keys(loader, config, architecture))
     model = architecture(config, loader, max_model_len)

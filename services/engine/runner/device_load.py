@@ -38,6 +38,7 @@ from services.engine.runner.step_graphs import logits_held
 from weft.artifact.checkpoint import Checkpoint
 
 MIN_CAPABILITY = (8, 0)
+HEAD_DIM_MULTIPLE, MAX_HEAD_DIM = 8, 256
 _DTYPES = {
     "auto": torch.bfloat16,
     "bfloat16": torch.bfloat16,
@@ -64,9 +65,20 @@ def load_device_runner(config: RunnerConfig) -> DeviceRunner:
         ) from error
 
 
+def check_head_dim(head_dim: int) -> None:
+    """Raises RunnerConfigError for heads that no kernel takes."""
+    if head_dim % HEAD_DIM_MULTIPLE or head_dim > MAX_HEAD_DIM:
+        raise RunnerConfigError(
+            f"head_dim {head_dim} has no kernels on a GPU (multiples of {HEAD_DIM_MULTIPLE} up to "
+            f"{MAX_HEAD_DIM} have)"
+        )
+
+
 def _load(config: RunnerConfig, device: torch.device) -> DeviceRunner:
     source = open_source(config)
     model_config = read_model_config(source.checkpoint)
+    if device.type == "cuda":
+        check_head_dim(model_config.head_dim)
     numerics = Numerics(_DTYPES[config.dtype], bool(config.is_deterministic), device=device)
     max_model_len = resolve_max_model_len(model_config, config.max_model_len)
     budget = None

@@ -158,6 +158,15 @@ def test_phi3_has_three_names_for_one_scaling(name: str, tmp_path: Path) -> None
     assert rope.attention_factor == pytest.approx((1 + 2 / 7) ** 0.5)  # 512 / 128 = 2^2, 128 = 2^7
 
 
+@pytest.mark.parametrize(("length", "is_long"), [(128, False), (129, True)])
+def test_long_factors_are_taken_above_the_original_length_and_said(
+    length: int, is_long: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = {**PHI3, "rope_scaling": LONGROPE, "original_max_position_embeddings": 128}
+    _load(write_checkpoint(tmp_path, config), max_model_len=length)
+    assert ("long factors" in caplog.text) == is_long
+
+
 WINDOWED = {**QWEN3, "use_sliding_window": True, "sliding_window": 9}
 
 

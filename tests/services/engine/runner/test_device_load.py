@@ -14,7 +14,12 @@ from services.engine.kernels.numerics import Numerics
 from services.engine.models.loader import load_model, read_model_config
 from services.engine.runner import device_load
 from services.engine.runner.config import RunnerConfig, RunnerConfigError
-from services.engine.runner.device_load import _Loading, least_weight_bytes, load_device_runner
+from services.engine.runner.device_load import (
+    _Loading,
+    check_head_dim,
+    least_weight_bytes,
+    load_device_runner,
+)
 from services.engine.runner.kv_cache import choose_kv_format, kv_bytes_per_token
 from services.engine.runner.load import numerics_id, weight_bytes
 from services.engine.runner.memory_budget import MemoryBudget
@@ -202,3 +207,14 @@ def test_a_deterministic_gpu_engine_tries_its_linears_with_as_many_rows_as_a_ste
             assert _check_linears({"qkv": Row()}, numerics, 2048) is None  # type: ignore[dict-item, arg-type]
     half = len(rows) // 2
     assert (max(rows[:half]), max(rows[half:])) == (128, 2048)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "fits"), [(64, True), (96, True), (256, True), (20, False), (264, False)]
+)
+def test_heads_without_kernels_are_refused_before_anything_is_loaded(head_dim: int, fits: bool) -> None:
+    if fits:
+        return check_head_dim(head_dim)
+    with pytest.raises(RunnerConfigError, match=f"head_dim {head_dim} has no kernels"):
+        check_head_dim(head_dim)
+    return None
