@@ -29,6 +29,8 @@ Weights = dict[str, Tensor]
 
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENS_PER_BATCH = 2048
+_TOKENS_PER_EAGER_BATCH = 1024
+"""Eager attention keeps the scores of all heads, several times over."""
 VOCABULARY_SLICE = 16384
 
 
@@ -106,7 +108,8 @@ class Source:
         """Slices of windows that fit comfortably, on the device, with the arguments that tell block `index`
         their positions.
         """
-        step = max(1, TOKENS_PER_BATCH // hidden.shape[1])
+        is_eager = self.architecture.attention == "eager"
+        step = max(1, (_TOKENS_PER_EAGER_BATCH if is_eager else TOKENS_PER_BATCH) // hidden.shape[1])
         for begin in range(0, hidden.shape[0], step):
             window = slice(begin, begin + step)
             batch = hidden[window].to(self.device)
