@@ -10,7 +10,8 @@ import logging
 from dataclasses import replace
 
 from services.engine.kernels.numerics import Numerics
-from services.engine.models.config import ConfigError, ModelConfig, architecture_of, parse_eos_ids
+from services.engine.models.config import ModelConfig, architecture_of, parse_eos_ids
+from services.engine.models.fields import ConfigError
 from services.engine.models.key_balance import balanced_keys
 from services.engine.models.llama import Llama
 from services.engine.models.registry import model_class
@@ -67,7 +68,7 @@ def load_model(
     architecture = model_class(config.architecture)
     if config.rope.kind == "longrope" and max_model_len > config.rope.original_max_position:
         _log.warning(
-            "longrope: all positions turn by the long factors, because max_model_len %d is more than %d, up to "
+            "longrope: all positions turn by the long factors, as max_model_len %d is more than %d, up to "
             "which the short ones would be taken",
             max_model_len,
             config.rope.original_max_position,

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from services.engine.models.config import MAX_LAYERS, Fields, ModelConfig, parse_config, parse_window
+from services.engine.models.config import ModelConfig, parse_config, parse_window
+from services.engine.models.fields import MAX_LAYERS, Fields
 from services.engine.models.llama import Llama
 
 

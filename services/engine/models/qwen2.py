@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from services.engine.models.config import Fields, ModelConfig, parse_config, parse_layer_windows
+from services.engine.models.config import ModelConfig, parse_config, parse_layer_windows
+from services.engine.models.fields import Fields
 from services.engine.models.llama import Llama
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.engine.models.config import ConfigError
+from services.engine.models.fields import ConfigError
 from services.engine.models.gemma2 import Gemma2
 from services.engine.models.gemma3 import Gemma3
 from services.engine.models.internlm2 import InternLM2

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from services.engine.models.config import ConfigError
+from services.engine.models.fields import ConfigError
 from services.engine.models.loader import read_model_config
 from services.engine.models.registry import ARCHITECTURES
 from services.engine.runner.config import RunnerConfig, RunnerConfigError
