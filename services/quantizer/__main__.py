@@ -4,6 +4,7 @@ of a checkpoint that is quantized already, `... serve` is the job service. Wirin
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ from typing import NoReturn
 
 from services.quantizer.config import ENV_PREFIX, PATH_SEPARATOR, QuantizerConfig
 from services.quantizer.errors import GateMissed, NameBusyError, QuantizerError
-from services.quantizer.identity import draft_manifest, find_current
+from services.quantizer.identity import draft_key, draft_manifest, find_current
 from services.quantizer.run_lock import refuse_if_busy
+from services.quantizer.sources import local_source
+from services.quantizer.workspace import remove_own
 from weft import config as weft_config
 from weft import logs
 from weft.artifact.manifest import ArtifactError
+from weft.artifact.publish import claim_fence
 from weft.artifact.store import Artifact, ArtifactStore
 
 _PROGRAM = "python -m services.quantizer"
@@ -108,11 +112,18 @@ def _exit_status(error: BaseException) -> int:
 
 
 def _quantize(config: QuantizerConfig) -> Artifact:
-    refuse_if_busy(ArtifactStore(config.artifacts).model_directory(config.name))
+    if config.fencing_token is not None:
+        # From here on, not only at the end: whoever lost the lease to this run publishes nothing any more.
+        claim_fence(ArtifactStore(config.artifacts), config.name, config.fencing_token)
+    directory = ArtifactStore(config.artifacts).model_directory(config.name)
+    refuse_if_busy(directory)
+    source, commit = local_source(config.source, config.revision, config.hub_cache)
+    config = dataclasses.replace(config, source=source, revision=commit)
     draft = draft_manifest(config)
     current = None if config.force else find_current(config, draft)
     if current is not None:
         logs.get_logger("quantizer").info("up to date", model=config.name, version=current.version)
+        remove_own(directory, draft_key(draft))
         return current
     # torch and transformers take seconds to import: not before it is known that they are needed.
     from services.quantizer.job import run

@@ -60,7 +60,13 @@ class QuantizerConfig:
     object is made: what was given, or what `calibration_tokens` makes of it.
     """
 
-    source: Path = option(REQUIRED, "Hugging Face checkpoint directory (safetensors)", metavar="DIR")  # noqa: RUF009
+    source: Path = option(  # noqa: RUF009
+        REQUIRED, "Hugging Face checkpoint directory (safetensors), or hub id", metavar="DIR|ORG/NAME"
+    )
+    revision: str | None = option(None, "commit or tag of the hub id", metavar="REV")
+    hub_cache: Path | None = option(  # noqa: RUF009
+        None, "where hub models are kept; by default the hub client's own", metavar="DIR"
+    )
     artifacts: Path = option(REQUIRED, "root of the artifact volume", metavar="DIR")  # noqa: RUF009
     name: str = option(REQUIRED, "model name to publish under")
     calibration: tuple[Path, ...] = option(

@@ -100,7 +100,7 @@ def publish(
     artifact = staged.publish(
         manifest,
         version,
-        run_document(config.source, config.device, started),
+        run_document(config.source, config.revision, config.device, started),
         fencing_token=config.fencing_token,
     )
     remove_rejected(config.artifacts / config.name, version)
@@ -112,8 +112,10 @@ def version_name(file_format: str, manifest: Manifest) -> str:
     return f"{_VERSION_PREFIXES[file_format]}-" + manifest.digest.removeprefix("sha256:")[:12]
 
 
-def run_document(source: Path, device: str, started: float) -> bytes:
-    """run.json: what differs from run to run, so that nothing else has to. `started` is a wall-clock time."""
+def run_document(source: Path, revision: str | None, device: str, started: float) -> bytes:
+    """run.json: what differs from run to run, so that nothing else has to. `revision` is the commit of a hub
+    model, `started` a wall-clock time.
+    """
     document = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
         "seconds": round(time.time() - started, 2),
@@ -127,5 +129,6 @@ def run_document(source: Path, device: str, started: float) -> bytes:
         "threads": torch.get_num_threads(),
         "device": device,
         "source": str(source),
+        "revision": revision,
     }
     return json.dumps(document, indent=1).encode() + b"\n"

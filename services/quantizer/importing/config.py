@@ -17,7 +17,11 @@ class ImportConfig:
     """Flags of `import`."""
 
     source: Path = option(  # noqa: RUF009 - `option` makes a dataclass field
-        REQUIRED, "quantized checkpoint: a directory, or a hub id with --revision", metavar="DIR|ID"
+        REQUIRED, "quantized checkpoint directory (safetensors), or hub id", metavar="DIR|ORG/NAME"
+    )
+    revision: str | None = option(None, "commit or tag of the hub id", metavar="REV")
+    hub_cache: Path | None = option(  # noqa: RUF009
+        None, "where hub models are kept; by default the hub client's own", metavar="DIR"
     )
     artifacts: Path = option(REQUIRED, "root of the artifact volume", metavar="DIR")  # noqa: RUF009
     name: str = option(REQUIRED, "model name to publish under")

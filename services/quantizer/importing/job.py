@@ -30,6 +30,7 @@ from services.quantizer.progress import ProgressReporter
 from services.quantizer.publication import run_document, version_name
 from services.quantizer.shards import ShardWriter
 from services.quantizer.source import Source
+from services.quantizer.sources import local_source
 from services.quantizer.texts import BUNDLED_CALIBRATION, read_texts
 from weft import logs
 from weft.artifact.manifest import Canary, Manifest
@@ -44,6 +45,8 @@ def run_import(config: ImportConfig) -> Artifact:
     raises.
     """
     started = time.time()
+    directory, commit = local_source(config.source, config.revision, config.hub_cache)
+    config = dataclasses.replace(config, source=directory, revision=commit)
     draft = _draft(config)
     current = None if config.force else find_same(config.artifacts, draft)
     if current is not None:
@@ -127,7 +130,7 @@ def _publish(
         _LOGGER.warning("not exact", linears=len(checkpoint.rounded), groups=report["rounded_groups"])
     manifest = dataclasses.replace(draft, files=dict(staged.files))
     version = version_name(AWQ, manifest)
-    return staged.publish(manifest, version, run_document(config.source, "cpu", started))
+    return staged.publish(manifest, version, run_document(config.source, config.revision, "cpu", started))
 
 
 def _full_precision(checkpoint: PackedCheckpoint, source: Source) -> list[str]:
