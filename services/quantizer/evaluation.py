@@ -21,8 +21,8 @@ from services.quantizer.errors import QuantizerError
 from services.quantizer.source import Head, Source, Weights
 
 VARIANTS = ("source", "rounding", "chosen")
-_TOKENS_PER_CHUNK = 512
-_LOGITS_PER_CHUNK = 8 << 20  # of one variant: 32 MiB; some six such tensors are alive at once
+TOKENS_PER_CHUNK = 512
+LOGITS_PER_CHUNK = 8 << 20  # of one variant: 32 MiB; some six such tensors are alive at once
 _MAX_LIKELIHOOD = 700.0  # exp of more is infinite
 
 
@@ -66,7 +66,7 @@ class Evaluation:
         # Rows of hidden states that predict: all but each window's last.
         rows = torch.arange(self._token_ids.numel()).view_as(self._token_ids)[:, :-1].reshape(-1)
         tokens = torch.empty(len(VARIANTS), 3, targets.numel())
-        step = max(1, min(_TOKENS_PER_CHUNK, _LOGITS_PER_CHUNK // self._source.vocab_size))
+        step = max(1, min(TOKENS_PER_CHUNK, LOGITS_PER_CHUNK // self._source.vocab_size))
         for begin in range(0, targets.numel(), step):
             chunk = slice(begin, begin + step)
             # One call for all three: widening the projection costs more than a small chunk's product.

@@ -21,6 +21,7 @@ from services.quantizer.block_driver import BlocksAhead
 from services.quantizer.block_writer import joined_errors, write_block
 from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
+from services.quantizer.estimate import Workload, check_fits, plan_text
 from services.quantizer.identity import draft_key, draft_manifest, find_current
 from services.quantizer.inputs import Inputs, read_inputs
 from services.quantizer.progress import ProgressReporter
@@ -124,8 +125,14 @@ def _quantize_blocks(job: _Job, progress: ProgressReporter) -> Outcome:
     if not job.config.resume:
         workspace.start_over()
     done = workspace.resume()
-    text = f"{source.num_blocks} blocks, {done} of them finished by an earlier run"
-    progress.plan(text, blocks=source.num_blocks, resumed_blocks=done, memory=0, available=None)
+    found, available = check_fits(Workload.of(source, inputs, job.skipped), job.config, source.device)
+    progress.plan(
+        plan_text(found, available, source.num_blocks, done),
+        blocks=source.num_blocks,
+        resumed_blocks=done,
+        memory=found.host_bytes,
+        available=available,
+    )
     if done:
         kept = TensorFile(workspace.streams_path())
         tensors = {name: kept.load(name) for name in kept.names}
