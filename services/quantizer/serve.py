@@ -13,10 +13,11 @@ from pathlib import Path
 
 from services.quantizer.config import ENV_PREFIX
 from services.quantizer.jobs.clock import Clock
+from services.quantizer.jobs.database import Database
 from services.quantizer.jobs.job import DatabaseRefused
 from services.quantizer.jobs.ownership import Ownership, StateRefused, check_state_directory
 from services.quantizer.jobs.process_runner import ProcessRunner
-from services.quantizer.jobs.runner import Runner
+from services.quantizer.jobs.runner import Runner, StartFailed
 from services.quantizer.jobs.spec import Places, Rules
 from services.quantizer.jobs.store import JobStore
 from services.quantizer.jobs.supervisor import Supervisor
@@ -63,6 +64,9 @@ class ServeConfig:
         None, "texts that jobs may name lie below it; without it they name none", metavar="DIR"
     )
     allow_hub: bool = option(False, "jobs may name repositories of the Hugging Face hub")
+    hub_cache: Path | None = option(
+        None, "where hub models are kept; by default the hub client's own place", metavar="DIR"
+    )
     devices: tuple[str, ...] = option(
         ("cpu",), "one job at a time on each", parse=_devices, metavar="cpu|cuda:0,cuda:1"
     )
@@ -79,7 +83,9 @@ class ServeConfig:
     )
     docker_artifacts: str | None = option(None, "the same for --artifacts")
     docker_calibration: str | None = option(None, "the same for --calibration-root")
+    docker_hub_cache: str | None = option(None, "the same for --hub-cache")
     docker_memory: str | None = option(None, "memory limit of a container, as 32g", metavar="SIZE")
+    docker_user: str = option("10001:10001", "user and group in a container", metavar="UID:GID")
 
     def __post_init__(self) -> None:
         for flag, value, least, most in (
@@ -94,10 +100,11 @@ class ServeConfig:
     @property
     def places(self) -> Places:
         """The roots as absolute paths, links followed: a job must not depend on the directory of `serve`."""
-        calibration = None if self.calibration_root is None else Path(os.path.realpath(self.calibration_root))
-        return Places(
-            Path(os.path.realpath(self.sources)), Path(os.path.realpath(self.artifacts)), calibration
-        )
+        real = [
+            None if path is None else Path(os.path.realpath(path))
+            for path in (self.calibration_root, self.hub_cache)
+        ]
+        return Places(Path(os.path.realpath(self.sources)), Path(os.path.realpath(self.artifacts)), *real)
 
 
 class QuantizerApplication:
@@ -137,7 +144,16 @@ class QuantizerApplication:
 
     async def _make_runner(self, store: JobStore) -> Runner:
         config = self._config
-        return ProcessRunner(config.places, config.grace)
+        if config.runner == "process":
+            return ProcessRunner(config.places, config.grace)
+        from services.quantizer.jobs import docker_runner  # the SDK is loaded where it is used
+
+        state_id = await store.run(Database.state_id)
+        settings = docker_runner.DockerSettings(
+            config.docker_image, _volumes(config), state_id, config.docker_memory, config.docker_user
+        )
+        client = await asyncio.to_thread(docker_runner.connect)
+        return docker_runner.DockerRunner(client, settings, config.grace, len(config.devices))
 
     async def drain(self) -> None:
         """Stop the runs, whose jobs go back to the queue, and send the watchers away."""
@@ -157,9 +173,27 @@ class QuantizerApplication:
             self._ownership.release()
 
 
+def _volumes(config: ServeConfig) -> dict[str, tuple[Path, str]]:
+    """What a container is given: as the engine calls it -> (where the run finds it, how)."""
+    from services.quantizer.jobs.docker_runner import CONTAINER_PLACES
+
+    ours, theirs = config.places, CONTAINER_PLACES
+    table = (
+        (config.docker_sources, ours.sources, theirs.sources, "ro"),
+        (config.docker_artifacts, ours.artifacts, theirs.artifacts, "rw"),
+        (config.docker_calibration, ours.calibration, theirs.calibration, "ro"),
+        (config.docker_hub_cache, ours.hub_cache, theirs.hub_cache, "rw"),
+    )
+    return {
+        name or str(own): (place, mode)
+        for name, own, place, mode in table
+        if own is not None and place is not None
+    }
+
+
 def _check_directories(config: ServeConfig) -> None:
     """Raise OSError or StateRefused when a root is none."""
-    for path in (config.sources, config.artifacts, config.calibration_root):
+    for path in (config.sources, config.artifacts, config.calibration_root, config.hub_cache):
         if path is not None and not path.is_dir():
             raise NotADirectoryError(f"{path}: no such directory")
     config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -178,7 +212,7 @@ def main(flags: Sequence[str], prog: str) -> int:
         keys = Authenticator.from_file(config.api_key_file) if config.api_key_file else None
         application = QuantizerApplication(config)
         return asyncio.run(serve(application, config.listen, is_public=True, authenticator=keys))
-    except (BindError, DatabaseRefused, StateRefused, OSError, ValueError) as error:
+    except (BindError, DatabaseRefused, StateRefused, StartFailed, OSError, ValueError) as error:
         _LOGGER.error("cannot start", reason=str(error) or type(error).__name__)
         return 1
     finally:

@@ -8,6 +8,7 @@ still be those of the row. The lease of a service is its row in `owners`, renewe
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -143,6 +144,16 @@ class Database:
             return self.get(job_id)
 
     # Services.
+
+    def state_id(self) -> str:
+        """What tells this database from others: made with it, the same ever after."""
+        with self._transaction() as execute:
+            execute(
+                "INSERT OR IGNORE INTO counters VALUES ('state_id', ?)",
+                (int.from_bytes(os.urandom(7), "big"),),
+            )
+            (number,) = execute("SELECT value FROM counters WHERE name = 'state_id'").fetchone()
+            return f"{number:014x}"
 
     def heartbeat(self, owner: str, lease_s: float) -> None:
         """Renew the lease of a service on all its jobs, or begin one."""

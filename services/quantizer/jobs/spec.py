@@ -35,11 +35,14 @@ class SpecRefused(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where sources, artifacts and calibration texts lie. Without a calibration root no text can be named."""
+    """Where sources, artifacts and calibration texts lie. Without a calibration root no text can be named;
+    without a cache of its own, hub models go where the hub's client keeps them.
+    """
 
     sources: Path
     artifacts: Path
     calibration: Path | None = None
+    hub_cache: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,11 +96,14 @@ def _source(spec: Mapping[str, Any], rules: Rules, places: Places) -> dict[str, 
     revision = str(spec["revision"])
     if not rules.can_use_hub:
         raise SpecRefused([("revision", "this service takes nothing from the hub")])
-    if not _HUB_ID.fullmatch(text):
+    if not _HUB_ID.fullmatch(text) or ".." in text:
         raise SpecRefused([("source", f"{text[:80]!r} is no id of a hub repository, as in owner/name")])
     if not _REVISION.fullmatch(revision):
         raise SpecRefused([("revision", f"{revision[:80]!r} is no commit: 40 hexadecimal digits")])
-    return {"source": text, "revision": revision}
+    cache: dict[str, str | bool] = {}
+    if rules.places.hub_cache is not None and places.hub_cache is not None:
+        cache["hub_cache"] = str(places.hub_cache)
+    return {"source": text, "revision": revision} | cache
 
 
 def _calibration(spec: Mapping[str, Any], rules: Rules, places: Places) -> dict[str, str | bool]:
