@@ -55,10 +55,23 @@ def run_import(config: ImportConfig) -> Artifact:
     transformers.logging.set_verbosity_error()
     checkpoint = PackedCheckpoint.open(config.source, allow_requantize=config.allow_requantize)
     source = Source(config.source, torch.device("cpu"), checkpoint)
+    _check_linears(checkpoint, source)
     with ArtifactStore(config.artifacts).stage(config.name) as staged, torch.inference_mode():
         canary = _write_weights(checkpoint, source, staged)
         draft = dataclasses.replace(draft, canary=canary)
         return _publish(staged, checkpoint, source, config, draft, started)
+
+
+def _check_linears(checkpoint: PackedCheckpoint, source: Source) -> None:
+    """Refuse what is packed outside of the blocks: engines have the embedding and the head in full
+    precision.
+    """
+    inside = {name for index in range(source.num_blocks) for name in source.stored_parameters(index)}
+    for linear in sorted(checkpoint.linears):
+        if f"{linear}.weight" not in inside:
+            raise QuantizerError(
+                f"tensor {linear}.{checkpoint.key}: packed, but only linears of the blocks may be"
+            )
 
 
 def _draft(config: ImportConfig) -> Manifest:

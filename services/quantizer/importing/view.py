@@ -32,6 +32,7 @@ class PackedCheckpoint:
             of what is packed.
         scheme: what config.json said.
         linears: names of the packed linears.
+        key: what marks one: the ending of its packed weight's name.
         group_size: of the artifact, the largest that all of them can have.
         rounded: by name, the groups that are not what the source holds; filled as weights are read.
     """
@@ -47,11 +48,12 @@ class PackedCheckpoint:
         self._checkpoint, self._allow_requantize = checkpoint, allow_requantize
         self._layout: Layout = open_layout(checkpoint, self.scheme)
         self._read: tuple[str, QuantizedWeight] | None = None
-        suffix = f".{self._layout.key}"
+        self.key = self._layout.key
+        suffix = f".{self.key}"
         self.linears = frozenset(n.removesuffix(suffix) for n in checkpoint.names if n.endswith(suffix))
         if not self.linears:
             raise QuantizerError(f"{checkpoint.directory}: no tensor is named *{suffix}")
-        packed = {f"{n}.{s}" for n in self.linears for s in (self._layout.key, *self._layout.others)}
+        packed = {f"{n}.{s}" for n in self.linears for s in (self.key, *self._layout.others)}
         for name in sorted(n for n in self.linears if f"{n}.weight" in checkpoint.names):
             raise QuantizerError(f"tensor {name}.weight: is also there as {name}{suffix}")
         self.names = (checkpoint.names - packed - self._empty_biases()) | {
@@ -90,7 +92,7 @@ class PackedCheckpoint:
         if self._read is not None and self._read[0] == linear:
             return self._read[1]
         stored = self._layout.read(linear)
-        name = f"{linear}.{'weight_scale' if self._layout.key == 'weight_packed' else 'scales'}"
+        name = f"{linear}.{'weight_scale' if self.key == 'weight_packed' else 'scales'}"
         rounded = Rounded()
         weight = conform(stored, name, self.group_size, rounded)
         if rounded.groups:
@@ -98,7 +100,7 @@ class PackedCheckpoint:
                 reason, count = next(iter(rounded.groups.items()))
                 num_groups = weight.zeros.numel()
                 raise QuantizerError(
-                    f"tensor {linear}.{self._layout.key}: {count} of {num_groups} groups have {reason}, "
+                    f"tensor {linear}.{self.key}: {count} of {num_groups} groups have {reason}, "
                     f"which an artifact cannot hold exactly; {_HINT}"
                 )
             self.rounded[linear] = rounded
@@ -120,7 +122,7 @@ class PackedCheckpoint:
         sizes = []
         for linear in sorted(self.linears):
             num_out, num_in = self._layout.shape(linear)
-            name = f"{linear}.{self._layout.key}"
+            name = f"{linear}.{self.key}"
             if num_out % 8:
                 raise QuantizerError(f"tensor {name}: {num_out} outputs do not divide by 8")
             num_groups, index = self._layout.num_groups(linear), self._layout.group_index(linear)

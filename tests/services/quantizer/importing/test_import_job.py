@@ -61,3 +61,58 @@ def test_the_canary_is_what_the_library_answers(make_quantized, import_it, trans
         assert logits.argmax(-1).tolist() == list(prompt.expected_token_ids)
         logprobs = torch.log_softmax(logits, -1).amax(-1)
         torch.testing.assert_close(logprobs, torch.tensor(prompt.logprobs), atol=2e-4, rtol=0)
+
+
+def test_an_import_that_is_current_is_not_made_again(make_quantized, import_it):
+    directory, _ = make_quantized("gemm")
+    first = import_it(directory)
+    before = (first.path / "run.json").stat().st_mtime_ns
+    assert import_it(directory).version == first.version
+    assert (first.path / "run.json").stat().st_mtime_ns == before
+    forced = import_it(directory, force=True)
+    assert forced.version == first.version
+    assert import_it(directory, allow_requantize=True).version != first.version
+
+
+@pytest.mark.parametrize("name", ["gemm", "gptq_v2", "pack-quantized"])
+def test_one_scale_per_row_becomes_groups(make_quantized, import_it, read_artifact, name):
+    size = None if name == "pack-quantized" else -1
+
+    def describe(document):
+        if size:
+            document["quantization_config"]["group_size"] = size
+
+    directory, expected = make_quantized(name, None, change_config=describe)
+    artifact = import_it(directory)
+    config = json.loads((artifact.path / "config.json").read_text())["quantization_config"]
+    assert config["group_size"] == 64  # 128 does not divide the hidden size
+    found, _ = read_artifact(artifact.path)
+    for full, weight in expected.items():
+        assert torch.equal(found[full].dequantize(), weight.dequantize())
+
+
+def test_what_was_left_out_stays_out_and_empty_biases_go(make_quantized, import_it, read_artifact):
+    def add_biases(tensors):
+        for name in [n.removesuffix(".qweight") for n in tensors if n.endswith(".qweight")]:
+            tensors.setdefault(f"{name}.bias", torch.zeros(tensors[f"{name}.qweight"].shape[1]).half())
+
+    directory, expected = make_quantized(
+        "gptq", change_tensors=add_biases, skip=("mlp.down_proj",), family="Qwen2"
+    )
+    artifact = import_it(directory)
+    config = json.loads((artifact.path / "config.json").read_text())["quantization_config"]
+    assert config["modules_to_not_convert"] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    found, others = read_artifact(artifact.path)
+    assert_equal(found, expected)
+    biases = {name.split(".", 3)[3] for name in others if name.endswith(".bias")}
+    assert biases == {f"self_attn.{part}_proj.bias" for part in "qkv"}
+
+
+def test_scales_in_other_dtypes_are_taken_when_fp16_holds_them(make_quantized, import_it, read_artifact):
+    def widen(tensors):
+        for name in [n for n in tensors if n.endswith(".weight_scale")]:
+            tensors[name] = tensors[name].float()
+
+    directory, expected = make_quantized("pack-quantized", change_tensors=widen)
+    found, _ = read_artifact(import_it(directory).path)
+    assert_equal(found, expected)
