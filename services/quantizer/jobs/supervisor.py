@@ -197,12 +197,6 @@ class Supervisor:
         active = self._active[job.job_id] = _Active(lease, run)
         log = ProgressLog(self._clock.now())
         try:
-            # A cancel or a stop may have come while the run was being started.
-            _, is_cancelled = (await self._store.run(Database.held, self._owner))[job.job_id]
-            if is_cancelled:
-                self.cancel(job.job_id)
-            elif self._is_stopping:
-                active.stop()
             ended = await self._follow(active, log)
         finally:
             del self._active[job.job_id]
@@ -215,6 +209,10 @@ class Supervisor:
     async def _follow(self, active: _Active, log: ProgressLog) -> Ended:
         """Pass on what the run tells until it ends; whatever goes wrong here, the run is not left alone."""
         try:
+            # While the run was being started a cancel or a stop may have come, or the lease gone.
+            await self._look_after_leases()
+            if self._is_stopping:
+                active.stop()
             async for line in active.run.lines():
                 report = log.take(line, self._clock.now())
                 if report is None or active.is_lost:

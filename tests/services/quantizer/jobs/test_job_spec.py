@@ -1,4 +1,4 @@
-"""What a client may ask for: paths stay below their roots, and numbers are judged as the command judges them."""
+"""What a client may ask for: paths stay below their roots, numbers are judged as the command judges them."""
 
 import os
 

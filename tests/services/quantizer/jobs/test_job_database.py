@@ -1,4 +1,4 @@
-"""Jobs in the database: every change guarded by its lease, decided by a clock that no one sets, or refused."""
+"""Jobs in the database: each change guarded by its lease, decided by a clock that no one sets, or refused."""
 
 import dataclasses
 import sqlite3
