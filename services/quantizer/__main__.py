@@ -1,5 +1,6 @@
 """`python -m services.quantizer run ...`: one artifact, or one line that says why not. `... import` makes one
-of a checkpoint that is quantized already, `... serve` is the job service. Wiring only.
+of a checkpoint that is quantized already, `... export` rewrites one in another format, `... serve` is the
+job service. Wiring only.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import NoReturn
 from services.quantizer.config import ENV_PREFIX, PATH_SEPARATOR, QuantizerConfig
 from services.quantizer.errors import GateMissed, NameBusyError, QuantizerError
 from services.quantizer.identity import draft_key, draft_manifest, find_current
+from services.quantizer.input_files import InputFiles
 from services.quantizer.run_lock import refuse_if_busy
 from services.quantizer.sources import local_source
 from services.quantizer.workspace import remove_own
@@ -24,7 +26,7 @@ from weft.artifact.publish import claim_fence
 from weft.artifact.store import Artifact, ArtifactStore
 
 _PROGRAM = "python -m services.quantizer"
-_COMMANDS = ("run", "import", "serve")
+_COMMANDS = ("run", "import", "export", "serve")
 _LIST_FLAGS = ("--calibration", "--evaluation")
 _EXIT_FAILED = 1
 _EXIT_USAGE = 2
@@ -49,14 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from services.quantizer import serve  # it alone needs grpc
 
         return serve.main(flags, prog)
+    signal.signal(signal.SIGTERM, _terminate)
     if command == "import":
         from services.quantizer.importing import command as importing
 
-        signal.signal(signal.SIGTERM, _terminate)
         return importing.main(flags, prog)
+    if command == "export":
+        from services.quantizer import exporting
+
+        return exporting.main(flags, prog)
     weft_config.let_waiting_threads_sleep()
     config = weft_config.load_config(QuantizerConfig, join_lists(flags), prog=prog, env_prefix=ENV_PREFIX)
-    signal.signal(signal.SIGTERM, _terminate)
     logs.start()
     try:
         return _run(config)
@@ -119,6 +124,7 @@ def _quantize(config: QuantizerConfig) -> Artifact:
     refuse_if_busy(directory)
     source, commit = local_source(config.source, config.revision, config.hub_cache)
     config = dataclasses.replace(config, source=source, revision=commit)
+    files = InputFiles.of(config)
     draft = draft_manifest(config)
     current = None if config.force else find_current(config, draft)
     if current is not None:
@@ -131,7 +137,7 @@ def _quantize(config: QuantizerConfig) -> Artifact:
 
     logs.get_logger("quantizer").info("quantizing", **weft_config.effective(config))
     try:
-        return run(config, draft)
+        return run(config, draft, files)
     except CheckpointError as error:
         raise QuantizerError(str(error)) from error
     except RuntimeError as error:

@@ -49,6 +49,15 @@ class Inputs:
     description: dict[str, Any] = field(default_factory=dict)
 
 
+def _check_vocabulary(tokenizer: Tokenizer, num_rows: int, directory: Path) -> None:
+    """Rows of the embedding that no token uses are padding; a token without a row is another model's."""
+    num_ids = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    if num_ids > num_rows:
+        raise QuantizerError(
+            f"{directory / 'tokenizer.json'}: {num_ids} token ids, but the embedding has {num_rows} rows"
+        )
+
+
 def read_inputs(config: QuantizerConfig, source: Source) -> Inputs:
     """All text of a run as token ids. Raises QuantizerError."""
     if config.sequence_length > source.max_length:
@@ -56,6 +65,7 @@ def read_inputs(config: QuantizerConfig, source: Source) -> Inputs:
             f"--sequence-length {config.sequence_length}: the model's context is {source.max_length}"
         )
     tokenizer = load_tokenizer(config.source)
+    _check_vocabulary(tokenizer, source.vocab_size, config.source)
     given = [split_weight(path) for path in config.calibration]
     files = read_files([path for path, _ in given] or BUNDLED_CALIBRATION, [w for _, w in given] or None)
     calibration, told = _calibration(config, tokenizer, files, source.vocab_size)

@@ -23,6 +23,7 @@ from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
 from services.quantizer.estimate import Workload, check_fits, plan_text
 from services.quantizer.identity import draft_key, draft_manifest, find_current
+from services.quantizer.input_files import InputFiles
 from services.quantizer.inputs import Inputs, read_inputs
 from services.quantizer.progress import ProgressReporter
 from services.quantizer.publication import Outcome, publish
@@ -52,13 +53,14 @@ class _Job:
     pool: WorkerPool
 
 
-def run(config: QuantizerConfig, draft: Manifest | None = None) -> Artifact:
+def run(config: QuantizerConfig, draft: Manifest | None = None, files: InputFiles | None = None) -> Artifact:
     """Quantize and publish, or return what CURRENT already holds.
 
-    `draft` is what `draft_manifest` gave, if the caller has it. Raises QuantizerError (NameBusyError when
-    another run of the name is at work), and what weft.artifact raises.
+    `draft` is what `draft_manifest` gave, if the caller has it, and `files` are as they were before. Raises
+    QuantizerError (NameBusyError when another run of the name is at work), and what weft.artifact raises.
     """
     started = time.time()
+    files = InputFiles.of(config) if files is None else files
     draft = draft_manifest(config) if draft is None else draft
     current = None if config.force else find_current(config, draft)
     if current is not None:
@@ -66,6 +68,7 @@ def run(config: QuantizerConfig, draft: Manifest | None = None) -> Artifact:
     source = Source(config.source, _prepare_torch(config))
     skipped = _check_divisible(source, config)
     inputs = read_inputs(config, source)
+    files.check()
     store = ArtifactStore(config.artifacts)
     parent = store.model_directory(config.name)
     with RunLock(parent), _workspace(parent, config, draft) as workspace:
@@ -80,6 +83,7 @@ def run(config: QuantizerConfig, draft: Manifest | None = None) -> Artifact:
                 outcome = _quantize_blocks(job, progress)
             with store.stage(config.name) as staged:
                 _assemble(job, staged)
+                files.check()  # nothing was published yet, so the digests are of what was read
                 progress.publishing()
                 artifact = publish(staged, source, config, draft, skipped, outcome, started)
             progress.published(artifact.version)

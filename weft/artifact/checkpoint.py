@@ -20,6 +20,7 @@ from weft import logs
 from weft.artifact.regular_file import (
     FileIdentity,
     FileRefusedError,
+    identify,
     open_regular,
     read_exactly,
     read_regular,
@@ -121,17 +122,20 @@ class Checkpoint:
     def load(self, name: str) -> Tensor:
         """A copy of the tensor in its stored dtype, on the CPU; its memory is its own."""
         path, entry = self._find(name)
-        buffer = bytearray(entry.size)
+        # Torch allocates: where memory begins decides which instructions some of its kernels use at the
+        # edges, and so the last bit.
+        data = torch.empty(entry.size, dtype=torch.uint8)
         try:
             with open_regular(path) as (descriptor, identity):
                 if identity != self._identities[path]:
                     raise CheckpointError(f"{path}: changed since it was opened (tensor {name})")
-                read_exactly(descriptor, memoryview(buffer), entry.offset, path)
+                if entry.size:
+                    read_exactly(descriptor, memoryview(data.numpy()), entry.offset, path)
+                if identify(descriptor, path) != identity:
+                    raise CheckpointError(f"{path}: changed while it was read (tensor {name})")
         except (OSError, FileRefusedError) as error:
             raise CheckpointError(f"{path}: tensor {name}: {error}") from error
-        if not buffer:
-            return torch.empty(entry.shape, dtype=_TORCH_DTYPES[entry.dtype])
-        return torch.frombuffer(buffer, dtype=_TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
+        return data.view(_TORCH_DTYPES[entry.dtype]).reshape(entry.shape)
 
     def _find(self, name: str) -> tuple[Path, TensorEntry]:
         try:

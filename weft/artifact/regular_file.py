@@ -43,7 +43,7 @@ def open_regular(path: Path) -> Iterator[tuple[int, FileIdentity]]:
     """
     descriptor = _open(path)
     try:
-        yield descriptor, _identify(descriptor, path)
+        yield descriptor, identify(descriptor, path)
     finally:
         os.close(descriptor)
 
@@ -104,7 +104,8 @@ def _hub_blob(path: Path) -> Path | None:
     return blobs / match[1]
 
 
-def _identify(descriptor: int, path: Path) -> FileIdentity:
+def identify(descriptor: int, path: Path) -> FileIdentity:
+    """Of an open file as it is now. FileRefusedError when it is no plain file."""
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
         raise FileRefusedError(f"{path}: not a regular file")

@@ -223,7 +223,7 @@ def test_a_template_that_is_not_text_ends_with_one_line(complain, template):
 )
 def test_too_little_memory_ends_with_one_line_and_a_bug_with_its_traceback(complain, monkeypatch, message):
     def fail(error):
-        def run(_config, _draft):
+        def run(*_arguments):
             raise RuntimeError(error)
 
         monkeypatch.setattr("services.quantizer.job.run", run)

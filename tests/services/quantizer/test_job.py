@@ -308,7 +308,7 @@ def test_a_source_that_changes_meanwhile_is_not_published(make_checkpoint, quick
         return quantize_block(self)
 
     monkeypatch.setattr(BlockQuantizer, "run", meddle)
-    with pytest.raises(QuantizerError, match=r"tokenizer\.json changed during the run"):
+    with pytest.raises(QuantizerError, match=r"tokenizer\.json: changed during the run"):
         run(quick(source))
 
 
