@@ -14,6 +14,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = ("quantizer", "engine", "gateway")
+# Compose service -> the folder of services/ whose image it runs.
+IMAGES = {"jobs": "quantizer"} | {service: service for service in SERVICES}
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +34,8 @@ def gpu() -> dict[str, Any]:
 
 KNOWN_KEYS = {
     "": "name services volumes networks x-manners x-torch x-gpu",
-    "service": "build image command environment restart init read_only cap_drop security_opt pids_limit "
-    "logging stop_grace_period depends_on healthcheck networks ports tmpfs volumes deploy",
+    "service": "profiles build image command environment restart init read_only cap_drop security_opt "
+    "pids_limit logging stop_grace_period depends_on healthcheck networks ports tmpfs volumes deploy",
     "build": "context dockerfile args",
     "healthcheck": "test interval timeout retries start_period",
 }
@@ -61,14 +63,17 @@ def dockerfile(service: str) -> str:
 
 def test_services_start_in_order(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    assert sorted(services) == sorted(SERVICES)
+    assert sorted(services) == sorted(IMAGES)
+    assert {name for name, settings in services.items() if "profiles" in settings} == {"jobs"}
+    assert services["jobs"]["profiles"] == ["jobs"]
+    assert "depends_on" not in services["jobs"]
     assert "depends_on" not in services["quantizer"]
     assert services["engine"]["depends_on"] == {"quantizer": {"condition": "service_completed_successfully"}}
     assert services["gateway"]["depends_on"] == {"engine": {"condition": "service_healthy"}}
     assert services["quantizer"]["restart"] == "no"
 
 
-@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("service", IMAGES)
 def test_every_service_runs_with_little_power(compose: dict[str, Any], service: str) -> None:
     settings = compose["services"][service]
     assert settings["init"] is True
@@ -80,10 +85,10 @@ def test_every_service_runs_with_little_power(compose: dict[str, Any], service: 
     assert not {"privileged", "network_mode", "pid", "cap_add", "user"} & settings.keys()
 
 
-def test_only_the_gateway_is_published_and_only_here(compose: dict[str, Any]) -> None:
-    published = {name: s.get("ports", []) for name, s in compose["services"].items()}
-    assert [name for name, ports in published.items() if ports] == ["gateway"]
-    assert all(port.startswith("127.0.0.1:") for port in published["gateway"])
+def test_what_clients_talk_to_is_published_and_only_here(compose: dict[str, Any]) -> None:
+    published = {name: s["ports"] for name, s in compose["services"].items() if s.get("ports")}
+    assert sorted(published) == ["gateway", "jobs"]
+    assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
     assert compose["services"]["engine"]["networks"] == ["back"]
     assert compose["networks"]["back"] == {"internal": True}
 
@@ -93,9 +98,14 @@ def test_only_the_quantizer_writes_the_volume(compose: dict[str, Any]) -> None:
     mounts = {name: s["volumes"] for name, s in compose["services"].items()}
     assert "artifacts:/artifacts" in mounts["quantizer"]
     assert mounts["engine"] == mounts["gateway"] == ["artifacts:/artifacts:ro"]
+    assert mounts["jobs"] == ["artifacts:/artifacts", "jobs:/state", "./models:/models:ro"]
+    assert [name for name, found in mounts.items() if any(m.startswith("jobs:") for m in found)] == ["jobs"]
+    state = next(word for word in compose["services"]["jobs"]["command"] if word.startswith("--state="))
+    assert state == "--state=/state", "never on the artifact volume"
+    assert "/state" in dockerfile("quantizer"), "its owner must be the user of the image"
 
 
-@pytest.mark.parametrize("service", ["engine", "gateway"])
+@pytest.mark.parametrize("service", ["engine", "gateway", "jobs"])
 def test_health_is_the_products_own_probe(compose: dict[str, Any], service: str) -> None:
     settings = compose["services"][service]
     command, module = settings["healthcheck"]["test"][:3], settings["healthcheck"]["test"][3]
@@ -110,14 +120,14 @@ def test_the_gateway_calls_the_engine_where_it_listens(compose: dict[str, Any]) 
     assert "--listen=0.0.0.0:50051" in compose["services"]["engine"]["command"]
 
 
-@pytest.mark.parametrize("service", SERVICES)
+@pytest.mark.parametrize("service", IMAGES)
 def test_commands_are_the_services_own(compose: dict[str, Any], gpu: dict[str, Any], service: str) -> None:
     """Every flag and variable that the compose files pass is one that the service's own help lists."""
     verb, *rest = compose["services"][service]["command"]
     passed = {word.partition("=")[0] for word in rest if word.startswith("--")}
     for file in (compose, gpu):
         passed |= file["services"].get(service, {}).get("environment", {}).keys()
-    command = [sys.executable, "-m", f"services.{service}", verb, "--help"]
+    command = [sys.executable, "-m", f"services.{IMAGES[service]}", verb, "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0, shown.stderr
     assert not passed - set(re.findall(r"--[a-z-]+|WEFT_[A-Z_]+", shown.stdout))
@@ -153,7 +163,7 @@ def test_requirements_of_an_image(extra: str, has_torch: bool) -> None:
 
 
 def test_the_gpu_file_reserves_a_device_for_known_services(gpu: dict[str, Any]) -> None:
-    assert set(gpu["services"]) == {"quantizer", "engine"}
+    assert set(gpu["services"]) == {"quantizer", "jobs", "engine"}
     for settings in gpu["services"].values():
         (device,) = settings["deploy"]["resources"]["reservations"]["devices"]
         assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
