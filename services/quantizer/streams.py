@@ -18,44 +18,61 @@ from services.quantizer.grid import round_to_nearest
 from services.quantizer.source import Source, Weights
 
 _CALIBRATION = "calibration"
+_EXACT = "exact"
 _CANARY = "canary"
 _EVALUATION = "evaluation."
 
 
 @dataclass(slots=True)
 class Streams:
-    """`calibration` [windows, length, hidden] is what the next block is searched on."""
+    """`calibration` [windows, length, hidden] is what the next block is searched on; `exact`, if kept, what
+    the source's own blocks make of the same text.
+    """
 
     calibration: Tensor
     canary: CanaryRecorder
     evaluation: Evaluation | None
+    exact: Tensor | None = None
 
     @classmethod
-    def begin(cls, source: Source, calibration: Tensor, evaluation: Tensor | None) -> Streams:
+    def begin(
+        cls, source: Source, calibration: Tensor, evaluation: Tensor | None, *, has_exact: bool = False
+    ) -> Streams:
         """Embed token ids [windows, length] of both texts."""
         return cls(
             source.embed(calibration),
             CanaryRecorder(source, calibration),
             None if evaluation is None else Evaluation(source, evaluation),
+            source.embed(calibration) if has_exact else None,
         )
 
     @classmethod
     def restore(
-        cls, source: Source, calibration: Tensor, evaluation: Tensor | None, tensors: Mapping[str, Tensor]
+        cls,
+        source: Source,
+        calibration: Tensor,
+        evaluation: Tensor | None,
+        tensors: Mapping[str, Tensor],
+        *,
+        has_exact: bool = False,
     ) -> Streams:
         """As they were when `tensors` gave these; the token ids are those of `begin`."""
         expected = {
             _CALIBRATION: calibration.shape,
+            **({_EXACT: calibration.shape} if has_exact else {}),
             **({} if evaluation is None else {_EVALUATION + name: evaluation.shape for name in VARIANTS}),
         }
         for name, shape in expected.items():
             if name not in tensors or tensors[name].shape != (*shape, source.hidden_size):
-                raise QuantizerError(f"the kept stream {name} is not of this text")
+                raise QuantizerError(
+                    f"the kept stream {name} is not of this text; start over with --no-resume"
+                )
         hidden = {name: tensors[_EVALUATION + name] for name in VARIANTS} if evaluation is not None else {}
         return cls(
             tensors[_CALIBRATION],
             CanaryRecorder(source, calibration, tensors[_CANARY]),
             None if evaluation is None else Evaluation(source, evaluation, hidden),
+            tensors[_EXACT] if has_exact else None,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -63,6 +80,7 @@ class Streams:
         evaluation = {} if self.evaluation is None else self.evaluation.hidden
         return {
             _CALIBRATION: self.calibration,
+            **({} if self.exact is None else {_EXACT: self.exact}),
             _CANARY: self.canary.hidden,
             **{_EVALUATION + name: tensor for name, tensor in evaluation.items()},
         }
@@ -77,15 +95,17 @@ class Streams:
         *,
         group_size: int,
         behind: Tensor | None,
+        has_left: bool = False,
         is_last: bool,
     ) -> None:
-        """Through one block, in place; `behind`, if given, is the calibration stream behind it. `weights`
-        are the source's and are used up: where `linears` were, plain rounding is in the end. `quantized` are
-        the artifact's. After the last block nothing is calibrated.
+        """Through one block, in place; `behind`, if given, is the calibration stream behind it; with
+        `has_left` it is there already, and so is the exact one. `weights` are the source's and are used up:
+        where `linears` were, plain rounding is in the end. `quantized` are the artifact's. After the last
+        block nothing is calibrated.
         """
         if behind is not None:
             self.calibration = behind
-        elif not is_last:
+        elif not is_last and not has_left:
             source.run_block(layer, quantized, self.calibration, in_place=True)
         self.canary.advance(layer, quantized)
         if self.evaluation is None:

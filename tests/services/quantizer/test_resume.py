@@ -5,6 +5,7 @@ machine had died); and as a process of its own, with SIGKILL.
 """
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -134,8 +135,8 @@ def quick_search(monkeypatch):
     return QuickQuantizer
 
 
-def dying(monkeypatch, die_at=-1):
-    faulty = DyingOs(die_at)
+def dying(monkeypatch, die_at=-1, kind=DyingOs):
+    faulty = kind(die_at)
     for module in DISK_MODULES:
         monkeypatch.setattr(module, "os", faulty)
         if hasattr(module, "shutil"):
@@ -185,6 +186,43 @@ def test_a_crash_at_any_step_changes_no_byte(configure, quick_search, monkeypatc
             check_published(config, reference)
         shutil.rmtree(config.artifacts)
     assert seen_kept == {0, 1, 2, 3}
+
+
+class FullDisk(DyingOs):
+    """One step finds no space; whatever comes after it, such as removing what was begun, works."""
+
+    def __getattr__(self, name):
+        real = super().__getattr__(name)
+
+        def step(*arguments, **options):
+            try:
+                return real(*arguments, **options)
+            except Crash:
+                self.is_dead, self.die_at = False, -1
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from None
+
+        return step if name in ("write", "fsync", "rename", "replace", "mkdir") else real
+
+
+def test_a_full_disk_keeps_what_was_finished(configure, quick_search, monkeypatch):
+    counting = dying(monkeypatch)
+    reference = run(configure("reference")).manifest.digest
+    points = [n for n, name in enumerate(counting.steps) if name in ("write", "fsync", "rename", "replace")]
+    for point in points[7::23]:
+        config = configure(f"full-{point}")
+        faulty = dying(monkeypatch, point, FullDisk)
+        with pytest.raises(OSError, match="No space"):
+            run(config)
+        assert faulty.die_at == -1
+        dying(monkeypatch)
+        assert not (config.artifacts / "tiny" / "CURRENT").exists()
+        left = os.listdir(config.artifacts / "tiny")
+        assert all(name.startswith(".work-") for name in left)
+        kept = num_kept(config.artifacts)
+        assert bool(kept) == bool(left)
+        before = quick_search.calls
+        assert run(config).manifest.digest == reference
+        assert quick_search.calls - before == 3 - kept
 
 
 def test_every_part_of_a_state_is_needed_to_be_sound(configure, quick_search, monkeypatch):
