@@ -12,7 +12,6 @@ import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from services.quantizer.jobs.job import (
     Job,
     Lease,
     LeaseLost,
+    NewJob,
     QueueFull,
     RequestReused,
     State,
@@ -33,19 +33,6 @@ _COLUMNS = (
 )
 _LIVE = "state IN ('RUNNING', 'PUBLISHING')"
 _ENDED = "state IN ('SUCCEEDED', 'FAILED', 'CANCELLED')"
-
-
-@dataclass(frozen=True, slots=True)
-class NewJob:
-    """What CreateJob brings. `device` "" means any, "cuda" any GPU."""
-
-    job_id: str
-    caller: str
-    request_id: str
-    body_digest: str
-    name: str
-    spec: str
-    device: str
 
 
 class Database:

@@ -51,6 +51,19 @@ class Job:
 
 
 @dataclass(frozen=True, slots=True)
+class NewJob:
+    """What CreateJob brings. `device` "" means any, "cuda" any GPU."""
+
+    job_id: str
+    caller: str
+    request_id: str
+    body_digest: str
+    name: str
+    spec: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
 class Lease:
     """The right to run a job: whoever took it later has the larger token."""
 

@@ -32,20 +32,21 @@ def judge(
     ended: Ended,
     words: str,
     version: str,
+    success: str = "published",
     *,
     crashes: int,
     attempt: int,
     is_cancelled: bool,
     is_stopping: bool,
 ) -> Verdict:
-    """What becomes of a job whose run ended so. `words` is the run's last line, `version` what it published,
-    `crashes` how often it had crashed before.
+    """What becomes of a job whose run ended so. `words` is the run's last line, `version` what it published
+    or found to be up to date, as `success` says, `crashes` how often it had crashed before.
 
     A run that had published before it was stopped has succeeded, whoever asked for the stop.
     """
     if ended.code == _PUBLISHED:
         found = version or Path(ended.first_line.strip()).name
-        return Verdict(State.SUCCEEDED, "published", found if is_model_name(found) else "")
+        return Verdict(State.SUCCEEDED, success, found if is_model_name(found) else "")
     if is_cancelled:
         return Verdict(State.CANCELLED, "cancelled")
     if is_stopping:

@@ -32,6 +32,7 @@ class ProgressLog:
     def __init__(self, now: float) -> None:
         self.tail: deque[str] = deque(maxlen=KEPT_LINES)
         self.version = ""
+        self.success = "published"
         self._last_words = ""
         self._report = Report("starting", 0, 0, None)
         # Where the pace is measured from: blocks that an earlier run finished took this one no time.
@@ -79,7 +80,7 @@ class ProgressLog:
         elif kind in ("published", "up to date"):
             version = event.get("version")
             if isinstance(version, str) and is_model_name(version):
-                self.version = version
+                self.version, self.success = version, str(kind)
 
 
 def _event(line: str) -> dict[str, Any] | None:

@@ -126,6 +126,8 @@ class Supervisor:
                     self._watchers.notify_all()
             except DatabaseUnavailable as error:
                 _LOGGER.warning("database unavailable", reason=str(error))
+            except Exception as error:  # a bug must not let the lease run out
+                _LOGGER.failure("heartbeat failed", error)
 
     async def _take_over(self) -> None:
         dead = await asyncio.to_thread(self._ownership.dead, await self._store.run(Database.owners))
@@ -250,6 +252,7 @@ class Supervisor:
             ended,
             words,
             log.version,
+            log.success,
             crashes=job.crashes,
             attempt=job.attempt,
             is_cancelled=is_cancelled,

@@ -7,7 +7,7 @@ from typing import Any
 
 from google.protobuf.json_format import ParseDict
 
-from services.quantizer.jobs.job import Job
+from services.quantizer.jobs.job import Job, State
 from weft.v1 import quantizer_service_pb2 as pb
 
 
@@ -29,7 +29,7 @@ def job_message(job: Job) -> pb.Job:
         job_id=job.job_id,
         spec=ParseDict(json.loads(job.spec), pb.JobSpec(), ignore_unknown_fields=True),
         state=pb.JobState.Value(f"JOB_STATE_{job.state.value}"),
-        progress=min(job.done / job.total, 1.0) if job.total else 0.0,
+        progress=_progress(job),
         message=job.message,
         artifact_version=job.artifact_version,
         blocks_done=job.done,
@@ -47,3 +47,9 @@ def job_message(job: Job) -> pb.Job:
     if job.eta_s is not None:
         message.eta_seconds = job.eta_s
     return message
+
+
+def _progress(job: Job) -> float:
+    if job.state is State.SUCCEEDED:
+        return 1.0
+    return min(job.done / job.total, 1.0) if job.total else 0.0

@@ -14,8 +14,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import grpc
 
-from services.quantizer.jobs.database import Database, NewJob
-from services.quantizer.jobs.job import Job, QueueFull, RequestReused
+from services.quantizer.jobs.database import Database
+from services.quantizer.jobs.job import Job, NewJob, QueueFull, RequestReused
 from services.quantizer.jobs.spec import Rules, SpecRefused, run_options, wanted_device
 from services.quantizer.jobs.store import DatabaseUnavailable, JobStore
 from services.quantizer.jobs.supervisor import Supervisor

@@ -13,6 +13,7 @@ import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
 from weft.artifact.history import read_fence
+from weft.artifact.publish import claim_fence
 from weft.artifact.store import ArtifactStore
 from weft.rpc import auth
 from weft.rpc.channel import open_channel
@@ -255,3 +256,16 @@ async def test_a_service_that_is_killed_takes_its_run_along_and_the_next_one_goe
         assert again == seen[-1]
     assert read_fence(tmp_path / "artifacts" / "tiny") == 2
     assert terminate(process) == 0
+
+
+def test_a_run_that_lost_its_lease_is_refused_before_it_begins(tmp_path, make_checkpoint):
+    claim_fence(ArtifactStore(tmp_path / "artifacts"), "tiny", 7)
+    source = make_checkpoint(num_hidden_layers=1)
+    command = [sys.executable, "-m", "services.quantizer", "run", f"--source={source}", "--name=tiny"]
+    command += [f"--artifacts={tmp_path / 'artifacts'}", "--fencing-token=6"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert (
+        done.stderr.splitlines()[-1]
+        == "error: tiny: fencing token 6, but 7 has been here: the lease was lost"
+    )

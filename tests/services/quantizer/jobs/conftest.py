@@ -6,7 +6,8 @@ import json
 import pytest
 
 from services.quantizer.jobs.clock import Clock
-from services.quantizer.jobs.database import Database, NewJob
+from services.quantizer.jobs.database import Database
+from services.quantizer.jobs.job import NewJob
 from services.quantizer.jobs.ownership import Ownership
 from services.quantizer.jobs.runner import Ended, StartFailed
 from services.quantizer.jobs.spec import Places, Rules

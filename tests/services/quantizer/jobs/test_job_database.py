@@ -6,8 +6,16 @@ import sqlite3
 import pytest
 
 from services.quantizer.jobs.clock import Clock
-from services.quantizer.jobs.database import Database, NewJob
-from services.quantizer.jobs.job import DatabaseRefused, Lease, LeaseLost, QueueFull, RequestReused, State
+from services.quantizer.jobs.database import Database
+from services.quantizer.jobs.job import (
+    DatabaseRefused,
+    Lease,
+    LeaseLost,
+    NewJob,
+    QueueFull,
+    RequestReused,
+    State,
+)
 
 
 class FakeClock(Clock):

@@ -8,6 +8,7 @@ import pytest
 from services.quantizer.jobs import outcome, supervisor
 from services.quantizer.jobs.database import Database
 from services.quantizer.jobs.job import State
+from services.quantizer.rpc.convert import job_message
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +57,19 @@ async def test_a_job_that_fails_says_why_in_the_runs_words(make_service, code, w
     run.end(code, words.format(sources=service.rules.places.sources))
     job = await service.ended(job_id)
     assert (job.state, job.message) == (State.FAILED, expected)
+
+
+async def test_what_is_up_to_date_has_succeeded(make_service):
+    service = await make_service()
+    job_id = await service.create()
+    run = await service.runner.next()
+    run.say("up to date", version="awq-1")
+    run.end(0, first_line="/a/model/awq-1")
+    job = await service.ended(job_id)
+    assert (job.state, job.message, job.artifact_version) == (State.SUCCEEDED, "up to date", "awq-1")
+    message = job_message(job)
+    assert message.progress == 1.0
+    assert not message.HasField("eta_seconds")
 
 
 async def test_a_spec_that_no_longer_holds_fails_the_job(make_service, tmp_path):
