@@ -7,7 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from weft.config import REQUIRED, ConfigError, effective, load_config, option, parse_size
+from weft.config import (
+    REQUIRED,
+    ConfigError,
+    build_config,
+    effective,
+    environment_without,
+    flags_of,
+    load_config,
+    option,
+    parse_size,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,3 +135,39 @@ def test_sizes(text, size):
 def test_what_is_no_size(text):
     with pytest.raises(ValueError, match="size"):
         parse_size(text)
+
+
+def test_a_config_from_names_is_that_of_the_same_flags(monkeypatch):
+    values = {"name": "n", "memory": "1GiB", "is_fast": False, "mode": "b"}
+    monkeypatch.setenv("WEFT_X_COUNT", "9")
+    built = build_config(SampleConfig, values)
+    assert flags_of(values) == ["--name=n", "--memory=1GiB", "--no-is-fast", "--mode=b"]
+    assert built == load(*flags_of(values))
+    assert built.count == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({}, "--name"),
+        ({"name": "n", "count": "many"}, "--count"),
+        ({"name": "n", "count": "-1"}, "--count"),
+        ({"name": "n", "mode": "c"}, "--mode"),
+        ({"name": "n", "is_fast": "yes"}, "--is-fast"),
+        ({"name": "n", "count": True}, "--count"),
+        ({"name": "n", "no_such": "1"}, "--no-such"),
+    ],
+)
+def test_what_is_wrong_with_names_is_raised_and_names_the_flag(values, flag):
+    with pytest.raises(ConfigError) as caught:
+        build_config(SampleConfig, values)
+    assert caught.value.flag == flag
+    assert str(caught.value) == f"{flag}: {caught.value.reason}"
+
+
+def test_a_child_does_not_inherit_what_is_meant_for_its_parent(monkeypatch):
+    monkeypatch.setenv("WEFT_X_COUNT", "4")
+    monkeypatch.setenv("WEFT_Y_COUNT", "5")
+    left = environment_without("WEFT_X_")
+    assert "WEFT_X_COUNT" not in left
+    assert left["WEFT_Y_COUNT"] == "5"
