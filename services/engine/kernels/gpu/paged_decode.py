@@ -68,7 +68,8 @@ from services.engine.kernels.gpu.paged_decode_tile import (
     splits_of,
     sum_of_lanes,
 )
-from services.engine.kernels.gpu.rounding import capped, has_fp8_conversion, is_interpreting
+from services.engine.kernels.gpu.rounding import has_fp8_conversion, is_interpreting
+from services.engine.kernels.gpu.softcap import capped
 from services.engine.kernels.kv_format import LayerCache
 
 UNALIGNED = ("num_splits", "num_kv_heads", "stride_table", "block_tables_ptr", "context_lens_ptr")
@@ -292,7 +293,7 @@ def _attend(
                 minimum = (k_params & -65536).to(tl.float32, bitcast=True)[:, :, None]
                 scores = tl.fma(minimum, query_sum, scores)
             if SOFTCAP > 0.0:
-                scores = capped(scores, SOFTCAP)
+                scores = capped(scores, 2.0 / SOFTCAP, SOFTCAP, INTERPRET)
             # Scales of less than 2^-64 are not weighed down further: weights stay within fp32.
             exponent = tl.maximum((v_params >> 7) & 0xFF, 63).to(tl.float32)[:, :, None]
             scores = tl.where(is_key[:, :, None], scores, float("-inf"))
@@ -300,7 +301,7 @@ def _attend(
         else:
             scores = dot(k.to(DTYPE), query, scores, INTERPRET) * scale_log2
             if SOFTCAP > 0.0:
-                scores = capped(scores, SOFTCAP)
+                scores = capped(scores, 2.0 / SOFTCAP, SOFTCAP, INTERPRET)
             scores = tl.where(is_key[:, :, None], scores, float("-inf"))
             new_maximum = tl.maximum(maximum, tl.max(scores, 1, keep_dims=True))
         decay = tl.exp2(maximum - new_maximum)

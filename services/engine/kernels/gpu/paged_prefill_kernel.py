@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from services.engine.kernels.gpu.paged_prefill_tiles import load_tile
-from services.engine.kernels.gpu.rounding import capped
+from services.engine.kernels.gpu.softcap import capped
 
 
 @triton.jit
@@ -182,7 +182,7 @@ def paged_prefill_kernel(
         scores = tl.dot(query, k.T, input_precision="ieee")
         score_unit = scale_log2
         if SOFTCAP > 0.0:
-            scores = capped(scores * scale_log2, SOFTCAP)
+            scores = capped(scores, scale_log2 * (2.0 / SOFTCAP), SOFTCAP, INTERPRET)
             score_unit = 1.0
         # One loop with a branch that the whole program takes, not two loops: a row meets the same machine
         # code whether its tile is masked for a neighbour's sake or not, and loads stay in flight throughout.

@@ -45,16 +45,6 @@ def round_to(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def capped(scores, CAP: tl.constexpr):
-    """CAP * tanh(x / CAP) of scores x times log2(e), times log2(e): for a softmax by powers of two.
-
-    tanh(y) = 1 - 2 / (exp(2 y) + 1), where an exp that is infinite gives 1.
-    """
-    LIMIT: tl.constexpr = CAP * 1.4426950408889634
-    return LIMIT - (2.0 * LIMIT) / (tl.exp2(scores * (2.0 / CAP)) + 1.0)
-
-
-@triton.jit
 def bfloat16_above(x):
     """fp32 bits of the least bfloat16 number that is not below x > 0."""
     return (x.to(tl.int32, bitcast=True) + 0xFFFF) & -0x10000
