@@ -46,7 +46,7 @@ def list_jobs(
         return
     table = Table()
     for heading in ("job", "name", "state", "blocks", "left", "created", "message"):
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, no_wrap=heading == "job", overflow="fold")
     for job in found:
         blocks = f"{job.blocks_done}/{job.blocks_total}" if job.blocks_total else "-"
         left = duration(job.eta_seconds) if job.HasField("eta_seconds") else ""
