@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from statistics import fmean
 
-import torch
-from torch import Tensor
-
-from services.quantizer.config import AWQ, COMPRESSED_TENSORS
+from services.quantizer.config import AWQ
 from services.quantizer.grid import QuantizedWeight
+from services.quantizer.packed_linear import packed
 from services.quantizer.quantize import QuantizedBlock
 from services.quantizer.shards import TensorWriter
 from services.quantizer.source import STORED_DTYPES, Source
 from weft.artifact.manifest import LinearError
-from weft.artifact.packing import SEQUENTIAL, pack_int4, pack_rows
 
 
 def write_block(
@@ -56,20 +53,4 @@ def joined_errors(source: Source, index: int, errors: Mapping[str, LinearError])
     return {
         name: LinearError(fmean(error.rounding for error in found), fmean(error.chosen for error in found))
         for name, found in parts.items()
-    }
-
-
-def packed(weight: QuantizedWeight, file_format: str = AWQ) -> dict[str, Tensor]:
-    """The tensors of a linear, by what they add to its name."""
-    if file_format == COMPRESSED_TENSORS:
-        return {
-            "weight_packed": pack_int4(weight.values.cpu(), SEQUENTIAL),
-            "weight_zero_point": pack_rows(weight.zeros.cpu()),
-            "weight_scale": weight.scales,
-            "weight_shape": torch.tensor(weight.values.shape),
-        }
-    return {
-        "qweight": pack_int4(weight.values.T.cpu()),
-        "qzeros": pack_int4(weight.zeros.T.cpu()),
-        "scales": weight.scales.T,
     }

@@ -6,12 +6,12 @@ This module does not know what the tensors are, nor where they come from.
 from __future__ import annotations
 
 import json
-from typing import Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from services.quantizer.tensor_file import StoredTensor, write_tensors
-from weft.artifact.publish import Staging
 
 MAX_SHARD_SIZE = 1 << 30
 
@@ -23,10 +23,23 @@ class TensorWriter(Protocol):
         """Take a tensor."""
 
 
+class ShardFiles(Protocol):
+    """Where shards are written: the staging area of an artifact, or what does as it does."""
+
+    def create(self, name: str) -> AbstractContextManager[Any]:
+        """Begin a file: something to write bytes to."""
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a whole file."""
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a written file."""
+
+
 class ShardWriter:
     """Collects tensors in order and writes a shard whenever enough have come together."""
 
-    def __init__(self, staged: Staging, max_shard_size: int = MAX_SHARD_SIZE) -> None:
+    def __init__(self, staged: ShardFiles, max_shard_size: int = MAX_SHARD_SIZE) -> None:
         self._staged, self._max_shard_size = staged, max_shard_size
         self._pending: dict[str, StoredTensor] = {}
         self._pending_size = 0

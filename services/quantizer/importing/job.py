@@ -17,7 +17,6 @@ import torch
 import transformers
 from torch import Tensor
 
-from services.quantizer.block_writer import packed
 from services.quantizer.calibration import calibration_windows, load_tokenizer
 from services.quantizer.canary import NUM_PROMPTS, PROMPT_LENGTH, CanaryRecorder
 from services.quantizer.companions import companion_files, quantized_config, write_companions
@@ -26,6 +25,7 @@ from services.quantizer.errors import QuantizerError
 from services.quantizer.identity import check_directory, find_same, source_digest
 from services.quantizer.importing.config import ImportConfig
 from services.quantizer.importing.view import PackedCheckpoint
+from services.quantizer.packed_linear import packed
 from services.quantizer.progress import ProgressReporter
 from services.quantizer.publication import run_document, version_name
 from services.quantizer.shards import ShardWriter

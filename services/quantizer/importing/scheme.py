@@ -27,11 +27,13 @@ class Scheme:
         group_size: input channels per scale, PER_CHANNEL for one scale per row; None where the tensors'
             shapes say it (pack-quantized).
         has_zeros: whether every linear stores zero points (True), none does (False), or some do (None).
+        full_precision: what config.json says was left alone; patterns are possible.
     """
 
     layout: str
     group_size: int | None
     has_zeros: bool | None = True
+    full_precision: tuple[str, ...] = ()
 
 
 def parse_scheme(config: Mapping[str, Any], where: Path) -> Scheme:
@@ -59,7 +61,8 @@ def _parse_awq(raw: Mapping[str, Any], where: Path) -> Scheme:
     if raw.get("zero_point", True) is not True:
         raise _refuse(where, "zero_point", raw["zero_point"], "true")
     _require_bits(raw.get("bits", raw.get("w_bit")), where, "bits")
-    return Scheme(layout, _group_size(raw.get("group_size", raw.get("q_group_size")), where, "group_size"))
+    group_size = _group_size(raw.get("group_size", raw.get("q_group_size")), where, "group_size")
+    return Scheme(layout, group_size, full_precision=_names(raw.get("modules_to_not_convert")))
 
 
 def _parse_gptq(raw: Mapping[str, Any], where: Path) -> Scheme:
@@ -93,7 +96,9 @@ def _parse_compressed_tensors(raw: Mapping[str, Any], where: Path) -> Scheme:
     if raw.get("kv_cache_scheme") is not None:
         raise _refuse(where, "kv_cache_scheme", "a scheme", "null")
     symmetric = {group["weights"].get("symmetric", True) for group in groups.values()}
-    return Scheme("pack-quantized", None, None if len(symmetric) > 1 else not symmetric.pop())
+    has_zeros = None if len(symmetric) > 1 else not symmetric.pop()
+    left = tuple(name for name in _names(raw.get("ignore")) if name != "lm_head")
+    return Scheme("pack-quantized", None, has_zeros, left)
 
 
 def _check_weights(weights: Any, where: Path, field: str) -> None:
@@ -119,6 +124,10 @@ def _group_size(value: Any, where: Path, field: str) -> int:
     if type(value) is not int or not (value == PER_CHANNEL or 1 <= value <= _MAX_GROUP_SIZE):
         raise _refuse(where, field, value, f"{PER_CHANNEL} or 1 to {_MAX_GROUP_SIZE}")
     return value
+
+
+def _names(value: Any) -> tuple[str, ...]:
+    return tuple(name for name in value if isinstance(name, str)) if isinstance(value, list) else ()
 
 
 def _refuse(where: Path, field: str, found: Any, accepted: str) -> QuantizerError:
