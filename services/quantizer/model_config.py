@@ -27,8 +27,9 @@ _LIMITS = {
     "max_position_embeddings": 1 << 28,
     "head_dim": 1 << 14,
     "sliding_window": 1 << 28,
+    "original_max_position_embeddings": 1 << 28,
 }
-_MAY_BE_ABSENT = ("num_key_value_heads", "head_dim", "sliding_window")
+_MAY_BE_ABSENT = ("num_key_value_heads", "head_dim", "sliding_window", "original_max_position_embeddings")
 _POSITIVE = (
     "rope_theta", "rope_local_base_freq", "rms_norm_eps", "query_pre_attn_scalar", "final_logit_softcapping",
     "attn_logit_softcapping",
@@ -38,7 +39,11 @@ ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "su"
 context, which no text of a run reaches.
 """
 _LAYER_TYPES = ("full_attention", "sliding_attention")
-_NOT_PASSED_ON = ("auto_map", "model_type", "attn_implementation", "_attn_implementation")
+_NOT_PASSED_ON = (
+    "auto_map", "model_type", "attn_implementation", "_attn_implementation",
+    "num_labels", "id2label", "label2id",
+)  # fmt: skip
+"""What no decoder needs. A name is made up for each of num_labels, which a file may put at 10^12."""
 
 
 def find_architecture(config: Mapping[str, Any], where: Path) -> Architecture:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_map
 
 from services.quantizer.errors import QuantizerError
 from services.quantizer.model_config import build_config, find_architecture, unusable
@@ -63,7 +64,7 @@ class Source:
         self.hidden_size: int = self._config.hidden_size
         self.max_length: int = self._config.max_position_embeddings
         self.is_tied: bool = bool(self._config.tie_word_embeddings)
-        self._positions = Positions(self.architecture, self._config, self._try_classes(where))
+        self._positions = self._try_classes(where)
         self._shapes = {name: tuple(p.shape) for name, p in self.block(0).named_parameters()}
         self._check_tensors()
 
@@ -166,14 +167,20 @@ class Source:
         names = [self.architecture.embedding, self.architecture.final_norm]
         return names if self.is_tied else [*names, self.architecture.head]
 
-    def _try_classes(self, where: Path) -> nn.Module:
-        """Make a block and the rotary embedding once: what a configuration cannot mean shows here."""
+    def _try_classes(self, where: Path) -> Positions:
+        """Make what is run, and run two tokens through a block without storage: what a configuration cannot
+        mean shows here.
+        """
         try:
-            self.block(0)
-            rotary: nn.Module = getattr(self._module, self.architecture.rotary_class)(self._config)
+            rotary = getattr(self._module, self.architecture.rotary_class)(self._config)
+            positions = Positions(self.architecture, self._config, rotary)
+            for index in (0, self.num_blocks - 1):
+                batch = torch.zeros(1, 2, self.hidden_size)
+                arguments = tree_map(_without_storage, positions.arguments(index, batch))
+                self.block(index)(batch.to("meta"), **arguments)
         except Exception as error:  # KeyError for an unknown activation, ValueError, whatever a class raises
             raise unusable(where, error) from error
-        return rotary
+        return positions
 
     def _check_tensors(self) -> None:
         expected: dict[str, tuple[int, ...]] = {
@@ -222,6 +229,10 @@ class Head:
         slices = self._projection.split(VOCABULARY_SLICE)
         logits = torch.cat([normed @ part.float().T for part in slices], dim=-1)
         return logits if self._softcap is None else torch.tanh(logits / self._softcap) * self._softcap
+
+
+def _without_storage(argument: Any) -> Any:
+    return argument.to("meta") if isinstance(argument, Tensor) else argument
 
 
 def _require_finite(tensor: Tensor, name: str) -> None:

@@ -3,6 +3,7 @@ changes nothing, and an artifact means what it says under the source's names.
 """
 
 import json
+import random
 
 import pytest
 import torch
@@ -107,9 +108,10 @@ def test_folding_leaves_a_block_equal(tiny):
         assert (after - plain).abs().max() <= 1e-4 * (plain - hidden).abs().max(), chosen
 
 
-@pytest.fixture(params=TINY)
-def published(request, tmp_path):
+@pytest.fixture(scope="module", params=TINY)
+def published(request, tmp_path_factory):
     """(config.json, source, artifact) of a run of seconds, in the source's 16 bits."""
+    tmp_path = tmp_path_factory.mktemp(request.param)
     source = write_tiny(tmp_path / "source", request.param, torch.bfloat16)
     config = QuantizerConfig(
         source=source,
@@ -183,6 +185,8 @@ REFUSED = {
         {"rope_scaling": {"type": "longrope", "short_factor": [1.0], "long_factor": [1.0]}},
         "not usable",
     ),
+    "an endless context": ("Phi3", {"original_max_position_embeddings": 10**30}, "expected an integer"),
+    "more than a head turns": ("InternLM2", {"partial_rotary_factor": 1.5}, "not usable"),
     "both directions": ("Gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
     "a cap that is not computed": ("Gemma3", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
     "a cap of nothing": ("Gemma2", {"final_logit_softcapping": 0}, "final_logit_softcapping is 0"),
@@ -214,6 +218,39 @@ def test_what_the_table_does_not_cover_is_refused_by_name(tmp_path, case):
     with pytest.raises((QuantizerError, CheckpointError), match=expected) as caught:
         Source(source, CPU)
     assert "\n" not in str(caught.value)
+
+
+HOSTILE = (
+    None, -1, 0, 1.5, True, 10**30, 1e300, "x", "", [], ["x"], [[]], {}, {"rope_type": "linear"},
+    {"rope_type": "yarn", "factor": "x"}, {"type": "llama3", "factor": 8.0}, {"full_attention": 5},
+)  # fmt: skip
+OPTIONAL_FIELDS = (
+    "rope_parameters", "layer_types", "torch_dtype", "partial_rotary_factor", "num_labels", "id2label",
+    "attention_dropout", "attention_bias", "mlp_bias",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TINY)
+@torch.inference_mode()
+def test_a_hostile_field_is_refused_in_one_line_or_harmless(tmp_path, name):
+    source = write_tiny(tmp_path / "source", name)
+    fields = [*tiny_config(name), *OPTIONAL_FIELDS]
+    rng = random.Random(name)
+    for field, value in [(rng.choice(fields), rng.choice(HOSTILE)) for _ in range(25)]:
+        (source / "config.json").write_text(json.dumps(tiny_config(name, **{field: value})))
+        try:
+            opened = Source(source, CPU)
+        except (QuantizerError, CheckpointError) as refusal:
+            lines = str(refusal).splitlines()
+            assert len(lines) == 1
+        else:
+            opened.run_block(opened.block(0), opened.block_weights(0), torch.zeros(1, 4, opened.hidden_size))
+
+
+def test_a_name_is_not_made_up_for_every_label(tmp_path):
+    source = write_tiny(tmp_path / "source", "Mistral")
+    (source / "config.json").write_text(json.dumps(tiny_config("Mistral", num_labels=10**12)))
+    Source(source, CPU)
 
 
 def test_code_that_is_not_run_is_told(tmp_path, monkeypatch):
