@@ -142,6 +142,50 @@ def test_defaults_of_a_config_are_those_of_the_field() -> None:
     )
 
 
+def _config(model_type: str, sizes: tuple[int, ...], **more: object) -> dict[str, object]:
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    names += ("num_key_value_heads", "vocab_size")
+    return {"model_type": model_type, **dict(zip(names, sizes, strict=True)), **more}
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters"),
+    [
+        (_config("gemma2", (3584, 14336, 42, 16, 8, 256000)), 9_241_705_984),
+        (_config("gemma2", (2304, 9216, 26, 8, 4, 256000)), 2_614_341_888),
+        (_config("gemma3_text", (1152, 6912, 26, 4, 1, 262144)), 999_885_952),
+        (_config("phi3", (3072, 8192, 32, 32, 32, 32064)), 3_821_079_552),
+        (_config("phi3", (3072, 8192, 32, 24, 8, 200064), tie_word_embeddings=True), 3_836_021_760),
+        (_config("internlm2", (4096, 14336, 32, 32, 8, 92544), bias=False), 7_737_708_544),
+        (_config("internlm3", (4096, 10240, 48, 32, 2, 128512), head_dim=128), 8_804_241_408),
+    ],
+    ids=[
+        "gemma-2-9b",
+        "gemma-2-2b",
+        "gemma-3-1b",
+        "phi-3-mini",
+        "phi-4-mini",
+        "internlm2.5-7b",
+        "internlm3-8b",
+    ],
+)
+def test_parameters_of_published_models(config: dict[str, object], parameters: int) -> None:
+    assert ModelShape.from_config(config, "x").num_parameters == parameters
+
+
+def test_bias_has_a_field_of_its_own_in_each_family() -> None:
+    sizes = (64, 96, 2, 4, 2, 97)
+    for family, field, default in (
+        ("internlm2", "bias", True),
+        ("internlm3", "qkv_bias", False),
+        ("llama", "attention_bias", False),
+    ):
+        for value in (True, False):
+            shape = ModelShape.from_config(_config(family, sizes, **{field: value}), "x")
+            assert shape.has_qkv_bias is value
+        assert ModelShape.from_config(_config(family, sizes), "x").has_qkv_bias is default
+
+
 @pytest.mark.parametrize("value", [None, 0, -1, "4096", 1.5, True, 10**400])
 def test_a_bad_config_names_the_key(value: object, tmp_path: Path) -> None:
     config = {
