@@ -73,6 +73,7 @@ class BlockTask:
     hidden: Tensor
     group_size: int
     skipped: frozenset[str]
+    method: str
 
 
 def quantize_block(task: BlockTask) -> QuantizedBlock:
@@ -80,7 +81,13 @@ def quantize_block(task: BlockTask) -> QuantizedBlock:
     device = next(iter(task.weights.values())).device
     source = Source(task.headers.directory, device, task.headers)
     return BlockQuantizer(
-        source, task.index, task.weights, task.hidden, task.group_size, set(task.skipped)
+        source,
+        task.index,
+        task.weights,
+        task.hidden,
+        task.group_size,
+        set(task.skipped),
+        method=task.method,
     ).run()
 
 
@@ -99,9 +106,10 @@ class BlocksAhead:
         first: int,
         group_size: int,
         skipped: set[str],
+        method: str,
     ) -> None:
         self._source, self._hidden, self._first = source, calibration, first
-        self._group_size, self._skipped = group_size, frozenset(skipped)
+        self._group_size, self._skipped, self._method = group_size, frozenset(skipped), method
         self._headers = Headers.of(source)
         self._behind: deque[Tensor] = deque()
         self._blocks = pool.stream(quantize_block, self._tasks())
@@ -121,4 +129,6 @@ class BlocksAhead:
             with torch.inference_mode():  # a generator takes its consumer's mode, which may be anything
                 self._hidden = self._source.run_block(self._source.block(index), weights, hidden)
         self._behind.append(self._hidden)
-        return BlockTask(self._headers, index, weights, hidden, self._group_size, self._skipped)
+        return BlockTask(
+            self._headers, index, weights, hidden, self._group_size, self._skipped, self._method
+        )

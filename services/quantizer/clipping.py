@@ -6,8 +6,8 @@ e H e^T, E = W' - W. Rows are independent. Groups of a row are not, so they are 
 with the errors of the others in place; a group moves only when the row's error falls, so the result is
 never worse than the full range it begins with.
 
-AWQ (Lin et al., 2023) searches a symmetric clip per group and ignores the terms between groups. This module
-does not know of scales between layers.
+AWQ (Lin et al., 2023) searches a symmetric clip per group and ignores the terms between groups; that is here
+as well. This module does not know of scales between layers.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from torch import Tensor
 from services.quantizer.grid import full_range, grid, snap
 
 COARSE = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7)
+CLIP = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55)
 FINE = (-0.0333, -0.0167, 0.0, 0.0167, 0.0333)
 
 
-def search_ranges(weight: Tensor, gram: Tensor, group_size: int, sweeps: int = 1) -> tuple[Tensor, Tensor]:
-    """Ranges (low, high), [out, in/group] each, for fp32 `weight` [out, in] and `gram` [in, in]."""
+def search_ranges(
+    weight: Tensor, gram: Tensor, group_size: int, sweeps: int = 1, *, is_symmetric: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Ranges (low, high), [out, in/group] each, for fp32 `weight` [out, in] and `gram` [in, in]. With
+    `is_symmetric` both ends shrink by one factor and groups are judged alone.
+    """
     grouped = weight.unflatten(1, (-1, group_size))
     low, high = full_range(grouped)
     error = (snap(grouped, *grid(low, high)) - grouped).flatten(1)
@@ -30,15 +35,28 @@ def search_ranges(weight: Tensor, gram: Tensor, group_size: int, sweeps: int = 1
         for group in range(grouped.shape[1]):
             columns = slice(group * group_size, (group + 1) * group_size)
             own = gram[columns, columns]
-            pull = 2.0 * (error @ gram[:, columns] - error[:, columns] @ own)
-            best = _search_group(grouped[:, group], own, pull, low[:, group], high[:, group])
+            ends = grouped[:, group], low[:, group], high[:, group]
+            if is_symmetric:
+                best = _clip_group(own, *ends)
+            else:
+                pull = 2.0 * (error @ gram[:, columns] - error[:, columns] @ own)
+                best = _search_group(own, pull, *ends)
             low[:, group], high[:, group] = best
             error[:, columns] = snap(grouped[:, group], *grid(*best)) - grouped[:, group]
     return low, high
 
 
+def _clip_group(own: Tensor, weight: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    """The best (low, high) [rows] for one group by one factor for both ends."""
+    best = _Best(weight, own, torch.zeros_like(weight), low, high)
+    bottom, top = full_range(weight)
+    for shrink in CLIP:
+        best.try_all(bottom * shrink, (top * shrink).unsqueeze(0))
+    return best.low, best.high
+
+
 def _search_group(
-    weight: Tensor, own: Tensor, pull: Tensor, low: Tensor, high: Tensor
+    own: Tensor, pull: Tensor, weight: Tensor, low: Tensor, high: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The best (low, high) [rows] for one group: a coarse grid of both factors, then a fine one around its
     best.

@@ -13,7 +13,9 @@ from weft.config import REQUIRED, ConfigError, option, parse_float, parse_size
 GROUP_SIZES = ("32", "64", "128")
 AWQ, COMPRESSED_TENSORS = "awq", "compressed-tensors"
 FORMATS = (AWQ, COMPRESSED_TENSORS)
-RECIPE_VERSION = 1
+BEST = "best"
+METHODS = ("awq", "awq+", "gptq", BEST)
+RECIPE_VERSION = 2
 PATH_SEPARATOR = ":"
 DEFAULT_SAMPLES = 128
 ENV_PREFIX = "WEFT_QUANTIZER_"
@@ -85,6 +87,7 @@ class QuantizerConfig:
     max_kl: float | None = option(
         None, "publish nothing whose mean KL to the source is larger", metavar="NATS"
     )
+    method: str = option(BEST, "how weights are chosen", choices=METHODS)
     group_size: int = option(128, "input channels that share a scale", choices=GROUP_SIZES)
     format: str = option(AWQ, "how the artifact stores its weights", choices=FORMATS)
     skip_indivisible: bool = option(False, "leave sets that do not divide in full precision")
@@ -109,6 +112,8 @@ class QuantizerConfig:
             raise ConfigError("--name", f"{self.name[:80]!r} does not match [a-z0-9][a-z0-9._-]{{0,63}}")
         if str(self.group_size) not in GROUP_SIZES:
             raise ConfigError("--group-size", f"{self.group_size} is none of {', '.join(GROUP_SIZES)}")
+        if self.method not in METHODS:
+            raise ConfigError("--method", f"{self.method[:80]!r} is none of {', '.join(METHODS)}")
         if self.format not in FORMATS:
             raise ConfigError("--format", f"{self.format[:80]!r} is none of {', '.join(FORMATS)}")
         if not 0 <= self.seed < 1 << 64:
@@ -164,16 +169,22 @@ class QuantizerConfig:
             if not self.evaluation_tokens:
                 raise ConfigError(flag, "there is nothing to judge by with --evaluation-tokens 0")
 
+    @property
+    def has_exact_stream(self) -> bool:
+        """Whether the source's own hidden states go along with the calibration stream: what the quantized
+        blocks lose can then be made up for.
+        """
+        return self.method == BEST and self.propagate_error
+
     def recipe(self, evaluation_digest: str) -> dict[str, Any]:
         """Everything but source, seed and calibration text that decides what the artifact holds."""
         return {
             "version": RECIPE_VERSION,
-            "method": "awq",
+            "method": self.method,
             "bits": 4,
             "group_size": self.group_size,
             "format": self.format,
             "zero_point": True,
-            "clip": "asymmetric",
             "propagate_error": self.propagate_error,
             "skip_indivisible": self.skip_indivisible,
             "samples": self.samples,

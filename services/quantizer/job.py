@@ -140,10 +140,18 @@ def _quantize_blocks(job: _Job, progress: ProgressReporter) -> Outcome:
     if done:
         kept = TensorFile(workspace.streams_path())
         tensors = {name: kept.load(name) for name in kept.names}
-        streams = Streams.restore(source, inputs.calibration, inputs.evaluation, tensors)
+        streams = Streams.restore(
+            source,
+            inputs.calibration,
+            inputs.evaluation,
+            tensors,
+            has_exact=job.config.has_exact_stream,
+        )
         del tensors
     else:
-        streams = Streams.begin(source, inputs.calibration, inputs.evaluation)
+        streams = Streams.begin(
+            source, inputs.calibration, inputs.evaluation, has_exact=job.config.has_exact_stream
+        )
     blocks = _blocks(job, done, streams)
     for index in range(done, source.num_blocks):
         # A function of its own, so that nothing of a block outlives it.
@@ -167,7 +175,13 @@ def _blocks(job: _Job, first: int, streams: Streams) -> Iterator[tuple[Quantized
     group_size, skipped = job.config.group_size, job.skipped
     return iter(
         BlocksAhead(
-            job.pool, job.source, streams.calibration, first=first, group_size=group_size, skipped=skipped
+            job.pool,
+            job.source,
+            streams.calibration,
+            first=first,
+            group_size=group_size,
+            skipped=skipped,
+            method=job.config.method,
         )
     )
 
@@ -176,13 +190,24 @@ def _quantize_block(
     job: _Job, index: int, streams: Streams, blocks: Iterator[tuple[QuantizedBlock, Tensor]] | None
 ) -> None:
     config, source = job.config, job.source
+    is_last = index + 1 == source.num_blocks
     block, behind = (None, None) if blocks is None else next(blocks)
     layer, weights = source.block(index), source.block_weights(index)
     if block is None:
-        calibration = streams.calibration
-        block = BlockQuantizer(source, index, weights, calibration, config.group_size, job.skipped).run()
+        block = BlockQuantizer(
+            source,
+            index,
+            weights,
+            streams.calibration,
+            config.group_size,
+            job.skipped,
+            method=config.method,
+            exact=streams.exact,
+            pool=job.pool,
+            is_last=is_last,
+        ).run()
     kept, record = _keep_tensors(job, index, block)
-    quantized, linears = block.weights, list(block.linears)
+    quantized, linears, has_left = block.weights, list(block.linears), block.has_left
     del block  # the integers
     streams.advance(
         source,
@@ -192,7 +217,8 @@ def _quantize_block(
         linears,
         group_size=config.group_size,
         behind=behind,
-        is_last=index + 1 == source.num_blocks,
+        has_left=has_left,
+        is_last=is_last,
     )
     del weights, quantized
     behind = {name: StoredTensor.of(tensor) for name, tensor in streams.tensors().items()}

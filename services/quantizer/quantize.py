@@ -1,35 +1,59 @@
-"""One decoder block from full precision to 4 bits: statistics, scale search, clip search, guard, folding.
+"""One decoder block from full precision to 4 bits: statistics, scales, integers, guards, folding.
 
-The block's linears see the calibration inputs that the (already quantized) blocks before it give, with the
-block itself in full precision. Errors are exact over all calibration tokens through Gram matrices; between
-the best few candidates of a group the output of the module around it decides, on a part of the tokens. This
-module does not know files, nor evaluation.
+The linears see the calibration inputs that the (already quantized) blocks before them give. Where errors
+are made up for (method "best"), the block is quantized in the order of its computation, so each linear sees
+what the quantized ones before it give, and what the source would have given beside it. Everything is judged
+through Gram matrices. This module does not know files, nor evaluation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from services.quantizer.clipping import search_ranges
+from services.quantizer.config import BEST
 from services.quantizer.errors import QuantizerError
+from services.quantizer.fitting import (
+    CLIP,
+    GPTAQ,
+    GPTQ,
+    ROUNDING,
+    SEARCH,
+    FitTask,
+    Inputs,
+    TrialTask,
+    fit_rows,
+    join,
+    sample_rows,
+    try_methods,
+)
 from services.quantizer.folding import Folding, fold
-from services.quantizer.grid import QuantizedWeight, quantize, round_to_nearest
+from services.quantizer.grid import MIN_SCALE, QuantizedWeight, round_to_nearest
+from services.quantizer.linear_record import linear_record
 from services.quantizer.model_map import ScaleGroup
-from services.quantizer.scales import Candidate, ScaleSpace, rank_candidates, weight_means
+from services.quantizer.scales import (
+    Candidate,
+    ScaleSpace,
+    ScaleTask,
+    one_per_producer,
+    rank_scales,
+    weight_means,
+)
 from services.quantizer.source import STORED_DTYPES, Source, Weights
-from services.quantizer.statistics import capture_calls, collect_statistics, output_energy
+from services.quantizer.statistics import BlockInputs, InputStatistics, Moments, output_energy
+from services.quantizer.workers import SerialPool, WorkerPool
 from weft.artifact.manifest import LinearError
 
+_MEANS = {"awq": (CLIP,), "awq+": (SEARCH,), "gptq": (GPTQ,), BEST: (GPTAQ, GPTQ, SEARCH)}
+"""Per method of the configuration, the ways to find integers, the likeliest first."""
+_SAMPLED_ROWS = 256
+_ROWS_PER_TASK = 2048
 _NUM_FINALISTS = 3
-_NUM_INSPECTED_WINDOWS = 8
-_FINAL_SWEEPS = 2
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +65,16 @@ class QuantizedBlock:
         linears: the integers of every quantized linear.
         errors: of every quantized linear, over the calibration inputs.
         choices: per scale group, the candidate taken.
+        records: per linear, what a report tells of it, JSON-able.
+        has_left: whether the calibration streams have been taken through the block, in place.
     """
 
     weights: Weights
     linears: dict[str, QuantizedWeight]
     errors: dict[str, LinearError]
     choices: dict[str, str]
+    records: dict[str, dict[str, Any]] = field(default_factory=dict)
+    has_left: bool = False
 
 
 def indivisible_linears(source: Source, group_size: int) -> set[str]:
@@ -61,185 +89,264 @@ def indivisible_linears(source: Source, group_size: int) -> set[str]:
     return found
 
 
-def rounded_weights(weights: Weights, linears: Sequence[str], group_size: int) -> Weights:
-    """The block under plain rounding: what the search is compared with."""
-    rounded = {
-        f"{name}.weight": round_to_nearest(weights[f"{name}.weight"], group_size).dequantize()
-        for name in linears
-    }
-    return {**weights, **rounded}
+@dataclass(slots=True)
+class _Linear:
+    """One linear as far as it has come. `effective` is the weight that its integers mean, seen from outside
+    of all folding; `rows` what the rows of its integers have been divided by.
+    """
+
+    quantized: QuantizedWeight
+    effective: Tensor
+    candidate: Candidate
+    method: str
+    error: float
+    held_out: dict[str, float]
+    rows: Tensor | None = None
 
 
 class BlockQuantizer:
-    """Quantizes one block; make a new one for each."""
+    """Quantizes one block; make a new one for each.
+
+    `exact` is the stream that the source's own blocks give; only method "best" makes use of it. With it,
+    `run` takes both streams through the block, in place, unless `is_last`.
+
+    Attributes:
+        chosen: per group, by its first linear, the scales taken; filled by `run`.
+    """
 
     def __init__(
-        self, source: Source, index: int, weights: Weights, hidden: Tensor, group_size: int, skipped: set[str]
+        self,
+        source: Source,
+        index: int,
+        weights: Weights,
+        hidden: Tensor,
+        group_size: int,
+        skipped: set[str],
+        *,
+        method: str = BEST,
+        exact: Tensor | None = None,
+        pool: WorkerPool | None = None,
+        is_last: bool = False,
     ) -> None:
         self._source, self._index, self._weights, self._group_size = source, index, weights, group_size
-        self._layer = source.block(index)
         self._groups = [g for g in source.architecture.groups if not skipped.intersection(g.linears)]
-        self._linears = [name for group in self._groups for name in group.linears]
-        self._statistics = collect_statistics(source, self._layer, weights, hidden, self._groups)
-        stride = max(1, hidden.shape[0] // _NUM_INSPECTED_WINDOWS)
-        self._calls = capture_calls(source, self._layer, weights, hidden[::stride], self._groups)
-        self._references: dict[str, list[Tensor]] = {}
-        self._energy: dict[str, float] = {}
+        self._names = [name for group in self._groups for name in group.linears]
+        self._methods, self._is_last = _MEANS[method], is_last
+        self._pool = SerialPool() if pool is None else pool
+        self._is_staged = exact is not None
+        self._inputs = BlockInputs(source, index, weights, hidden, exact, self._groups)
+        self._linears: dict[str, _Linear] = {}
         self._rounding: dict[str, float] = {}
-        for group in self._groups:
-            gram = self._statistics[group.linears[0]].gram
-            for name in group.linears:
-                weight = weights[f"{name}.weight"]
-                energy = output_energy(weight, gram)
-                if not math.isfinite(energy):
-                    full_name = source.full_name(index, name)
-                    raise QuantizerError(f"tensor {full_name}.weight: its outputs on the text are not finite")
-                self._energy[name] = max(energy, torch.finfo(torch.float32).tiny)
-                rounded = round_to_nearest(weight, group_size).dequantize()
-                self._rounding[name] = output_energy(rounded - weight, gram) / self._energy[name]
+        self._energy: dict[str, float] = {}
+        self.chosen: dict[str, Candidate] = {}
+        self._grams: dict[str, Tensor] = {}
 
     def run(self) -> QuantizedBlock:
-        """Search, then fold and quantize, falling back wherever a linear would come out worse than by
-        rounding: to identity, then to rounding itself.
-        """
-        chosen = {group.linears[0]: self._choose(group) for group in self._groups}
-        rounded: set[str] = set()
-        while True:
-            weights, linears, errors = self._fold(chosen, rounded)
-            worse = [n for n in self._linears if n not in rounded and errors[n] > self._rounding[n]]
-            if not worse:
-                break
-            if not self._reset(chosen, worse[0]):
-                rounded.add(worse[0])
-        return QuantizedBlock(
-            weights,
-            linears,
-            {name: LinearError(self._rounding[name], errors[name]) for name in self._linears},
-            {" ".join(group.linears): chosen[group.linears[0]].label for group in self._groups},
-        )
+        """Stage by stage: collect, choose scales, find integers."""
+        current = dict(self._weights)
+        for stage in [[group] for group in self._groups] if self._is_staged else [self._groups]:
+            statistics = self._inputs.collect(stage, current)
+            for group in stage:
+                self._quantize_group(group, statistics.pop(group.linears[0]))
+                for name, linear in self._linears.items():
+                    current[f"{name}.weight"] = linear.effective
+        if self._is_staged and not self._is_last:
+            self._inputs.leave(current)
+        return self._finish()
 
-    def _choose(self, group: ScaleGroup) -> Candidate:
-        """The candidate of least output loss among those that leave no linear worse off than rounding."""
-        weights = {name: self._weights[f"{name}.weight"] for name in group.linears}
-        gram = self._statistics[group.linears[0]].gram
-        space = self.space(group)
+    def _quantize_group(self, group: ScaleGroup, statistics: InputStatistics) -> None:
+        """Scales and integers of the linears that share one input: the first candidate that leaves none of
+        them, nor what produces the input, worse than rounding. Identity does.
+        """
+        fitted, held = statistics.fitted, statistics.held
+        candidates = self._candidates(group, statistics)
+        orders, held_out = self._try(group, candidates[0], fitted, held or fitted)
+        if held is not None:
+            fitted.merge(held)
+        for name in group.linears:
+            self._measure(name, fitted.gram)
+        for candidate in candidates:
+            is_identity = candidate.method == "identity"
+            producer = None if is_identity else self._rescaled(group, candidate)
+            if not is_identity and group.previous in self._linears and producer is None:
+                continue
+            if candidate is not candidates[0]:
+                orders, held_out = self._try(group, candidate, fitted, held or fitted)
+            found = self._fit(group, candidate, fitted, orders)
+            if found is not None:
+                break
+        for name, (quantized, effective, method, error) in found.items():
+            self._linears[name] = _Linear(quantized, effective, candidate, method, error, held_out[name])
+        if producer is not None:
+            self._linears[group.previous] = producer
+        self.chosen[group.linears[0]] = candidate
+        producers = {other.previous for other in self._groups}
+        self._grams.update((name, fitted.gram) for name in group.linears if name in producers)
+
+    def _candidates(self, group: ScaleGroup, statistics: InputStatistics) -> list[Candidate]:
+        """Scales to try, the best first, identity last."""
+        space = self.space(group, statistics.mean_abs)
         identity = space.make("identity", 0.0)
         if not self._is_scalable(group):
-            return identity
+            return [identity]
+        gram, is_swept = statistics.fitted.gram, GPTQ in self._methods
+        sampled = {
+            name: sample_rows(self._weights[f"{name}.weight"], _SAMPLED_ROWS) for name in group.linears
+        }
+        energies = {name: max(output_energy(weight, gram), _TINY) for name, weight in sampled.items()}
+        importance = [
+            weight.new_full((len(weight),), 1.0 / energies[name]) for name, weight in sampled.items()
+        ]
+        task = ScaleTask(
+            space, torch.cat(list(sampled.values())), torch.cat(importance), gram, self._group_size, is_swept
+        )
+        (ranked,) = self._pool.map(rank_scales, [task])
+        if not is_swept:
+            ranked = self._finals(ranked[:_NUM_FINALISTS], task)
+        best = ranked[0]
+        return [identity] if best.method == "identity" else [best, identity]
 
-        def rounding_loss(scales: Tensor) -> float:
-            total = 0.0
-            for name, weight in weights.items():
-                rounded = round_to_nearest(weight * scales, self._group_size).dequantize() / scales
-                total += output_energy(rounded - weight, gram) / self._energy[name]
-            return total
+    def _finals(self, finalists: list[Candidate], task: ScaleTask) -> list[Candidate]:
+        """By the errors that the method itself leaves."""
+        inputs = Inputs(task.gram, None)
+        tasks = [
+            TrialTask(
+                task.weight * task.importance.sqrt().unsqueeze(1), c.scales, inputs, inputs, self._group_size,
+                self._methods,
+            )
+            for c in finalists
+        ]  # fmt: skip
+        losses = [min(loss[m] for m in self._methods) for loss in self._pool.map(try_methods, tasks)]
+        return [finalists[i] for i in sorted(range(len(finalists)), key=lambda i: losses[i])]
 
-        finalists = rank_candidates(space, rounding_loss)[:_NUM_FINALISTS]
-        if all(candidate.method != "identity" for candidate in finalists):
-            finalists.append(identity)
-        best, least = identity, float("inf")
-        for candidate in finalists:
-            trial = {n: self._clipped(w, gram, candidate.scales, 1)[1] for n, w in weights.items()}
-            errors = {n: output_energy(w - weights[n], gram) / self._energy[n] for n, w in trial.items()}
-            if candidate.method != "identity" and any(errors[n] > self._rounding[n] for n in errors):
-                continue
-            loss = self._output_loss(group, trial) if self._calls.get(group.inspect) else sum(errors.values())
-            if loss < least:
-                best, least = candidate, loss
-        return best
+    def _try(
+        self, group: ScaleGroup, candidate: Candidate, fitted: Moments, held: Moments
+    ) -> tuple[dict[str, list[str]], dict[str, dict[str, float]]]:
+        """Per linear the methods worth a fit, the best first, and what each made of the held-out inputs."""
+        inputs, others = Inputs(fitted.gram, fitted.drift), Inputs(held.gram, held.drift)
+        tasks = [
+            TrialTask(
+                sample_rows(self._weights[f"{name}.weight"], _SAMPLED_ROWS),
+                candidate.scales,
+                inputs,
+                others,
+                self._group_size,
+                self._methods,
+            )
+            for name in group.linears
+        ]
+        orders, told = {}, {}
+        for name, losses in zip(group.linears, self._pool.map(try_methods, tasks), strict=True):
+            ranked = sorted(
+                losses, key=lambda method: losses[method] if losses[method] == losses[method] else math.inf
+            )
+            orders[name] = ranked[: ranked.index(ROUNDING)]
+            if candidate.method == "identity":
+                orders[name].append(ROUNDING)
+            energy = max(output_energy(self._weights[f"{name}.weight"], held.gram), _TINY)
+            told[name] = {m: _short(max(loss + held.gap[name] / energy, 0.0)) for m, loss in losses.items()}
+        return orders, told
 
-    def _clipped(
-        self, weight: Tensor, gram: Tensor, scales: Tensor, sweeps: int
-    ) -> tuple[QuantizedWeight, Tensor]:
-        """Quantize weight * scales with searched ranges; the integers, and the weight they mean without the
-        scales.
+    def _fit(
+        self, group: ScaleGroup, candidate: Candidate, fitted: Moments, orders: dict[str, list[str]]
+    ) -> dict[str, tuple[QuantizedWeight, Tensor, str, float]] | None:
+        """(integers, what they mean, method, error) of every linear; None if one would be worse than by
+        rounding.
         """
-        scaled = weight * scales
-        scaled_gram = gram / scales / scales.unsqueeze(1)
-        quantized = quantize(scaled, *search_ranges(scaled, scaled_gram, self._group_size, sweeps))
-        return quantized, quantized.dequantize() / scales
-
-    def _output_loss(self, group: ScaleGroup, trial: Weights) -> float:
-        """Mean squared error of the inspected module's output in fp32, over the captured calls."""
-        module = self._layer.get_submodule(group.inspect)
-        prefix = group.inspect + "."
-        exact = {n.removeprefix(prefix): w for n, w in self._weights.items() if n.startswith(prefix)}
-        changed = {**exact, **{f"{n.removeprefix(prefix)}.weight": w for n, w in trial.items()}}
-        calls = self._calls[group.inspect]
-        if group.inspect not in self._references:
-            self._references[group.inspect] = [
-                _first(functional_call(module, exact, *call)) for call in calls
+        left = {name: list(order) for name, order in orders.items()}
+        found: dict[str, tuple[QuantizedWeight, Tensor, str, float]] = {}
+        inputs = Inputs(fitted.gram, fitted.drift)
+        while left:
+            if not all(left.values()):
+                return None
+            methods = {name: order.pop(0) for name, order in left.items()}
+            tasks = [
+                (name, FitTask(rows, candidate.scales, inputs, self._group_size, method))
+                for name, method in methods.items()
+                for rows in self._weights[f"{name}.weight"].split(_ROWS_PER_TASK)
             ]
-        total, count = 0.0, 0
-        for call, reference in zip(calls, self._references[group.inspect], strict=True):
-            difference = _first(functional_call(module, changed, *call)) - reference
-            total += float(difference.square().sum())
-            count += difference.numel()
-        return total / count
-
-    def _fold(
-        self, chosen: dict[str, Candidate], rounded: Collection[str]
-    ) -> tuple[Weights, dict[str, QuantizedWeight], dict[str, float]]:
-        """The block folded and quantized, and each linear's error as seen from outside of the folding. The
-        linears in `rounded` are not clipped.
-        """
-        folding = self.folding(chosen)
-        folded = dict(folding.parameters)
-        linears: dict[str, QuantizedWeight] = {}
-        errors: dict[str, float] = {}
-        for group in self._groups:
-            gram = self._statistics[group.linears[0]].gram
-            for name in group.linears:
-                scales = folding.columns[name]
-                inner = folding.inner(name)
-                if name in rounded:
-                    quantized = round_to_nearest(inner * scales, self._group_size)
-                    effective = quantized.dequantize() / scales
-                else:
-                    quantized, effective = self._clipped(inner, gram, scales, _FINAL_SWEEPS)
-                if not torch.isfinite(quantized.scales).all():
+            results = self._pool.map(fit_rows, [task for _, task in tasks])
+            for name, method in methods.items():
+                quantized = join([r for (n, _), r in zip(tasks, results, strict=True) if n == name])
+                effective = quantized.dequantize() / candidate.scales
+                error = self._error(name, effective, fitted.gram)
+                if error <= self._rounding[name]:
+                    found[name] = quantized, effective, method, error
+                    del left[name]
+                elif method == ROUNDING:
                     full_name = self._source.full_name(self._index, name)
                     raise QuantizerError(f"tensor {full_name}.weight: too large for fp16 scales")
-                difference = folding.outer(name, effective) - self._weights[f"{name}.weight"]
-                errors[name] = output_energy(difference, gram) / self._energy[name]
-                linears[name] = quantized
-                folded[f"{name}.weight"] = quantized.dequantize()
-        return folded, linears, errors
+        return found
+
+    def _measure(self, name: str, gram: Tensor) -> None:
+        weight = self._weights[f"{name}.weight"]
+        energy = output_energy(weight, gram)
+        if not math.isfinite(energy):
+            full_name = self._source.full_name(self._index, name)
+            raise QuantizerError(f"tensor {full_name}.weight: its outputs on the text are not finite")
+        self._energy[name] = max(energy, _TINY)
+        rounded = round_to_nearest(weight, self._group_size).dequantize()
+        self._rounding[name] = self._error(name, rounded, gram)
+
+    def _error(self, name: str, effective: Tensor, gram: Tensor) -> float:
+        return output_energy(effective - self._weights[f"{name}.weight"], gram) / self._energy[name]
+
+    def _rescaled(self, group: ScaleGroup, candidate: Candidate) -> _Linear | None:
+        """What produces the group's input, its rows divided by as much as the columns are multiplied: the
+        integers stay, their fp16 scales are rounded once more. None if there is none, or if it would be worse
+        than by rounding.
+        """
+        name = group.previous
+        if name not in self._linears:
+            return None
+        linear = self._linears[name]
+        rows = _full_rows(self._producer_scales(group, candidate.scales), len(linear.effective))
+        scales = (linear.quantized.scales.float() / rows.unsqueeze(1)).clamp(min=MIN_SCALE).half()
+        quantized = QuantizedWeight(linear.quantized.values, linear.quantized.zeros, scales)
+        effective = quantized.dequantize() / linear.candidate.scales * rows.unsqueeze(1)
+        error = self._error(name, effective, self._grams[name])
+        if not error <= self._rounding[name]:
+            return None
+        return replace(linear, quantized=quantized, effective=effective, error=error, rows=rows)
+
+    def _finish(self) -> QuantizedBlock:
+        folded = self.folding(self.chosen).parameters
+        errors, records, linears = {}, {}, {}
+        for name in self._names:
+            linear = self._linears.pop(name)
+            weight = self._weights[f"{name}.weight"]
+            errors[name] = LinearError(self._rounding[name], linear.error)
+            records[name] = linear_record(
+                weight, linear.effective, linear.quantized, linear.candidate, linear.method, errors[name],
+                linear.held_out, linear.rows,
+            )  # fmt: skip
+            linears[name] = linear.quantized
+            folded[f"{name}.weight"] = linear.quantized.dequantize()
+        choices = {" ".join(g.linears): self.chosen[g.linears[0]].label for g in self._groups}
+        return QuantizedBlock(folded, linears, errors, choices, records, self._is_staged)
 
     def folding(self, chosen: dict[str, Candidate]) -> Folding:
         """Fold one candidate per group, by the group's first linear; identity divides nothing."""
         scaled = []
         for group in self._groups:
             scales = chosen[group.linears[0]].scales
-            scaled.append((group, scales, self.space(group).producer_scales(scales)))
+            scaled.append((group, scales, self._producer_scales(group, scales)))
         return fold(self._weights, self._source.architecture.linears, scaled, self._store)
-
-    def _reset(self, chosen: dict[str, Candidate], name: str) -> bool:
-        """Give up the scales that touch linear `name`: its columns' first, then its rows'. False when none
-        are left.
-        """
-        for group in self._groups:
-            is_touching = name in group.linears or group.previous == name
-            if is_touching and chosen[group.linears[0]].method != "identity":
-                chosen[group.linears[0]] = self.space(group).make("identity", 0.0)
-                return True
-        return False
 
     def _is_scalable(self, group: ScaleGroup) -> bool:
         """A linear that stays in full precision takes no scales: stored in 16 bits, dividing it would cost
         accuracy.
         """
         is_linear = group.previous in self._source.architecture.linears
-        return not is_linear or group.previous in self._linears
+        return not is_linear or group.previous in self._names
 
-    def space(self, group: ScaleGroup) -> ScaleSpace:
-        """What candidates of a group are made from."""
+    def space(self, group: ScaleGroup, mean_abs: Tensor) -> ScaleSpace:
+        """What candidates of a group are made from; `mean_abs` [in] of its inputs."""
         is_norm = group.previous not in self._source.architecture.linears
         producer_name = f"{group.previous}.weight" if is_norm else f"{group.previous}.bias"
         repeats = self._source.num_repeats if group.is_value else 1
-        statistics = self._statistics[group.linears[0]]
         return ScaleSpace(
-            x_mean=statistics.mean_abs,
+            x_mean=mean_abs,
             w_mean=weight_means([self._weights[f"{n}.weight"] for n in group.linears], self._group_size),
             num_repeats=repeats,
             head_size=self._source.head_size if group.is_value else 1,
@@ -247,6 +354,11 @@ class BlockQuantizer:
             dtype=self._dtype(producer_name) if producer_name in self._weights else torch.float32,
             is_norm=is_norm,
             offset=group.norm_offset,
+        )
+
+    def _producer_scales(self, group: ScaleGroup, scales: Tensor) -> Tensor:
+        return one_per_producer(
+            scales, self._source.num_repeats if group.is_value else 1, self._source.head_size
         )
 
     def _dtype(self, name: str) -> torch.dtype:
@@ -257,6 +369,10 @@ class BlockQuantizer:
         return tensor.to(self._dtype(name)).float()
 
 
-def _first(output: Any) -> Tensor:
-    result: Tensor = output[0] if isinstance(output, tuple) else output
-    return result
+def _full_rows(producer_scales: Tensor, num_rows: int) -> Tensor:
+    """A producer that has more rows than there are scales produces with its last ones."""
+    return torch.cat([producer_scales.new_ones(num_rows - len(producer_scales)), producer_scales])
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")

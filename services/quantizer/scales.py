@@ -9,7 +9,7 @@ deserve it (Lin et al., 2023). Candidates:
     x-only             s = mean|x|^r
     duo                s = mean|x|^r / (mean over rows of |w| / max of its group)^(1 - r)
 
-each normalised by sqrt(max s * min s). This module does not know how a candidate is judged, nor of models.
+each normalised by sqrt(max s * min s). This module does not know models.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from services.quantizer.gptq import factorize
+from services.quantizer.grid import full_range, grid, round_to_nearest
+
 _LEAST = 1e-4
 _STEP = 0.05
 _REFINEMENT = 0.025
+_ROWS_AT_ONCE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +99,7 @@ class ScaleSpace:
 
     def producer_scales(self, scales: Tensor) -> Tensor:
         """[out of the producer] from scales [in] that already agree over the repeats."""
-        if self.num_repeats == 1:
-            return scales
-        return scales.view(-1, self.num_repeats, self.head_size)[:, 0].reshape(-1)
+        return one_per_producer(scales, self.num_repeats, self.head_size)
 
     def _shared(self, scales: Tensor) -> Tensor:
         """One producer channel feeds several input channels under grouped-query attention: they take the
@@ -112,10 +114,76 @@ class ScaleSpace:
         return heads.expand(-1, self.num_repeats, -1).reshape(-1)
 
 
+def one_per_producer(scales: Tensor, num_repeats: int, head_size: int) -> Tensor:
+    """[out of the producer] from scales [in] that agree over the heads that share a producer's."""
+    return scales if num_repeats == 1 else scales.view(-1, num_repeats, head_size)[:, 0].reshape(-1)
+
+
 def weight_means(weights: list[Tensor], group_size: int) -> Tensor:
     """[in]: mean over all rows of |w| relative to the largest of its (row, group)."""
-    stacked = torch.cat(weights).abs().unflatten(1, (-1, group_size))
-    return (stacked / (stacked.amax(-1, keepdim=True) + 1e-6)).flatten(1).mean(0)
+    total = torch.zeros_like(weights[0][0])
+    for weight in weights:
+        for rows in weight.split(_ROWS_AT_ONCE):
+            grouped = rows.abs().unflatten(1, (-1, group_size))
+            total += (grouped / (grouped.amax(-1, keepdim=True) + 1e-6)).flatten(1).sum(0)
+    return total / sum(len(weight) for weight in weights)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleTask:
+    """What the scales of one group are chosen by.
+
+    Attributes:
+        space: where candidates come from.
+        weight: fp32 [rows, in], rows of all linears that share the input.
+        importance: fp32 [rows], by what a row's error counts.
+        gram: fp32 [in, in].
+        group_size: input channels that share a grid.
+        is_swept: the integers will come from a sweep that makes up for errors, not from rounding.
+    """
+
+    space: ScaleSpace
+    weight: Tensor
+    importance: Tensor
+    gram: Tensor
+    group_size: int
+    is_swept: bool
+
+
+def rank_scales(task: ScaleTask) -> list[Candidate]:
+    """All candidates, the best first."""
+    return rank_candidates(task.space, _sweep_loss(task) if task.is_swept else _rounding_loss(task))
+
+
+def _rounding_loss(task: ScaleTask) -> Callable[[Tensor], float]:
+    """The error of plain rounding, exactly."""
+
+    def loss(scales: Tensor) -> float:
+        rounded = round_to_nearest(task.weight * scales, task.group_size).dequantize() / scales
+        error = rounded - task.weight
+        return float(((error @ task.gram) * error).sum(1) @ task.importance)
+
+    return loss
+
+
+def _sweep_loss(task: ScaleTask) -> Callable[[Tensor], float]:
+    """What a sweep can be expected to leave: step^2 / 12 per weight, times what of the column the columns
+    behind it cannot make up for, 1 / U_jj^2 of the factor. Scales divide the steps' weight by s_j^2 and leave
+    the factor as it is, so a candidate costs no product of matrices.
+    """
+    own = task.gram.diagonal()
+    size = torch.where(own > 0, own, torch.ones_like(own)).sqrt()
+    factor = factorize(task.gram / size / size.unsqueeze(1))
+    remainder = torch.empty_like(own)
+    remainder[factor.order] = factor.upper.diagonal().square().reciprocal()
+    remainder = remainder * own
+
+    def loss(scales: Tensor) -> float:
+        steps, _ = grid(*full_range((task.weight * scales).unflatten(1, (-1, task.group_size))))
+        per_group = (remainder / scales.square()).view(-1, task.group_size).sum(1)
+        return float((steps.square() @ per_group) @ task.importance) / 12.0
+
+    return loss
 
 
 def rank_candidates(space: ScaleSpace, loss: Callable[[Tensor], float]) -> list[Candidate]:

@@ -1,78 +1,327 @@
-"""What the search needs to know of a block's inputs: Gram matrices, means, and some calls to try candidates
-on.
+"""What the search needs to know of a block's inputs: Gram matrices and means, collected in stages.
 
-This module does not know what is done with any of it.
+A stage is one or several scale groups. The block runs with whatever of it is quantized by then, so a later
+stage sees the errors of the earlier ones; beside it, if there is an exact stream, the source's own block
+runs on that, and what separates the two inputs is collected as well. A module whose linears are all done runs
+once more and is replayed from then on, and no run goes on behind what it is for. This module does not know
+what is done with any of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from services.quantizer.model_map import ScaleGroup
 from services.quantizer.source import Source, Weights
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of one call of a module."""
+_HELD_OUT = 4
+"""Every so manieth window is held out."""
+
+
+@dataclass(slots=True)
+class Moments:
+    """Of inputs X [tokens, in], and of D = X_exact - X where there is an exact stream.
+
+    Attributes:
+        gram: fp32 [in, in] = X^T X.
+        drift: fp32 [in, in] = D^T X, or None.
+        gap: per linear ||D W^T||^2, the error that W itself makes on X.
+    """
+
+    gram: Tensor
+    drift: Tensor | None
+    gap: dict[str, float]
+
+    @classmethod
+    def zeros(cls, num_in: int, linears: Sequence[str], device: torch.device, *, has_drift: bool) -> Moments:
+        """Of no tokens."""
+        gram = torch.zeros(num_in, num_in, device=device)
+        drift = torch.zeros_like(gram) if has_drift else None
+        return cls(gram, drift, dict.fromkeys(linears, 0.0))
+
+    def merge(self, other: Moments) -> None:
+        """Take the tokens of `other` in."""
+        self.gram += other.gram
+        if self.drift is not None and other.drift is not None:
+            self.drift += other.drift
+        for name, gap in other.gap.items():
+            self.gap[name] += gap
+
+    def add(self, inputs: Tensor, exact: Tensor | None, weights: Weights) -> None:
+        """`inputs` and `exact` [tokens, in]; `weights` of the linears."""
+        self.gram.addmm_(inputs.T, inputs)
+        if exact is None or self.drift is None:
+            return
+        difference = exact - inputs
+        self.drift.addmm_(difference.T, inputs)
+        for name in self.gap:
+            self.gap[name] += float((difference @ weights[f"{name}.weight"].T).square().sum())
 
 
 @dataclass(frozen=True, slots=True)
 class InputStatistics:
-    """Of the input X [tokens, in] of one scale group: `gram` fp32 [in, in] = X^T X, `mean_abs` fp32 [in]."""
+    """Of one scale group's input.
 
-    gram: Tensor
+    Attributes:
+        fitted: over the calibration windows that integers are found on.
+        held: over those held out; None when there are too few windows to do without any.
+        mean_abs: fp32 [in], mean |x| over all.
+    """
+
+    fitted: Moments
+    held: Moments | None
     mean_abs: Tensor
 
 
-def collect_statistics(
-    source: Source, layer: nn.Module, weights: Weights, hidden: Tensor, groups: Sequence[ScaleGroup]
-) -> dict[str, InputStatistics]:
-    """Of every group's input over `hidden` [windows, length, hidden], under its first linear's name."""
-    grams: dict[str, Tensor] = {}
-    sums: dict[str, Tensor] = {}
-    hooks = []
-    for group in groups:
-        name = group.linears[0]
-        num_in = weights[f"{name}.weight"].shape[1]
-        grams[name] = torch.zeros(num_in, num_in, device=source.device)
-        sums[name] = torch.zeros(num_in, device=source.device)
+class BlockInputs:
+    """Runs one block on the calibration windows, stage by stage.
 
-        def accumulate(_module: nn.Module, arguments: tuple[Tensor, ...], name: str = name) -> None:
-            inputs = arguments[0].flatten(0, 1)
-            grams[name].addmm_(inputs.T, inputs)
-            sums[name] += inputs.abs().sum(0)
+    `hidden` [windows, length, hidden] is the stream that the quantized blocks before it gave; `exact` what
+    the source's own gave, or None. `groups` are all that will be asked for, in order of the computation.
+    """
 
-        hooks.append(layer.get_submodule(name).register_forward_pre_hook(accumulate))
-    source.run_block(layer, weights, hidden)
-    for hook in hooks:
-        hook.remove()
-    num_tokens = hidden.shape[0] * hidden.shape[1]
-    return {name: InputStatistics(gram, sums[name] / num_tokens) for name, gram in grams.items()}
+    def __init__(
+        self,
+        source: Source,
+        index: int,
+        weights: Weights,
+        hidden: Tensor,
+        exact: Tensor | None,
+        groups: Sequence[ScaleGroup],
+    ) -> None:
+        self._source, self._index, self._weights = source, index, weights
+        layer = source.block(index)
+        self._quantized = _Stream(layer, hidden)
+        self._exact = None if exact is None else _Stream(layer, exact)
+        self._is_exact_behind = False
+        self._left = {_module(group): [g for g in groups if _module(g) == _module(group)] for group in groups}
+
+    def collect(self, groups: Sequence[ScaleGroup], current: Weights) -> dict[str, InputStatistics]:
+        """Of the inputs of `groups`, under their first linears' names. `current` are the block's weights with
+        what is quantized by now. With the last of the groups the exact stream leaves the block.
+        """
+        done = [name for name, left in self._left.items() if not left]
+        for group in groups:
+            self._left[_module(group)].remove(group)
+        last, is_last = groups[-1], not any(self._left.values())
+        closing = [] if self._left[_module(last)] or is_last else [_module(last)]
+        collector = _Collector(
+            self._weights,
+            groups,
+            self._quantized.hidden.shape[0],
+            self._source.device,
+            has_exact=self._exact is not None,
+        )
+        hidden = self._quantized.hidden
+        for window, batch, positions in self._source.batches(hidden, self._index):
+            if self._exact is not None:
+                exact = self._exact.hidden[window].to(batch.device)
+                output = self._exact.run(
+                    self._weights,
+                    window,
+                    exact,
+                    positions,
+                    listeners=collector.exact_listeners(),
+                    record=closing,
+                    before=None if closing or is_last else last.linears[0],
+                    behind=closing[0] if closing else None,
+                )
+                if output is not None:
+                    self._exact.hidden[window] = output.to(hidden.device)
+            self._quantized.run(
+                current,
+                window,
+                batch,
+                positions,
+                listeners=collector.listeners(window),
+                record=[name for name in done if name not in self._quantized.complete],
+                before=last.linears[0],
+            )
+        self._quantized.complete.update(done)
+        if self._exact is not None:
+            self._exact.complete.update(closing)
+            self._is_exact_behind = is_last
+        return collector.finish(hidden.shape[0] * hidden.shape[1])
+
+    def leave(self, current: Weights) -> None:
+        """Take `hidden` through the block, in place; and `exact`, if that has not happened."""
+        streams = [(self._quantized, current)]
+        if self._exact is not None and not self._is_exact_behind:
+            streams.append((self._exact, self._weights))
+        for stream, weights in streams:
+            for window, batch, positions in self._source.batches(stream.hidden, self._index):
+                output = stream.run(weights, window, batch, positions)
+                stream.hidden[window] = output.to(stream.hidden.device)
 
 
-def capture_calls(
-    source: Source, layer: nn.Module, weights: Weights, hidden: Tensor, groups: Sequence[ScaleGroup]
-) -> dict[str, list[Call]]:
-    """Calls of the inspected modules, batch by batch. A linear needs none: its Gram matrix says all."""
-    calls: dict[str, list[Call]] = {}
-    hooks = []
-    for name in {group.inspect for group in groups if group.inspect not in group.linears}:
-        calls[name] = []
+class _Reached(Exception):
+    """Raised in a hook: the rest of the block has nothing to tell."""
 
-        def capture(_module: nn.Module, arguments: Any, options: Any, name: str = name) -> None:
-            calls[name].append((arguments, options))
 
-        hooks.append(layer.get_submodule(name).register_forward_pre_hook(capture, with_kwargs=True))
-    source.run_block(layer, weights, hidden)
-    for hook in hooks:
-        hook.remove()
-    return calls
+class _Stream:
+    """One stream of hidden states in one block.
+
+    Attributes:
+        hidden: [windows, length, hidden] before the block.
+        complete: modules whose outputs are kept for all windows, and given instead of being computed.
+    """
+
+    def __init__(self, layer: nn.Module, hidden: Tensor) -> None:
+        self._layer, self.hidden = layer, hidden
+        self._kept: dict[str, Tensor] = {}
+        self._tuples: set[str] = set()
+        self.complete: set[str] = set()
+
+    def run(
+        self,
+        weights: Weights,
+        window: slice,
+        batch: Tensor,
+        positions: dict[str, Any],
+        *,
+        listeners: Mapping[str, Callable[[Tensor], None]] | None = None,
+        record: Collection[str] = (),
+        before: str | None = None,
+        behind: str | None = None,
+    ) -> Tensor | None:
+        """One batch through the block; None if it ended `before` or `behind` a module. `listeners` get what
+        linears take, [windows, length, in].
+        """
+        with ExitStack() as stack:
+            for name in self.complete:
+                self._replay(stack, name, window)
+            for name in record:
+                stack.callback(self._record(name, window).remove)
+            for name, listener in (listeners or {}).items():
+                stack.callback(_listen(self._layer.get_submodule(name), listener).remove)
+            if before is not None:
+                hook = self._layer.get_submodule(before).register_forward_pre_hook(_stop)
+                stack.callback(hook.remove)
+            if behind is not None:
+                stack.callback(self._layer.get_submodule(behind).register_forward_hook(_stop).remove)
+            try:
+                output: Tensor = functional_call(self._layer, weights, (batch,), positions)
+            except _Reached:
+                return None
+        return output
+
+    def _record(self, name: str, window: slice) -> Any:
+        kept = self._kept.setdefault(name, torch.empty_like(self.hidden))
+
+        def store(_module: nn.Module, _arguments: Any, output: Any) -> None:
+            if isinstance(output, tuple):  # an attention gives its weights as well, or None
+                self._tuples.add(name)
+                output = output[0]
+            kept[window] = output.to(kept.device)
+
+        return self._layer.get_submodule(name).register_forward_hook(store)
+
+    def _replay(self, stack: ExitStack, name: str, window: slice) -> None:
+        module = self._layer.get_submodule(name)
+        is_tuple = name in self._tuples
+
+        def forward(inputs: Tensor | None = None, **options: Any) -> Any:
+            like = options["hidden_states"] if inputs is None else inputs
+            kept = self._kept[name][window].to(like.device)
+            return (kept, None) if is_tuple else kept
+
+        module.__dict__["forward"] = forward
+        stack.callback(module.__dict__.pop, "forward")
+
+
+class _Collector:
+    """Adds up what the linears of some groups take."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        groups: Sequence[ScaleGroup],
+        num_windows: int,
+        device: torch.device,
+        *,
+        has_exact: bool,
+    ) -> None:
+        self._weights, self._num_windows = weights, num_windows
+        self._fitted: dict[str, Moments] = {}
+        self._held: dict[str, Moments] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._exact: dict[str, Tensor] = {}
+        for group in groups:
+            name = group.linears[0]
+            num_in = weights[f"{name}.weight"].shape[1]
+            self._sums[name] = torch.zeros(num_in, device=device)
+            for moments in (self._fitted, self._held):
+                moments[name] = Moments.zeros(num_in, group.linears, device, has_drift=has_exact)
+
+    def exact_listeners(self) -> dict[str, Callable[[Tensor], None]]:
+        """For the exact stream, whose batch goes first."""
+
+        def capture(name: str, inputs: Tensor) -> None:
+            self._exact[name] = inputs
+
+        return {name: partial(capture, name) for name in self._fitted}
+
+    def listeners(self, window: slice) -> dict[str, Callable[[Tensor], None]]:
+        """For the windows `window`."""
+        held = [is_held_out(i, self._num_windows) for i in range(*window.indices(self._num_windows))]
+        parts = [
+            (moments, [position for position, other in enumerate(held) if other is is_held])
+            for moments, is_held in ((self._fitted, False), (self._held, True))
+        ]
+
+        def add(name: str, inputs: Tensor) -> None:
+            exact = self._exact.pop(name, None)
+            self._sums[name] += inputs.abs().sum((0, 1))
+            for moments, windows in parts:
+                if windows:
+                    self._add(moments[name], inputs[windows], None if exact is None else exact[windows])
+
+        return {name: partial(add, name) for name in self._fitted}
+
+    def _add(self, moments: Moments, inputs: Tensor, exact: Tensor | None) -> None:
+        flat = None if exact is None else exact.flatten(0, 1)
+        moments.add(inputs.flatten(0, 1), flat, self._weights)
+
+    def finish(self, num_tokens: int) -> dict[str, InputStatistics]:
+        """What came of `num_tokens` tokens."""
+        has_held = self._num_windows >= _HELD_OUT
+        return {
+            name: InputStatistics(
+                fitted, self._held[name] if has_held else None, self._sums[name] / num_tokens
+            )
+            for name, fitted in self._fitted.items()
+        }
+
+
+def is_held_out(window: int, num_windows: int) -> bool:
+    """Whether integers are judged on it, and not found on it."""
+    return num_windows >= _HELD_OUT and window % _HELD_OUT == _HELD_OUT - 1
 
 
 def output_energy(weight: Tensor, gram: Tensor) -> float:
     """||X W^T||^2 = tr(W H W^T) for `weight` [out, in]."""
     return max(float(((weight @ gram) * weight).sum(dtype=torch.float64)), 0.0)
+
+
+def _module(group: ScaleGroup) -> str:
+    """The module that a group's linears are in."""
+    return group.linears[0].rpartition(".")[0]
+
+
+def _listen(module: nn.Module, listener: Callable[[Tensor], None]) -> Any:
+    def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        listener(arguments[0])
+
+    return module.register_forward_pre_hook(hook)
+
+
+def _stop(*_arguments: Any) -> None:
+    raise _Reached

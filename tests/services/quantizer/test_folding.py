@@ -5,6 +5,7 @@ import torch
 
 from services.quantizer.quantize import BlockQuantizer
 from services.quantizer.source import Source
+from services.quantizer.statistics import BlockInputs
 
 CASES = [
     ("Llama", torch.float32, {}),
@@ -13,6 +14,12 @@ CASES = [
     ("Qwen2", torch.float32, {}),
     ("Qwen2", torch.bfloat16, {"tie_word_embeddings": False}),
 ]
+
+
+def input_means(source, index, weights, hidden):
+    groups = source.architecture.groups
+    collected = BlockInputs(source, index, weights, hidden, None, groups).collect(groups, weights)
+    return {name: statistics.mean_abs for name, statistics in collected.items()}
 
 
 def streamed_logits(source, token_ids, transform):
@@ -45,9 +52,10 @@ def test_folding_alone_leaves_the_logits_equal(make_checkpoint, family, dtype, c
 
     def folded(index, weights, hidden):
         search = BlockQuantizer(source, index, weights, hidden, 32, set())
+        means = input_means(source, index, weights, hidden)
         chosen = {}
         for group in source.architecture.groups:
-            candidate = search.space(group).make(method, ratio)
+            candidate = search.space(group, means[group.linears[0]]).make(method, ratio)
             spread.append(float(candidate.scales.max() / candidate.scales.min()))
             chosen[group.linears[0]] = candidate
             if group.previous.endswith("norm"):
@@ -72,7 +80,9 @@ def test_grouped_heads_share_the_mean_of_their_scales(make_checkpoint):
     source = Source(make_checkpoint("Llama", torch.float32), torch.device("cpu"))
     token_ids = torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0))
     search = BlockQuantizer(source, 0, source.block_weights(0), source.embed(token_ids), 32, set())
-    space = search.space(source.architecture.groups[1])
+    group = source.architecture.groups[1]
+    means = input_means(source, 0, source.block_weights(0), source.embed(token_ids))
+    space = search.space(group, means[group.linears[0]])
     scales = space.make("x-only", 1.0).scales.view(2, 2, 16)  # kv heads, repeats, head size
     assert torch.equal(scales[:, 0], scales[:, 1])
     raw = space.x_mean.view(2, 2, 16).mean(1)

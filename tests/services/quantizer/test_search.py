@@ -4,27 +4,35 @@ import pytest
 import torch
 
 import services.quantizer.quantize as quantize_module
-from services.quantizer.grid import full_range
+from services.quantizer.config import BEST, METHODS
+from services.quantizer.fitting import ROUNDING, fit_rows
+from services.quantizer.grid import full_range, quantize
 from services.quantizer.quantize import BlockQuantizer
 from services.quantizer.scales import ScaleSpace, rank_candidates
 from services.quantizer.source import Source
 
 
 @torch.inference_mode()
-def test_a_bad_clip_search_leaves_rounding(make_checkpoint, monkeypatch):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bad_search_leaves_rounding(make_checkpoint, monkeypatch, method):
     """Whatever the search comes back with: identity first, rounding itself where that is not enough."""
 
-    def halve(weight, _gram, group_size, _sweeps):
-        low, high = full_range(weight.unflatten(1, (-1, group_size)))
-        return low / 2, high / 2
+    def halve(task):
+        if task.method == ROUNDING:
+            return fit_rows(task)
+        low, high = full_range((task.weight * task.scales).unflatten(1, (-1, task.group_size)))
+        return quantize(task.weight * task.scales, low / 2, high / 2)
 
-    monkeypatch.setattr(quantize_module, "search_ranges", halve)
+    monkeypatch.setattr(quantize_module, "fit_rows", halve)
     source = Source(make_checkpoint("Qwen2"), torch.device("cpu"))
-    token_ids = torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0))
-    block = BlockQuantizer(source, 0, source.block_weights(0), source.embed(token_ids), 32, set()).run()
+    hidden = source.embed(torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0)))
+    exact = hidden.clone() if method == BEST else None
+    weights = source.block_weights(0)
+    block = BlockQuantizer(source, 0, weights, hidden, 32, set(), method=method, exact=exact).run()
     assert len(block.errors) == 7
     for name, error in block.errors.items():
         assert 0 < error.chosen <= error.rounding, name
+        assert block.records[name]["method"] == ROUNDING
 
 
 def space(producer, is_norm=False, dtype=torch.float16):
