@@ -29,6 +29,7 @@ from services.engine.rpc.errors import engine_failed, shutting_down
 from services.engine.rpc.servicer import SERVICE_NAME, EngineServicer
 from services.engine.runner.config import RunnerConfig, RunnerInfo
 from weft import __version__, logs
+from weft.artifact.store import ArtifactStore
 from weft.rpc.errors import StatusError
 from weft.rpc.server import Server, in_daemon_thread
 from weft.v1.engine_service_pb2_grpc import add_EngineServiceServicer_to_server
@@ -108,6 +109,7 @@ class EngineApplication:
         self._loop: EngineLoop | None = None
         self._servicer: EngineServicer | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._held: int | None = None
 
     async def load(self, server: Server) -> None:
         """Load the model, start the loop, register the service. Raises what the runner raises."""
@@ -118,6 +120,9 @@ class EngineApplication:
         started = time.monotonic()
         runner, info = await in_daemon_thread(lambda: load_model(config), "model-load")
         events = asyncio.get_running_loop()
+        if config.artifacts is not None and info.artifact_version:
+            # Gateways read the tokenizer of the version that is served, for as long as it is.
+            self._held = ArtifactStore(config.artifacts).hold(info.model_name, info.artifact_version)
 
         def on_fault(error: BaseException) -> None:
             last_resort = threading.Timer(FAULT_TIMEOUT_S, os._exit, (FAULT_EXIT_CODE,))
@@ -216,3 +221,6 @@ class EngineApplication:
                 log.failure("the block accounting does not add up", error)
         if self._metrics_server is not None:
             await asyncio.to_thread(self._metrics_server.stop)
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None

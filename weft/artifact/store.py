@@ -9,6 +9,7 @@ not know what the files hold.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterable
@@ -100,6 +101,22 @@ class ArtifactStore:
         if manifest.model != model:
             raise ArtifactError(f"{path}: its manifest is of model {manifest.model}")
         return Artifact(path, manifest, model, version)
+
+    def hold(self, model: str, version: str) -> int | None:
+        """Say that a version is in use, until the descriptor that is returned is closed: nobody removes it.
+        None when it cannot be said: the volume knows no locks, or the version is being removed.
+        """
+        path = self.model_directory(model) / version
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError:
+            os.close(descriptor)
+            return None
+        return descriptor
 
     def verify(self, artifact: Artifact, names: Iterable[str] | None = None) -> None:
         """Check size and sha256 of `names`, or of every file and that there is no other. Raises

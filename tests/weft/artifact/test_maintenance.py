@@ -148,8 +148,10 @@ def test_collect_spares_the_young_and_the_used(store):
     age(store, -DAY)  # a clock that was ahead
     assert not any(r.is_removed for r in collect(store, "demo", 1, 3600))
     age(store, DAY)
-    descriptor = os.open(store.root / "demo" / "v1", os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    descriptor, other = store.hold("demo", "v1"), store.hold("demo", "v1")
+    assert None not in (descriptor, other), "readers share"
+    os.close(other)
+    assert store.hold("demo", "v9") is None
     assert [(r.name, r.why) for r in collect(store, "demo", 1, 3600)] == [("v2", "old"), ("v1", "in use")]
     os.close(descriptor)
     collect(store, "demo", 1, 3600)
