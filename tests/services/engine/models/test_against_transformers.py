@@ -260,6 +260,33 @@ def test_an_autoawq_checkpoint_is_what_its_nibbles_say(
     assert ("int4-dequantize" in runner.info.kernel_paths["down"]) == is_packed
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama llama3 rope",
+        "mistral window 37",
+        "qwen3 window, biases",
+        "phi3",
+        "phi3 long, partly turned",
+        "gemma2",
+        "gemma2 other layers",
+        "gemma3",
+        "gemma3 nested ropes",
+    ],
+)
+def test_what_transformers_saves_is_served(name: str, tmp_path: Path) -> None:
+    """It writes config.json in its own way: every field, rotary ones nested."""
+    transformers = pytest.importorskip("transformers")
+    written = write_checkpoint(tmp_path / "written", VARIANTS[name])
+    model = transformers.AutoModelForCausalLM.from_pretrained(written, dtype=torch.float32)
+    model.save_pretrained(tmp_path / "saved")
+    ids = torch.randint(97, (60,), generator=torch.Generator().manual_seed(8)).tolist()
+    # Long enough that transformers takes the long factors, as the engine does for its whole context.
+    ids = ids * 2 if "long" in name else ids
+    expected = _transformers_logits(tmp_path / "saved", ids)
+    _assert_close(_by_token(_load(tmp_path / "saved", 16), ids, 30), expected[29:])
+
+
 def test_stored_half_precision_is_served_in_float32(tmp_path: Path) -> None:
     from tests.services.engine.models.checkpoints import tensors_of
 
