@@ -32,6 +32,11 @@ class InputFiles:
         texts = (*(split_weight(path)[0] for path in config.calibration), *config.evaluation)
         return cls(config.source, texts, _identities(config.source, texts))
 
+    @classmethod
+    def of_directory(cls, directory: Path) -> InputFiles:
+        """Those of a checkpoint alone."""
+        return cls(directory, (), _identities(directory, ()))
+
     def check(self) -> None:
         """Raises QuantizerError naming the first file that is not as it was, was not there or is gone."""
         now = _identities(self.directory, self.texts)

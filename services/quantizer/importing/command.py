@@ -7,15 +7,20 @@ import sys
 from collections.abc import Sequence
 
 from services.quantizer.config import ENV_PREFIX
-from services.quantizer.errors import QuantizerError
+from services.quantizer.errors import NameBusyError, QuantizerError
 from services.quantizer.importing.config import ImportConfig
 from weft import config as weft_config
 from weft import logs
 from weft.artifact.manifest import ArtifactError
 
+_EXIT_FAILED = 1
+_EXIT_BUSY = 4
+
 
 def main(flags: Sequence[str], prog: str) -> int:
-    """Exit status: 0 published or up to date, 1 failed, 2 wrong usage (as SystemExit)."""
+    """Exit status: 0 published or up to date, 1 failed, 2 wrong usage (as SystemExit), 4 another run of this
+    name is at work.
+    """
     weft_config.let_waiting_threads_sleep()
     config = weft_config.load_config(
         ImportConfig,
@@ -35,7 +40,7 @@ def main(flags: Sequence[str], prog: str) -> int:
         logs.stop()  # so that the reason comes last
         text = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {text[:500]}", file=sys.stderr)
-        return 1
+        return _EXIT_BUSY if isinstance(error, NameBusyError) else _EXIT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     finally:

@@ -25,9 +25,11 @@ from services.quantizer.errors import QuantizerError
 from services.quantizer.identity import check_directory, find_same, source_digest
 from services.quantizer.importing.config import ImportConfig
 from services.quantizer.importing.view import PackedCheckpoint
+from services.quantizer.input_files import InputFiles
 from services.quantizer.packed_linear import packed
 from services.quantizer.progress import ProgressReporter
 from services.quantizer.publication import run_document, version_name
+from services.quantizer.run_lock import RunLock
 from services.quantizer.shards import ShardWriter
 from services.quantizer.source import Source
 from services.quantizer.sources import local_source
@@ -41,12 +43,13 @@ _LOGGER = logs.get_logger("quantizer")
 
 
 def run_import(config: ImportConfig) -> Artifact:
-    """Import and publish, or return what CURRENT already holds. Raises QuantizerError, and what weft.artifact
-    raises.
+    """Import and publish, or return what CURRENT already holds. Raises QuantizerError (NameBusyError when
+    another run of the name is at work), and what weft.artifact raises.
     """
     started = time.time()
     directory, commit = local_source(config.source, config.revision, config.hub_cache)
     config = dataclasses.replace(config, source=directory, revision=commit)
+    files = InputFiles.of_directory(directory)
     draft = _draft(config)
     current = None if config.force else find_same(config.artifacts, draft)
     if current is not None:
@@ -56,8 +59,14 @@ def run_import(config: ImportConfig) -> Artifact:
     checkpoint = PackedCheckpoint.open(config.source, allow_requantize=config.allow_requantize)
     source = Source(config.source, torch.device("cpu"), checkpoint)
     _check_linears(checkpoint, source)
-    with ArtifactStore(config.artifacts).stage(config.name) as staged, torch.inference_mode():
+    store = ArtifactStore(config.artifacts)
+    with (
+        RunLock(store.model_directory(config.name)),
+        store.stage(config.name) as staged,
+        torch.inference_mode(),
+    ):
         canary = _write_weights(checkpoint, source, staged)
+        files.check()
         draft = dataclasses.replace(draft, canary=canary)
         return _publish(staged, checkpoint, source, config, draft, started)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from services.quantizer.errors import QuantizerError
+from services.quantizer.model_map import ARCHITECTURES
 
 BITS = 4
 PER_CHANNEL = -1
@@ -97,7 +98,7 @@ def _parse_compressed_tensors(raw: Mapping[str, Any], where: Path) -> Scheme:
         raise _refuse(where, "kv_cache_scheme", "a scheme", "null")
     symmetric = {group["weights"].get("symmetric", True) for group in groups.values()}
     has_zeros = None if len(symmetric) > 1 else not symmetric.pop()
-    left = tuple(name for name in _names(raw.get("ignore")) if name != "lm_head")
+    left = tuple(name for name in _names(raw.get("ignore")) if name not in _HEADS)
     return Scheme("pack-quantized", None, has_zeros, left)
 
 

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from services.quantizer.__main__ import main
+from services.quantizer.run_lock import RunLock
+from services.quantizer.shards import ShardWriter
 from weft.artifact.store import ArtifactStore
 
 
@@ -238,3 +240,33 @@ def test_run_points_to_import(make_quantized, tmp_path, capfd):
     status = main(["run", "--source", str(directory), "--artifacts", str(tmp_path / "a"), "--name", "tiny"])
     assert status == 1
     assert "quantized already; `import` takes it as it is" in capfd.readouterr().err
+
+
+def test_one_at_a_time_for_a_name(make_quantized, attempt, tmp_path):
+    directory, _ = make_quantized("gemm")
+    with RunLock(tmp_path / "artifacts" / "tiny"):
+        words = [
+            "import",
+            "--source",
+            str(directory),
+            "--artifacts",
+            str(tmp_path / "artifacts"),
+            "--name",
+            "tiny",
+        ]
+        assert main([*words, "--artifacts", str(tmp_path / "artifacts")]) == 4
+    assert attempt(directory)[0] == 0
+
+
+def test_a_source_that_changes_is_noticed(make_quantized, attempt, monkeypatch):
+    directory, _ = make_quantized("gemm")
+    finish = ShardWriter.finish
+
+    def change(writer):
+        (directory / "generation_config.json").write_text("{}")
+        finish(writer)
+
+    monkeypatch.setattr(ShardWriter, "finish", change)
+    status, line, _ = attempt(directory)
+    assert status == 1
+    assert "generation_config.json: changed" in line
