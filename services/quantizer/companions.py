@@ -79,11 +79,17 @@ def quantized_config(
         "modules_to_not_convert": full_precision or None,
     }
     if file_format == COMPRESSED_TENSORS:
-        packing = _pack_quantized(group_size, full_precision)
+        packing = _pack_quantized(group_size, [_head(config), *full_precision])
     return json.dumps({**config, "quantization_config": packing}, indent=2).encode("utf-8") + b"\n"
 
 
-def _pack_quantized(group_size: int, full_precision: list[str]) -> dict[str, Any]:
+def _head(config: dict[str, Any]) -> str:
+    """The module of the output projection, as the checkpoint calls it."""
+    known = [found for name, found in ARCHITECTURES.items() if config.get("architectures") == [name]]
+    return known[0].head.removesuffix(".weight") if known else "lm_head"
+
+
+def _pack_quantized(group_size: int, ignored: list[str]) -> dict[str, Any]:
     weights = {
         "num_bits": 4,
         "type": "int",
@@ -100,7 +106,7 @@ def _pack_quantized(group_size: int, full_precision: list[str]) -> dict[str, Any
         "dequantize": True,
         "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
         # The head is a Linear too, which nobody packs.
-        "ignore": ["lm_head", *full_precision],
+        "ignore": ignored,
     }
 
 

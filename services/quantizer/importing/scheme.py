@@ -17,6 +17,7 @@ BITS = 4
 PER_CHANNEL = -1
 _MAX_GROUP_SIZE = 1 << 20
 METHODS = ("awq", "gptq", "compressed-tensors")
+_HEADS = {known.head.removesuffix(".weight") for known in ARCHITECTURES.values()}
 
 
 @dataclass(frozen=True, slots=True)

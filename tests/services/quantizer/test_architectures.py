@@ -4,14 +4,17 @@ changes nothing, and an artifact means what it says under the source's names.
 
 import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from services.quantizer.config import QuantizerConfig
+from services.quantizer.companions import quantized_config
+from services.quantizer.config import COMPRESSED_TENSORS, QuantizerConfig
 from services.quantizer.errors import QuantizerError
 from services.quantizer.folding import fold
+from services.quantizer.importing.scheme import parse_scheme
 from services.quantizer.job import run
 from services.quantizer.model_map import ARCHITECTURES
 from services.quantizer.scales import ScaleSpace
@@ -158,6 +161,14 @@ def test_what_an_artifact_says_of_itself_names_no_code(published):
     kept = json.loads((artifact.path / "config.json").read_text())
     del kept["quantization_config"]
     assert kept == {key: value for key, value in config.items() if key != "auto_map"}
+
+
+@pytest.mark.parametrize("name", ["InternLM2", "Phi3"])
+def test_the_head_is_left_out_of_what_is_packed_by_its_own_name(name):
+    document = json.loads(quantized_config(tiny_config(name), 32, ["x"], COMPRESSED_TENSORS))
+    head = {"InternLM2": "output", "Phi3": "lm_head"}[name]
+    assert document["quantization_config"]["ignore"] == [head, "x"]
+    assert parse_scheme(document, Path("config.json")).full_precision == ("x",)
 
 
 REFUSED = {
