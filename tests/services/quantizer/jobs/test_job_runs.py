@@ -69,8 +69,11 @@ def test_letting_go_of_the_leash_ends_the_run(guard, program, expected):
 
 
 def test_the_whole_group_ends_with_the_run(guard):
-    process = guard(WITH_CHILD.format(seconds=0.2))
+    process = guard(WITH_CHILD.format(seconds=1))
+    children = below(process)
+    assert len(children) == 2
     assert process.wait(20) == 0
+    assert are_gone(children)
     process = guard(WITH_CHILD.format(seconds=60))
     children = below(process)
     assert len(children) == 2

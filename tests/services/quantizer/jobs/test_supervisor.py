@@ -140,6 +140,7 @@ async def test_a_cancelled_run_is_stopped_and_one_that_had_published_has_succeed
 
 async def test_a_cancel_while_the_run_is_being_started(make_service, monkeypatch):
     service = await make_service()
+    await asyncio.sleep(0.1)  # past its first look around
     real = service.runner.start
 
     async def start(task):
@@ -188,6 +189,23 @@ async def test_a_frozen_service_loses_its_job_and_cannot_change_it(make_service,
     assert (job.state, job.message) == (State.RUNNING, "starting")
     taken.end(0, first_line="x/v2")
     assert (await other.ended(job_id)).artifact_version == "v2"
+
+
+async def test_a_service_that_hears_of_its_loss_stops_the_run(make_service):
+    service = await make_service()
+    job_id = await service.create()
+    run = await service.runner.next()
+    await asyncio.sleep(0.1)
+    other = Database(service.store._path, service.clock)
+    other.heartbeat("other", 60.0)
+    other.take_over("other", [service.ownership.owner])
+    assert other.claim("other", "cpu", lambda _name: 0) is not None
+    async with asyncio.timeout(20):
+        while service.supervisor._active:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert run.num_stops == 1
+    assert other.get(job_id).attempt == 2
+    other.close()
 
 
 async def test_a_job_can_be_cancelled_by_way_of_another_service(make_service):
