@@ -170,6 +170,8 @@ def sample_launches() -> list[SampleLaunch]:
         _sample("int8", 4, 128, block_size=16),
         _sample("int8", 8, 128, window=4096),
         _sample("int4", 1, 64),
+        _sample("bfloat16", 1, 96),
+        _sample("int8", 1, 96),
         _sample("fp8", 3, 80),
         _sample("bfloat16", 8, 256, window=4096),
         _sample("int8", 8, 256),

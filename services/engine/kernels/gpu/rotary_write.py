@@ -430,6 +430,7 @@ def compile_cases() -> list[CompileCase]:
         _case("fp8-in-integers", "fp8", 32, 8, 128, has_fp8=False),
         _case("int8/norms", "int8", 32, 8, 128, has_norm=True),
         _case("int8/head80", "int8", 32, 32, 80),
+        _case("int8/head96", "int8", 32, 32, 96),
         _case("int8/head256", "int8", 8, 4, 256),
         _case("int8/head256/fp32 norms", "int8", 8, 4, 256, has_norm=True, norm="*fp32"),
         _case("int8/write", "int8", 0, 8, 128),
