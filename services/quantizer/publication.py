@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import resource
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,10 @@ from services.quantizer.companions import companion_files, quantized_config, wri
 from services.quantizer.config import AWQ, COMPRESSED_TENSORS, QuantizerConfig
 from services.quantizer.errors import GateMissed, QuantizerError
 from services.quantizer.gate import explain, misses
+from services.quantizer.host_memory import peak_bytes
 from services.quantizer.rejection import keep_rejected, remove_rejected
-from services.quantizer.report import build_report, report_html, report_json
+from services.quantizer.report import build_report, measure_sizes, report_json
+from services.quantizer.report_page import report_html
 from services.quantizer.source import Source
 from weft import logs
 from weft.artifact.manifest import Canary, LinearError, Manifest
@@ -79,12 +80,20 @@ def publish(
         "config.json",
         quantized_config(source.checkpoint.config, config.group_size, full_precision, config.format),
     )
+    missed = misses(config, outcome.quality)
     report = build_report(
-        config.name, draft.recipe, outcome.quality, outcome.errors, outcome.choices, full_precision
+        config.name,
+        draft.recipe,
+        outcome.quality,
+        outcome.errors,
+        outcome.choices,
+        full_precision,
+        records=outcome.records,
+        texts=outcome.texts,
+        sizes=measure_sizes(source, staged.files, config.group_size),
     )
-    pages = {"report.json": report_json(report), "report.html": report_html(report)}
-    for name, page in pages.items():
-        staged.write(name, page)
+    staged.write("report.json", report_json(report))
+    staged.write("report.html", report_html(report))
     manifest = dataclasses.replace(
         draft,
         files=dict(staged.files),
@@ -93,8 +102,10 @@ def publish(
         canary=outcome.canary,
     )
     version = version_name(config.format, manifest)
-    missed = misses(config, outcome.quality)
     if missed:
+        # Published bytes never tell of a bound: the gate is no part of what an artifact is.
+        told = {**report, "missed": [f"{miss.text} ({miss.flag})" for miss in missed]}
+        pages = {"report.json": report_json(told), "report.html": report_html(told)}
         where = keep_rejected(config.artifacts / config.name, version, pages)
         raise GateMissed(explain(missed, where / "report.html"))
     artifact = staged.publish(
@@ -118,8 +129,8 @@ def run_document(source: Path, revision: str | None, device: str, started: float
     """
     document = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "seconds": round(time.time() - started, 2),
-        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "seconds": round(max(0.0, time.time() - started), 2),
+        "peak_rss_bytes": peak_bytes(),
         "host": platform.node(),
         "machine": platform.machine(),
         "python": platform.python_version(),
