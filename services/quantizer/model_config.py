@@ -69,7 +69,7 @@ def build_config(architecture: Architecture, config: Mapping[str, Any], where: P
     # A deep copy: the classes write into the objects they are given.
     values = {key: deepcopy(value) for key, value in config.items() if key not in _NOT_PASSED_ON}
     for name, (stored, default) in architecture.config_fields.items():
-        values[name] = config.get(stored, default)
+        values[name] = config.get(stored, config.get(name, default))
         if not isinstance(values[name], bool):
             raise QuantizerError(f"{where}: {stored} is {str(values[name])[:32]}; true or false is expected")
     if "mlp_bias" in architecture.config_fields and values["attention_bias"] != values["mlp_bias"]:

@@ -208,3 +208,18 @@ def test_windows_and_angles_are_made_for_every_layer(real):
         cos, _ = arguments["position_embeddings"]
         head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         assert cos.shape[-1] == head * config.rope_parameters.get("partial_rotary_factor", 1)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"qkv_bias": True, "bias": True}, {"attention_bias": True, "mlp_bias": True}]
+)
+def test_biases_by_either_pair_of_names(fields):
+    document = {**REAL["internlm3-8b-instruct"][0]}
+    for name in ("qkv_bias", "bias"):
+        del document[name]
+    where = Path("config.json")
+    architecture = find_architecture(document, where)
+    assert not build_config(architecture, document, where).attention_bias
+    config = build_config(architecture, {**document, **fields}, where)
+    assert config.attention_bias
+    assert config.mlp_bias
