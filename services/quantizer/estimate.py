@@ -43,6 +43,7 @@ class Workload:
         hidden_size, vocab_size: of the model.
         outer_bytes: the largest tensor outside of the blocks, as stored.
         calibration_tokens, sequence_length, evaluation_tokens: of the texts.
+        score_bytes: of eager attention over one batch.
     """
 
     linears: tuple[tuple[int, int], ...]
@@ -54,6 +55,7 @@ class Workload:
     calibration_tokens: int
     sequence_length: int
     evaluation_tokens: int
+    score_bytes: int = 0
 
     @classmethod
     def of(cls, source: Source, inputs: Inputs, skipped: set[str]) -> Workload:
@@ -65,6 +67,7 @@ class Workload:
             math.prod(source.checkpoint.shape(name)) * STORED_DTYPES[source.checkpoint.dtype(name)].itemsize
             for name in source.outer_names()
         ]
+        texts = [ids for ids in (inputs.calibration, inputs.evaluation) if ids is not None]
         return cls(
             tuple((shape[0], shape[1]) for shape in weights),
             tuple(shapes[f"{group.linears[0]}.weight"][1] for group in groups),
@@ -75,6 +78,7 @@ class Workload:
             inputs.calibration.numel(),
             inputs.calibration.shape[1],
             0 if inputs.evaluation is None else inputs.evaluation.numel(),
+            max(source.score_bytes(ids.shape[1]) for ids in texts),
         )
 
 
@@ -203,7 +207,7 @@ def _activations(workload: Workload) -> int:
     longest = max(workload.calibration_tokens, workload.evaluation_tokens)
     tokens = min(longest, max(TOKENS_PER_BATCH, workload.sequence_length))
     widest = max(max(shape) for shape in workload.linears)
-    return _FP32 * tokens * (4 * workload.hidden_size + 4 * widest)
+    return _FP32 * tokens * (4 * workload.hidden_size + 4 * widest) + workload.score_bytes
 
 
 def _num_local_workers(config: QuantizerConfig) -> int:

@@ -31,7 +31,8 @@ Weights = dict[str, Tensor]
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENS_PER_BATCH = 2048
 _TOKENS_PER_EAGER_BATCH = 1024
-"""Eager attention keeps the scores of all heads, several times over."""
+"""Eager attention keeps the scores of all heads, more than once."""
+_SCORE_COPIES = 3
 VOCABULARY_SLICE = 16384
 
 
@@ -109,12 +110,22 @@ class Source:
         """Slices of windows that fit comfortably, on the device, with the arguments that tell block `index`
         their positions.
         """
-        is_eager = self.architecture.attention == "eager"
-        step = max(1, (_TOKENS_PER_EAGER_BATCH if is_eager else TOKENS_PER_BATCH) // hidden.shape[1])
+        step = self._batch_size(hidden.shape[1])
         for begin in range(0, hidden.shape[0], step):
             window = slice(begin, begin + step)
             batch = hidden[window].to(self.device)
             yield window, batch, self._positions.arguments(index, batch)
+
+    def score_bytes(self, length: int) -> int:
+        """What attention over a batch of windows of `length` keeps of its scores; 0 unless it is eager."""
+        if self.architecture.attention != "eager":
+            return 0
+        heads: int = self._config.num_attention_heads
+        return 4 * _SCORE_COPIES * self._batch_size(length) * heads * length**2
+
+    def _batch_size(self, length: int) -> int:
+        is_eager = self.architecture.attention == "eager"
+        return max(1, (_TOKENS_PER_EAGER_BATCH if is_eager else TOKENS_PER_BATCH) // length)
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """fp32 hidden states [windows, length, hidden_size] of int64 `token_ids` [windows, length]."""

@@ -264,6 +264,15 @@ def test_a_name_is_not_made_up_for_every_label(tmp_path):
     Source(source, CPU)
 
 
+def test_eager_attention_counts_its_scores(tmp_path):
+    """Six heads; sixteen windows of 64 tokens, but a longer one alone."""
+    eager = Source(write_tiny(tmp_path / "eager", "Gemma2"), CPU)
+    assert eager.score_bytes(64) == 3 * 4 * 16 * 6 * 64 * 64
+    assert eager.score_bytes(2048) == 3 * 4 * 6 * 2048 * 2048
+    assert [len(batch) for _, batch, _ in eager.batches(torch.zeros(20, 64, 96), 0)] == [16, 4]
+    assert Source(write_tiny(tmp_path / "other", "Qwen3"), CPU).score_bytes(2048) == 0
+
+
 def test_code_that_is_not_run_is_told(tmp_path, monkeypatch):
     told = []
 
