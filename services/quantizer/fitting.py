@@ -36,10 +36,13 @@ class Inputs:
     gram: Tensor
     drift: Tensor | None
 
-    def scaled(self, scales: Tensor) -> Inputs:
-        """Of the inputs divided by `scales` [in]; a drift keeps its rows, which meet the source's weight."""
-        drift = None if self.drift is None else self.drift / scales
-        return Inputs(self.gram / scales / scales.unsqueeze(1), drift)
+    def scaled_gram(self, scales: Tensor) -> Tensor:
+        """Of the inputs divided by `scales` [in]."""
+        return (self.gram / scales).div_(scales.unsqueeze(1))
+
+    def pull(self, weight: Tensor, scales: Tensor) -> Tensor | None:
+        """`weight` D^T X [rows, in] with X divided by `scales`: rows of a drift meet the source's weight."""
+        return None if self.drift is None else weight @ (self.drift / scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +99,8 @@ class _Fitter:
 
     def __init__(self, weight: Tensor, scales: Tensor, inputs: Inputs, group_size: int) -> None:
         self._scaled = weight * scales
-        self._inputs = inputs.scaled(scales)
-        self._pull = None if self._inputs.drift is None else weight @ self._inputs.drift
+        self._pull = inputs.pull(weight, scales)  # first, so that drift and Gram matrix are not both scaled
+        self._gram = inputs.scaled_gram(scales)
         self._group_size = group_size
         self._factor: Factor | None = None
 
@@ -109,21 +112,21 @@ class _Fitter:
         if method == SEARCH:
             return quantize(self._scaled, *self._ranges(self._scaled, sweeps=2))
         if self._factor is None:
-            self._factor = factorize(self._inputs.gram)
+            self._factor = factorize(self._gram)
         target = self._scaled
         if method == GPTAQ and self._pull is not None:
             target = target + self._factor.solve(self._pull)
         scales, zeros = grid(*self._ranges(target))
         values = sweep(target, self._factor, scales, zeros)
         for _ in range(_REFINEMENTS):
-            scales, zeros = refit(values, target, self._inputs.gram, scales, zeros)
-            values = descend(values, target, self._inputs.gram, scales, zeros)
+            scales, zeros = refit(values, target, self._gram, scales, zeros)
+            values = descend(values, target, self._gram, scales, zeros)
         return QuantizedWeight(values.to(torch.uint8), zeros.to(torch.uint8), scales.half())
 
     def _ranges(
         self, weight: Tensor, sweeps: int = 1, *, is_symmetric: bool = False
     ) -> tuple[Tensor, Tensor]:
-        return search_ranges(weight, self._inputs.gram, self._group_size, sweeps, is_symmetric=is_symmetric)
+        return search_ranges(weight, self._gram, self._group_size, sweeps, is_symmetric=is_symmetric)
 
 
 def shrink_factors(scaled: Tensor, quantized: QuantizedWeight) -> dict[str, float]:

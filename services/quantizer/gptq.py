@@ -44,21 +44,32 @@ def factorize(gram: Tensor) -> Factor:
     """
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
-    ordered = gram[order][:, order]
     # What was never seen must not divide by nothing, nor by what rounding errors left of it.
     least = diagonal.max().clamp(min=torch.finfo(gram.dtype).tiny) * torch.finfo(gram.dtype).eps
     own = torch.where(diagonal > least, diagonal, least)[order]
     share = torch.minimum(own.mean(), own * _MAX_OWN_SHARE)
+    # One matrix is all it takes, column by column as LAPACK wants it: every step works in place.
+    upper = torch.empty_like(gram).T
+    failed = torch.zeros((), dtype=torch.int32, device=gram.device)
     damping = DAMPING
     while damping <= _MAX_DAMPING:
-        ordered.diagonal().copy_(own + share * damping)
-        lower, failed = torch.linalg.cholesky_ex(ordered)
+        for begin in range(0, len(order), _BLOCK):
+            rows = order[begin : begin + _BLOCK]
+            upper[begin : begin + _BLOCK] = gram[rows.unsqueeze(1), order]
+        upper.diagonal().copy_(own + share * damping)
+        torch.linalg.cholesky_ex(upper, out=(upper, failed))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
+            torch.cholesky_inverse(upper, out=upper)
+            torch.linalg.cholesky_ex(upper, upper=True, out=(upper, failed))
+            if not failed and _is_finite(upper):
                 return Factor(order, upper)
         damping *= 10.0
     raise QuantizerError("the inputs of a linear are not finite on this text")
+
+
+def _is_finite(matrix: Tensor) -> bool:
+    """Without a mask of all of it."""
+    return all(bool(torch.isfinite(part).all()) for part in matrix.split(_BLOCK))
 
 
 def sweep(target: Tensor, factor: Factor, scales: Tensor, zeros: Tensor) -> Tensor:

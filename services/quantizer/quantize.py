@@ -51,7 +51,8 @@ from weft.artifact.manifest import LinearError
 _MEANS = {"awq": (CLIP,), "awq+": (SEARCH,), "gptq": (GPTQ,), BEST: (GPTAQ, GPTQ, SEARCH)}
 """Per method of the configuration, the ways to find integers, the likeliest first."""
 _SAMPLED_ROWS = 256
-_ROWS_PER_TASK = 2048
+_WEIGHTS_PER_TASK = 4 << 20
+_MAX_ROWS_PER_TASK = 2048
 _NUM_FINALISTS = 3
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -152,6 +153,7 @@ class BlockQuantizer:
                     current[f"{name}.weight"] = linear.effective
         if self._is_staged and not self._is_last:
             self._inputs.leave(current)
+        current.clear()  # what it holds goes linear by linear in the end
         return self._finish()
 
     def _quantize_group(self, group: ScaleGroup, statistics: InputStatistics) -> None:
@@ -263,7 +265,7 @@ class BlockQuantizer:
             tasks = [
                 (name, FitTask(rows, candidate.scales, inputs, self._group_size, method))
                 for name, method in methods.items()
-                for rows in self._weights[f"{name}.weight"].split(_ROWS_PER_TASK)
+                for rows in _split(self._weights[f"{name}.weight"])
             ]
             results = self._pool.map(fit_rows, [task for _, task in tasks])
             for name, method in methods.items():
@@ -367,6 +369,12 @@ class BlockQuantizer:
     def _store(self, name: str, tensor: Tensor) -> Tensor:
         """As it will be read back: through the dtype on disk."""
         return tensor.to(self._dtype(name)).float()
+
+
+def _split(weight: Tensor) -> tuple[Tensor, ...]:
+    """Rows that are fitted at once: few where they are long, for a fit takes some ten times their memory."""
+    rows = _WEIGHTS_PER_TASK // weight.shape[1] // _SAMPLED_ROWS * _SAMPLED_ROWS
+    return weight.split(min(_MAX_ROWS_PER_TASK, max(_SAMPLED_ROWS, rows)))
 
 
 def _full_rows(producer_scales: Tensor, num_rows: int) -> Tensor:

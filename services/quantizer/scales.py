@@ -173,7 +173,7 @@ def _sweep_loss(task: ScaleTask) -> Callable[[Tensor], float]:
     """
     own = task.gram.diagonal()
     size = torch.where(own > 0, own, torch.ones_like(own)).sqrt()
-    factor = factorize(task.gram / size / size.unsqueeze(1))
+    factor = factorize((task.gram / size).div_(size.unsqueeze(1)))
     remainder = torch.empty_like(own)
     remainder[factor.order] = factor.upper.diagonal().square().reciprocal()
     remainder = remainder * own
