@@ -12,7 +12,7 @@ from cli.generate import generate
 from cli.jobs import jobs
 from cli.models import models
 from cli.plan import plan
-from cli.quantize import import_checkpoint, quantize
+from cli.quantize import export_artifact, import_checkpoint, quantize
 from weft import __version__
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command()(plan)
 _PASSES_FLAGS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=_PASSES_FLAGS_ON)(quantize)
 app.command("import", context_settings=_PASSES_FLAGS_ON)(import_checkpoint)
+app.command("export", context_settings=_PASSES_FLAGS_ON)(export_artifact)
 app.add_typer(jobs, name="jobs")
 app.add_typer(artifacts, name="artifacts")
 

@@ -1,4 +1,5 @@
-"""`weft quantize` and `weft import`: make an artifact, here or by a job of the quantizer's service.
+"""`weft quantize`, `import` and `export`: artifacts made or rewritten, here or by a job of the quantizer's
+service.
 
 Here means a child process: this command knows neither torch nor how weights are found.
 """
@@ -144,6 +145,20 @@ def import_checkpoint(
     """
     flags = [f"--source={source}", f"--artifacts={_volume(artifacts)}", f"--name={name}"]
     _run_child("import", [*flags, *context.args])
+
+
+def export_artifact(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(metavar="MODEL", help="A model of the volume.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="The directory to make.")],
+    artifacts: Artifacts = None,
+) -> None:
+    """Write an artifact's weights in another format, for other programs.
+
+    Further flags (--format, --version) go to `python -m services.quantizer export`.
+    """
+    flags = [f"--name={name}", f"--artifacts={_volume(artifacts)}", f"--out={out}"]
+    _run_child("export", [*flags, *context.args])
 
 
 def _volume(artifacts: Path | None) -> str:

@@ -244,6 +244,21 @@ def test_import_is_done_here(child: Path) -> None:
     ]
 
 
+def test_export_is_done_here(child: Path) -> None:
+    words = ["export", "demo", "--out", "/out", "--artifacts", "/vol", "--format", "compressed-tensors"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    said = json.loads(child.read_text())
+    assert said == [
+        "export",
+        "--name=demo",
+        "--artifacts=/vol",
+        "--out=/out",
+        "--format",
+        "compressed-tensors",
+    ]
+
+
 def test_the_volume_is_needed_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WEFT_ARTIFACTS", raising=False)
     assert CliRunner().invoke(app, ["quantize", "src", "--name", "a"]).exit_code == 2

@@ -203,6 +203,7 @@ def children_of(pid):
     return psutil.Process(pid).children(recursive=True)
 
 
+@pytest.mark.slow
 async def test_a_job_cancelled_midway_goes_on_when_it_is_asked_for_again(
     serve, directories, make_checkpoint, tmp_path
 ):
