@@ -59,13 +59,14 @@ def conform(stored: StoredWeight, name: str, group_size: int, rounded: Rounded) 
     zeros, scales = stored.zeros[:, group_of_run], stored.scales[:, group_of_run].float()
     values = stored.values.unflatten(1, (-1, group_size))
     zeros, values, is_beyond = _shift_large_zeros(zeros, values)
-    scales, is_tiny = _lift_empty_groups(zeros, values, scales)
+    is_tiny = (scales < grid.MIN_SCALE) & (values != zeros.unsqueeze(-1)).any(-1)
+    scales = scales.clamp(min=grid.MIN_SCALE)  # a group of zeros alone takes any scale
     rounded.add("a zero point of 16", int(is_beyond.sum()))
     rounded.add("a scale below 2^-14", int((is_tiny & ~is_beyond).sum()))
     is_again = is_beyond | is_tiny
-    halved = torch.where(is_again, torch.ones_like(scales), scales).half()
+    halved = scales.half()
     rounded.add("a scale that is no fp16 number", int(((halved.float() != scales) & ~is_again).sum()))
-    weight = QuantizedWeight(values.flatten(1), zeros.clamp(max=grid.MAX_VALUE).to(torch.uint8), halved)
+    weight = QuantizedWeight(values.flatten(1), zeros.to(torch.uint8), halved)
     return _quantize_again(weight, _dequantize(stored), is_again) if bool(is_again.any()) else weight
 
 
@@ -90,19 +91,13 @@ def _group_of_run(stored: StoredWeight, group_size: int) -> Tensor | None:
 
 
 def _shift_large_zeros(zeros: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(zeros, values, where that fails): the zero 16 becomes 15 and every value one less, if none is 0."""
+    """(zeros, values, where that fails): the zero 16 becomes 15 and every value one less, if none is 0. Where
+    that fails, both mean nothing.
+    """
     is_large = zeros > grid.MAX_VALUE
     is_beyond = is_large & (values == 0).any(-1)
-    is_shifted = (is_large & ~is_beyond).unsqueeze(-1)
-    return torch.where(is_large, grid.MAX_VALUE, zeros), values - is_shifted.to(torch.uint8), is_beyond
-
-
-def _lift_empty_groups(zeros: Tensor, values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-    """(scales, where they are too small): a group of zeros alone takes any scale, so it takes the least."""
-    is_tiny = scales < grid.MIN_SCALE
-    is_empty = (values == zeros.unsqueeze(-1)).all(-1)
-    lifted = torch.where(is_tiny & is_empty, torch.full_like(scales, grid.MIN_SCALE), scales)
-    return lifted, is_tiny & ~is_empty
+    shifted = values - is_large.unsqueeze(-1).to(torch.uint8)
+    return zeros.clamp(max=grid.MAX_VALUE), shifted, is_beyond
 
 
 def _quantize_again(weight: QuantizedWeight, dense: Tensor, is_again: Tensor) -> QuantizedWeight:

@@ -39,6 +39,12 @@ class PackedCheckpoint:
 
     def __init__(self, checkpoint: Checkpoint, *, allow_requantize: bool) -> None:
         where = checkpoint.directory / "config.json"
+        packed = next((n for n in sorted(checkpoint.names) if n.endswith(".qweight")), None)
+        if packed is not None and checkpoint.config.get("quantization_config") is None:
+            raise QuantizerError(
+                f"{where}: no quantization_config, though tensor {packed} is packed; older tools kept it in "
+                "a file of its own, whose contents belong there, with a quant_method"
+            )
         self.scheme: Scheme = parse_scheme(checkpoint.config, where)
         self.directory = checkpoint.directory
         self.config: dict[str, Any] = {
@@ -53,10 +59,10 @@ class PackedCheckpoint:
         self.linears = frozenset(n.removesuffix(suffix) for n in checkpoint.names if n.endswith(suffix))
         if not self.linears:
             raise QuantizerError(f"{checkpoint.directory}: no tensor is named *{suffix}")
-        packed = {f"{n}.{s}" for n in self.linears for s in (self.key, *self._layout.others)}
+        parts = {f"{n}.{s}" for n in self.linears for s in (self.key, *self._layout.others)}
         for name in sorted(n for n in self.linears if f"{n}.weight" in checkpoint.names):
             raise QuantizerError(f"tensor {name}.weight: is also there as {name}{suffix}")
-        self.names = (checkpoint.names - packed - self._empty_biases()) | {
+        self.names = (checkpoint.names - parts - self._empty_biases()) | {
             f"{name}.weight" for name in self.linears
         }
         self.group_size = self._find_group_size()

@@ -139,7 +139,7 @@ def group(**changes):
 
 
 BAD_CONFIGS = {
-    "not quantized": ("gemm", lambda d: d.pop("quantization_config"), "nothing to import"),
+    "in a file of its own": ("gemm", lambda d: d.pop("quantization_config"), "older tools kept it"),
     "a string": ("gemm", lambda d: d.update(quantization_config="awq"), "nothing to import"),
     "fp8": ("gemm", setting(quant_method="fp8"), "quant_method is 'fp8'"),
     "no method": ("gemm", setting(quant_method=None), "quant_method is 'None'"),
@@ -233,6 +233,12 @@ def test_wrong_usage(attempt, tmp_path):
     status, line, _ = attempt("org/name")
     assert status == 1
     assert "--revision" in line
+
+
+def test_a_plain_checkpoint_is_for_run(make_checkpoint, attempt):
+    status, line, _ = attempt(make_checkpoint())
+    assert status == 1
+    assert "no quantization_config, so there is nothing to import; use run" in line
 
 
 def test_run_points_to_import(make_quantized, tmp_path, capfd):
