@@ -7,7 +7,9 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -37,6 +39,7 @@ class FakeHub:
         self.listing: list[dict] | None = None
         self.sha = COMMIT
         self.redirect: str | None = None
+        self.delay_s = 0.0
         hub = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -64,6 +67,7 @@ class FakeHub:
         return entries
 
     def answer(self, request):
+        time.sleep(self.delay_s)
         wanted = request.headers.get("Range")
         self.requests.append((request.path, wanted, request.headers.get("Authorization")))
         if self.status is not None:
@@ -113,7 +117,7 @@ def hub(monkeypatch):
         "sub/config.json": b"{}",
     }
     monkeypatch.setattr(constants, "ENDPOINT", fake.endpoint)
-    monkeypatch.setattr("huggingface_hub.file_download.time.sleep", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda _: None))
     yield fake
     fake.server.shutdown()
     fake.server.server_close()
@@ -236,6 +240,20 @@ def test_nobody_listens(hub, fetch):
     hub.server.shutdown()
     hub.server.server_close()
     assert "ConnectError" in complaint(fetch)
+
+
+@pytest.mark.parametrize("is_slow", [True, False])
+def test_a_hub_in_trouble(hub, fetch, monkeypatch, is_slow):
+    """One that answers too late, or with 503: the cache will do, if it holds the commit."""
+    directory, _ = fetch()
+    if is_slow:
+        monkeypatch.setattr("services.quantizer.hub._TIMEOUT_S", 0.1)
+        hub.delay_s = 0.5
+    else:
+        hub.status = 503
+    assert fetch() == (directory, COMMIT)
+    (directory / "model.safetensors").unlink()
+    assert ("Timeout" if is_slow else "status 503") in complaint(fetch)
 
 
 def lie(hub, name, **changes):
