@@ -58,7 +58,10 @@ def open_database(path: Path) -> sqlite3.Connection:
     """A connection in autocommit mode to the file, made if there is none. Raises DatabaseRefused when it is
     damaged, foreign or from another version.
     """
-    connection = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_MS / 1000)
+    try:
+        connection = sqlite3.connect(path, isolation_level=None, timeout=BUSY_TIMEOUT_MS / 1000)
+    except sqlite3.Error as error:
+        raise DatabaseRefused(f"{path}: {error}") from error
     try:
         _prepare(connection, path)
     except sqlite3.DatabaseError as error:
