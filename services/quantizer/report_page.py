@@ -65,14 +65,14 @@ def _tiles(report: dict[str, Any]) -> str:
     tiles = []
     if quality:
         tiles += [
-            ("perplexity", f"{number(source, '.3f')} → {number(stored, '.3f')}"),
-            ("perplexity, increase", percent(_increase(source, stored), 2)),
-            ("mean KL, nats", number(chosen.get("mean_kl"), ".5f")),
-            ("same next token", percent(chosen.get("greedy_agreement"), 2)),
+            (f"perplexity; the source's is {number(source, '.3f')}", number(stored, ".3f")),
+            ("more perplexity than the source", percent(_increase(source, stored), 2)),
+            ("mean KL from the source, nats", number(chosen.get("mean_kl"), ".5f")),
+            ("same next token as the source", percent(chosen.get("greedy_agreement"), 2)),
         ]
     if sizes:
         tiles += [
-            ("weights", f"{size(sizes.get('source_bytes'))} → {size(sizes.get('artifact_bytes'))}"),
+            (f"weights; {size(sizes.get('source_bytes'))} before", size(sizes.get("artifact_bytes"))),
             ("bits a parameter, in all", number(sizes.get("bits_per_parameter"), ".2f")),
         ]
     content = "".join(f'<div class="tile"><b>{value}</b>{name}</div>' for name, value in tiles)
@@ -139,7 +139,7 @@ def _scales(scales: dict[str, str]) -> str:
     rows = [[cell(text(group), "free"), cell(text(label))] for group, label in shown]
     left_out = f" The first {_MAX_ROWS:,}; report.json has all." if len(shown) < len(scales) else ""
     return (
-        f"<h2>Scales taken</h2>\n<p>Of groups of linears that read one input: {told}. x: powers of the "
+        f"<h2>Scales taken</h2>\n<p>Of groups of linears that read one input: {told}. x-only: powers of the "
         f"inputs' mean size; duo: divided by the weights'; identity: none.{left_out}</p>\n"
         + details("Every group", table((("linears", ""), ("scales", "")), rows))
     )

@@ -8,6 +8,7 @@ import pytest
 from services.quantizer.__main__ import main
 from services.quantizer.config import QuantizerConfig
 from services.quantizer.gate import misses
+from services.quantizer.quantize import BlockQuantizer
 from weft.artifact.store import ArtifactStore
 
 QUALITY = {
@@ -60,7 +61,7 @@ def attempt(make_checkpoint, tmp_path, capfd):
     return run
 
 
-def test_a_run_that_misses_publishes_nothing_and_keeps_its_report(attempt, tmp_path):
+def test_a_run_that_misses_publishes_nothing_and_keeps_its_report(attempt, tmp_path, monkeypatch):
     model = tmp_path / "a" / "tiny"
     status, line, out = attempt("--max-perplexity-increase", "1000%", "--max-kl", "1e-6")
     assert (status, out) == (3, "")
@@ -71,11 +72,18 @@ def test_a_run_that_misses_publishes_nothing_and_keeps_its_report(attempt, tmp_p
     assert sorted(os.listdir(report.parent)) == ["report.html", "report.json"]
     assert not (model / "CURRENT").exists()
     assert ArtifactStore(tmp_path / "a").models() == []
+    rejected = json.loads(report.with_suffix(".json").read_text())
+    assert rejected["missed"] == [f"mean KL is {kl:.5g} nats, 1e-06 is allowed (--max-kl)"]
+    assert "Not published: mean KL is" in report.read_text()
+    # The finished blocks are kept: nothing is computed again for wider bounds.
+    assert [name for name in os.listdir(model) if name.startswith(".work-")]
+    monkeypatch.setattr(BlockQuantizer, "run", None)
 
     # Wider bounds publish the very version that was refused, and its report is no longer kept apart.
     status, _, out = attempt("--max-perplexity-increase", "1000%", "--max-kl", "10")
     assert (status, out.splitlines()[0]) == (0, str(model / version))
     assert not (model / "rejected").exists()
+    assert json.loads((model / version / "report.json").read_text())["missed"] == []
 
     # What is up to date is judged again, and stays published.
     status, line, out = attempt("--max-kl", "1e-6")
