@@ -31,18 +31,16 @@ _REFINEMENTS = 2
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """`gram` [in, in] = X^T X and `drift` [in, in] = D^T X, or None where nothing was lost."""
+    """`gram` [in, in] = X^T X and, for the rows W at hand, `pull` [rows, in] = W D^T X, or None where nothing
+    was lost.
+    """
 
     gram: Tensor
-    drift: Tensor | None
+    pull: Tensor | None
 
     def scaled_gram(self, scales: Tensor) -> Tensor:
         """Of the inputs divided by `scales` [in]."""
         return (self.gram / scales).div_(scales.unsqueeze(1))
-
-    def pull(self, weight: Tensor, scales: Tensor) -> Tensor | None:
-        """`weight` D^T X [rows, in] with X divided by `scales`: rows of a drift meet the source's weight."""
-        return None if self.drift is None else weight @ (self.drift / scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +76,7 @@ def try_methods(task: TrialTask) -> dict[str, float]:
     outputs' energy there, less what W itself would get wrong. May be negative.
     """
     fitter = _Fitter(task.weight, task.scales, task.inputs, task.group_size)
-    pull = None if task.held.drift is None else task.weight @ task.held.drift
+    pull = task.held.pull
     energy = max(_total((task.weight @ task.held.gram) * task.weight), torch.finfo(torch.float32).tiny)
     weights = {ROUNDING: round_to_nearest(task.weight, task.group_size).dequantize()}
     losses = {}
@@ -99,7 +97,7 @@ class _Fitter:
 
     def __init__(self, weight: Tensor, scales: Tensor, inputs: Inputs, group_size: int) -> None:
         self._scaled = weight * scales
-        self._pull = inputs.pull(weight, scales)  # first, so that drift and Gram matrix are not both scaled
+        self._pull = None if inputs.pull is None else inputs.pull / scales
         self._gram = inputs.scaled_gram(scales)
         self._group_size = group_size
         self._factor: Factor | None = None

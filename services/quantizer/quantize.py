@@ -225,13 +225,12 @@ class BlockQuantizer:
         self, group: ScaleGroup, candidate: Candidate, fitted: Moments, held: Moments
     ) -> tuple[dict[str, list[str]], dict[str, dict[str, float]]]:
         """Per linear the methods worth a fit, the best first, and what each made of the held-out inputs."""
-        inputs, others = Inputs(fitted.gram, fitted.drift), Inputs(held.gram, held.drift)
         tasks = [
             TrialTask(
                 sample_rows(self._weights[f"{name}.weight"], _SAMPLED_ROWS),
                 candidate.scales,
-                inputs,
-                others,
+                _sampled_inputs(fitted, name),
+                _sampled_inputs(held, name),
                 self._group_size,
                 self._methods,
             )
@@ -257,7 +256,6 @@ class BlockQuantizer:
         """
         left = {name: list(order) for name, order in orders.items()}
         found: dict[str, tuple[QuantizedWeight, Tensor, str, float]] = {}
-        inputs = Inputs(fitted.gram, fitted.drift)
         while left:
             if not all(left.values()):
                 return None
@@ -265,7 +263,7 @@ class BlockQuantizer:
             tasks = [
                 (name, FitTask(rows, candidate.scales, inputs, self._group_size, method))
                 for name, method in methods.items()
-                for rows in _split(self._weights[f"{name}.weight"])
+                for rows, inputs in self._parts(name, fitted)
             ]
             results = self._pool.map(fit_rows, [task for _, task in tasks])
             for name, method in methods.items():
@@ -279,6 +277,12 @@ class BlockQuantizer:
                     full_name = self._source.full_name(self._index, name)
                     raise QuantizerError(f"tensor {full_name}.weight: too large for fp16 scales")
         return found
+
+    def _parts(self, name: str, moments: Moments) -> list[tuple[Tensor, Inputs]]:
+        """Rows of a linear that are fitted at once, and what is known of its inputs."""
+        parts = _split(self._weights[f"{name}.weight"])
+        pulls = _split(moments.pulls[name]) if name in moments.pulls else [None] * len(parts)
+        return [(rows, Inputs(moments.gram, pull)) for rows, pull in zip(parts, pulls, strict=True)]
 
     def _measure(self, name: str, gram: Tensor) -> None:
         weight = self._weights[f"{name}.weight"]
@@ -369,6 +373,12 @@ class BlockQuantizer:
     def _store(self, name: str, tensor: Tensor) -> Tensor:
         """As it will be read back: through the dtype on disk."""
         return tensor.to(self._dtype(name)).float()
+
+
+def _sampled_inputs(moments: Moments, name: str) -> Inputs:
+    """For the rows that `sample_rows` takes of a linear."""
+    pull = moments.pulls.get(name)
+    return Inputs(moments.gram, None if pull is None else sample_rows(pull, _SAMPLED_ROWS))
 
 
 def _split(weight: Tensor) -> tuple[Tensor, ...]:

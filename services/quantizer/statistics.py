@@ -32,38 +32,41 @@ class Moments:
 
     Attributes:
         gram: fp32 [in, in] = X^T X.
-        drift: fp32 [in, in] = D^T X, or None.
+        pulls: per linear fp32 [out, in] = W D^T X; empty without an exact stream. Where `out` is smaller
+            than `in`, which is where memory counts, this is smaller than D^T X.
         gap: per linear ||D W^T||^2, the error that W itself makes on X.
     """
 
     gram: Tensor
-    drift: Tensor | None
+    pulls: dict[str, Tensor]
     gap: dict[str, float]
 
     @classmethod
-    def zeros(cls, num_in: int, linears: Sequence[str], device: torch.device, *, has_drift: bool) -> Moments:
-        """Of no tokens."""
-        gram = torch.zeros(num_in, num_in, device=device)
-        drift = torch.zeros_like(gram) if has_drift else None
-        return cls(gram, drift, dict.fromkeys(linears, 0.0))
+    def zeros(cls, weights: Weights, linears: Sequence[str], *, has_exact: bool) -> Moments:
+        """Of no tokens; `weights` of the linears."""
+        weight = weights[f"{linears[0]}.weight"]
+        gram = weight.new_zeros(weight.shape[1], weight.shape[1])
+        pulls = {name: torch.zeros_like(weights[f"{name}.weight"]) for name in linears if has_exact}
+        return cls(gram, pulls, dict.fromkeys(linears, 0.0))
 
     def merge(self, other: Moments) -> None:
         """Take the tokens of `other` in."""
         self.gram += other.gram
-        if self.drift is not None and other.drift is not None:
-            self.drift += other.drift
+        for name, pull in other.pulls.items():
+            self.pulls[name] += pull
         for name, gap in other.gap.items():
             self.gap[name] += gap
 
     def add(self, inputs: Tensor, exact: Tensor | None, weights: Weights) -> None:
         """`inputs` and `exact` [tokens, in]; `weights` of the linears."""
         self.gram.addmm_(inputs.T, inputs)
-        if exact is None or self.drift is None:
+        if exact is None:
             return
         difference = exact - inputs
-        self.drift.addmm_(difference.T, inputs)
-        for name in self.gap:
-            self.gap[name] += float((difference @ weights[f"{name}.weight"].T).square().sum())
+        for name, pull in self.pulls.items():
+            lost = difference @ weights[f"{name}.weight"].T
+            pull.addmm_(lost.T, inputs)
+            self.gap[name] += float(lost.square().sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,7 +262,7 @@ class _Collector:
             num_in = weights[f"{name}.weight"].shape[1]
             self._sums[name] = torch.zeros(num_in, device=device)
             for moments in (self._fitted, self._held):
-                moments[name] = Moments.zeros(num_in, group.linears, device, has_drift=has_exact)
+                moments[name] = Moments.zeros(weights, group.linears, has_exact=has_exact)
 
     def exact_listeners(self) -> dict[str, Callable[[Tensor], None]]:
         """For the exact stream, whose batch goes first."""
