@@ -234,7 +234,8 @@ class RayPool:
         except ray.exceptions.RayError as error:
             self._failed_starts += 1
             _kill(member)
-            if self._failed_starts >= _MAX_FAILED_STARTS or not self._is_started:
+            # What its constructor raises it would raise again; a node may just have died.
+            if self._failed_starts >= _MAX_FAILED_STARTS or not _may_start_elsewhere(error):
                 raise QuantizerError(
                     f"--workers {self._cluster.description}: a worker does not start: {_line(error)}"
                 ) from error
@@ -281,6 +282,10 @@ class RayPool:
 def _arguments(task: Any, store: _Store) -> list[Any]:
     content, spans = pack(task)
     return [content, *(store.argument(span) for span in spans)]
+
+
+def _may_start_elsewhere(error: Exception) -> bool:
+    return isinstance(error, ray.exceptions.RayActorError) and not error.actor_init_failed
 
 
 def _kill(member: _Member) -> None:
