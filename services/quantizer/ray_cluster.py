@@ -118,8 +118,8 @@ def running_cluster(address: str) -> Iterator[Cluster]:
 @contextmanager
 def _connection(environment: dict[str, str], options: dict[str, Any], shown: str) -> Iterator[Cluster]:
     with _environment(environment):
-        ray = _ray()
         records = logging.getLogRecordFactory()
+        ray = _ray()
         handler = signal.getsignal(signal.SIGTERM)
         is_main = threading.current_thread() is threading.main_thread()
         try:
@@ -139,6 +139,7 @@ def _connection(environment: dict[str, str], options: dict[str, Any], shown: str
         finally:
             with contextlib.suppress(Exception):  # what is left of a lost cluster may refuse to say goodbye
                 ray.shutdown()
+            logging.setLogRecordFactory(records)
             if is_main:
                 signal.signal(signal.SIGTERM, handler)
 

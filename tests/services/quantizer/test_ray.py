@@ -24,7 +24,8 @@ from services.quantizer import job as job_module
 from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
 from services.quantizer.job import run
-from services.quantizer.ray_cluster import open_ray_pool
+from services.quantizer.ray_cluster import Cluster, open_ray_pool
+from services.quantizer.ray_worker import facts_here
 from services.quantizer.workers import SerialPool
 
 ROOT = Path(__file__).parents[3]
@@ -205,17 +206,29 @@ class TestRuns:
         assert len(two_nodes.nodes) == 1
         assert many.manifest.digest == alone.manifest.digest
 
+    @pytest.mark.slow
     def test_worker_that_computes_otherwise_is_refused_by_name(self, two_nodes, monkeypatch):
         from services.quantizer import ray_pool
 
         two_nodes.complete()
-        facts = dataclasses.replace(ray_pool.facts_here(CPU), torch="1.0", threads=1)
+        torch.set_num_threads(1)
+        facts = dataclasses.replace(facts_here(CPU), torch="1.0")
         monkeypatch.setattr(ray_pool, "facts_here", lambda device: facts)
         with pytest.raises(
             QuantizerError, match=rf"worker on {os.uname().nodename}: torch is .*, here it is 1"
         ):
             with open_ray_pool(two_nodes.workers, CPU):
                 pass
+
+    def test_what_decides_bits_is_compared(self, settings):
+        from services.quantizer.ray_pool import RayPool
+
+        pool = RayPool(Cluster("ray:auto", None), 1, CPU)
+        facts = facts_here(CPU)
+        pool._check_facts("one", facts)
+        for key, value in {"cpu_capability": "AVX2", "threads": 99, "torch": "1.0", "code": "0"}.items():
+            with pytest.raises(QuantizerError, match=rf"^worker on two: {key.replace('_', ' ')} is {value}"):
+                pool._check_facts("two", dataclasses.replace(facts, **{key: value}))
 
     def test_more_threads_than_any_node_has(self, two_nodes):
         torch.set_num_threads(2)
@@ -279,6 +292,7 @@ class TestPrivate:
                 return psutil.Process(process.pid).children(recursive=True)
         raise AssertionError("the run ended early")
 
+    @pytest.mark.slow
     def test_whole_run_listens_on_the_loopback_and_leaves_nothing(self, start, make_checkpoint, quick):
         source = make_checkpoint("Llama", num_hidden_layers=2)
         before = self.ray_directories()
