@@ -35,8 +35,12 @@ _MAX_DIRECTORY = 40  # Ray's sockets lie 60 characters below, and a socket's pat
 _CONNECT_TIMEOUT_S = 5.0
 _TOKEN = secrets.token_hex(32)  # one per process: Ray keeps the first that it saw
 
-# Without them a driver whose head is gone is ended by Ray after a minute, with its own words and exit code.
-_PATIENT = {"RAY_gcs_rpc_server_reconnect_timeout_s": "86400"}
+_DRIVER = {
+    # A driver whose head is gone is ended by Ray after a minute, with its own words and exit code.
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "86400",
+    # A call without a connection makes one to whatever cluster it finds.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +90,7 @@ def private_cluster(num_workers: int, threads: int, num_gpus: int) -> Iterator[C
     """Ray on this machine, for this context."""
     with _private_directory() as directory:
         environment = {
-            **_PATIENT,
+            **_DRIVER,
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": _TOKEN,
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -111,7 +115,7 @@ def private_cluster(num_workers: int, threads: int, num_gpus: int) -> Iterator[C
 def running_cluster(address: str) -> Iterator[Cluster]:
     """A cluster that is running: "auto", HOST:PORT, or ray://HOST:PORT. Raises QuantizerError."""
     shown = address if address.startswith("ray://") else f"ray:{address}"
-    with _connection(_PATIENT, {"address": address}, shown) as cluster:
+    with _connection(_DRIVER, {"address": address}, shown) as cluster:
         yield cluster
 
 
