@@ -20,16 +20,17 @@ from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
 from services.quantizer.evaluation import LOGITS_PER_CHUNK, TOKENS_PER_CHUNK, VARIANTS
 from services.quantizer.inputs import Inputs
+from services.quantizer.quantize import max_rows_at_once
 from services.quantizer.source import STORED_DTYPES, TOKENS_PER_BATCH, VOCABULARY_SLICE, Source
 
 _MIB = 1 << 20
 _FP32 = 4
-_SLACK = 64 * _MIB  # small tensors, buffers of libraries, what the allocator keeps of the last block
-_SEARCH_COPIES = 6  # of the largest linear's weight in fp32, while candidates are tried
-_GRAM_COPIES = 2  # of the largest Gram matrix, scaled for a candidate
-_LOGITS_COPIES = 7  # of one chunk's logits of one model: of all three twice, and what compares them
-_NUM_INSPECTED_WINDOWS = 8
-_INSPECTED_COPIES = 4  # of their hidden states: what two modules took and gave
+_SLACK = 96 * _MIB  # small tensors, buffers of libraries, what the allocator keeps of the last block
+_MOMENTS = 2  # of each input: over the windows that integers are found on, and those that judge
+_GRAM_COPIES = 3  # of the Gram matrix at hand: scaled, factorized, and what LAPACK takes beside
+_FIT_COPIES = 12  # of the rows that are fitted at once, in fp32
+_LINEAR_COPIES = 3  # of the largest linear, when its error is measured
+_LOGITS_COPIES = 9  # of one chunk's logits of one model: of all three twice, and what compares them
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,17 +38,16 @@ class Workload:
     """The sizes that decide.
 
     Attributes:
-        linears: (out, in) of one block's quantizable linears.
-        grams: inputs of every group of linears that share one.
+        groups: per input that quantizable linears of one block share, its channels and (outputs of each).
         block_parameters: of one block, all.
         hidden_size, vocab_size: of the model.
         outer_bytes: the largest tensor outside of the blocks, as stored.
         calibration_tokens, sequence_length, evaluation_tokens: of the texts.
         score_bytes: of eager attention over one batch.
+        has_exact: whether the source's own stream goes beside the calibration, group by group.
     """
 
-    linears: tuple[tuple[int, int], ...]
-    grams: tuple[int, ...]
+    groups: tuple[tuple[int, tuple[int, ...]], ...]
     block_parameters: int
     hidden_size: int
     vocab_size: int
@@ -56,21 +56,21 @@ class Workload:
     sequence_length: int
     evaluation_tokens: int
     score_bytes: int = 0
+    has_exact: bool = True
 
     @classmethod
-    def of(cls, source: Source, inputs: Inputs, skipped: set[str]) -> Workload:
+    def of(cls, source: Source, inputs: Inputs, skipped: set[str], *, has_exact: bool) -> Workload:
         """Of one run. `skipped` linears are not searched."""
         shapes = {name: tuple(p.shape) for name, p in source.block(0).named_parameters()}
         groups = [g for g in source.architecture.groups if not skipped.intersection(g.linears)]
-        weights = [shapes[f"{name}.weight"] for group in groups for name in group.linears]
+        weights = [[shapes[f"{name}.weight"] for name in group.linears] for group in groups]
         outer = [
             math.prod(source.checkpoint.shape(name)) * STORED_DTYPES[source.checkpoint.dtype(name)].itemsize
             for name in source.outer_names()
         ]
         texts = [ids for ids in (inputs.calibration, inputs.evaluation) if ids is not None]
         return cls(
-            tuple((shape[0], shape[1]) for shape in weights),
-            tuple(shapes[f"{group.linears[0]}.weight"][1] for group in groups),
+            tuple((group[0][1], tuple(shape[0] for shape in group)) for group in weights),
             sum(math.prod(shape) for shape in shapes.values()),
             source.hidden_size,
             source.vocab_size,
@@ -79,6 +79,7 @@ class Workload:
             inputs.calibration.shape[1],
             0 if inputs.evaluation is None else inputs.evaluation.numel(),
             max(source.score_bytes(ids.shape[1]) for ids in texts),
+            has_exact,
         )
 
 
@@ -158,8 +159,8 @@ def mebibytes(size: int) -> str:
 
 
 def _stream_tokens(workload: Workload) -> int:
-    evaluated = len(VARIANTS) * workload.evaluation_tokens
-    return workload.calibration_tokens + evaluated + NUM_PROMPTS * PROMPT_LENGTH
+    calibrated = (2 if workload.has_exact else 1) * workload.calibration_tokens
+    return calibrated + len(VARIANTS) * workload.evaluation_tokens + NUM_PROMPTS * PROMPT_LENGTH
 
 
 def _beginning(workload: Workload) -> dict[str, int]:
@@ -168,27 +169,42 @@ def _beginning(workload: Workload) -> dict[str, int]:
 
 
 def _search(workload: Workload) -> dict[str, int]:
-    """Of the whole block the source's weights; of one linear all that a candidate takes."""
-    weight = max(num_out * num_in for num_out, num_in in workload.linears)
-    inspected = min(workload.calibration_tokens, _NUM_INSPECTED_WINDOWS * workload.sequence_length)
-    workspace = _FP32 * (_SEARCH_COPIES * weight + _GRAM_COPIES * max(workload.grams) ** 2)
+    """The block as it was and as far as it has come, with its integers; what is known of the inputs; and all
+    that finding integers takes, or running a batch.
+    """
+    moments = [_moments(workload, num_in, outs) for num_in, outs in workload.groups]
+    fits = [_fit(num_in, outs) for num_in, outs in workload.groups]
+    if workload.has_exact:  # one group at a time, and the outputs of the module before it are kept
+        known, work = max(zip(moments, fits, strict=True), key=sum)
+        kept = 2 * _FP32 * workload.hidden_size * workload.calibration_tokens
+    else:
+        known, work, kept = sum(moments), max(fits), 0
     return {
         "a block in fp32": _FP32 * workload.block_parameters,
-        "Gram matrices": _FP32 * sum(num_in**2 for num_in in workload.grams),
-        "search": max(workspace, _activations(workload)),
-        "inspected windows": _INSPECTED_COPIES * _FP32 * workload.hidden_size * inspected,
+        "the block quantized": (_FP32 + 1) * workload.block_parameters,
+        "Gram matrices": known,
+        "kept outputs": kept,
+        "search": max(work, _activations(workload)),
     }
+
+
+def _moments(workload: Workload, num_in: int, outs: tuple[int, ...]) -> int:
+    pulls = num_in * sum(outs) if workload.has_exact else 0
+    return _MOMENTS * _FP32 * (num_in**2 + pulls)
+
+
+def _fit(num_in: int, outs: tuple[int, ...]) -> int:
+    rows = min(max(outs), max_rows_at_once(num_in))
+    work = max(_FIT_COPIES * rows * num_in, _LINEAR_COPIES * max(outs) * num_in)
+    return _FP32 * (_GRAM_COPIES * num_in**2 + work)
 
 
 def _folding(workload: Workload) -> dict[str, int]:
     """The block twice, as it was and as it will be, and its integers; then a batch through each."""
-    weight = max(num_out * num_in for num_out, num_in in workload.linears)
-    workspace = _FP32 * (_SEARCH_COPIES * weight + _GRAM_COPIES * max(workload.grams) ** 2)
     return {
         "a block in fp32": _FP32 * workload.block_parameters,
         "the block quantized": (_FP32 + 1) * workload.block_parameters,
-        "Gram matrices": _FP32 * sum(num_in**2 for num_in in workload.grams),
-        "search": max(workspace, _activations(workload)),
+        "a batch inside of it": _activations(workload),
     }
 
 
@@ -206,7 +222,7 @@ def _activations(workload: Workload) -> int:
     """Inside of a block, of one batch: the residual, normed, q, k, v, attended; gate, up, their product."""
     longest = max(workload.calibration_tokens, workload.evaluation_tokens)
     tokens = min(longest, max(TOKENS_PER_BATCH, workload.sequence_length))
-    widest = max(max(shape) for shape in workload.linears)
+    widest = max(max(num_in, *outs) for num_in, outs in workload.groups)
     return _FP32 * tokens * (4 * workload.hidden_size + 4 * widest) + workload.score_bytes
 
 

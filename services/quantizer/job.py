@@ -129,7 +129,8 @@ def _quantize_blocks(job: _Job, progress: ProgressReporter) -> Outcome:
     if not job.config.resume:
         workspace.start_over()
     done = workspace.resume()
-    found, available = check_fits(Workload.of(source, inputs, job.skipped), job.config, source.device)
+    workload = Workload.of(source, inputs, job.skipped, has_exact=job.config.has_exact_stream)
+    found, available = check_fits(workload, job.config, source.device)
     progress.plan(
         plan_text(found, available, source.num_blocks, done),
         blocks=source.num_blocks,

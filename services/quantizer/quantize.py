@@ -381,10 +381,14 @@ def _sampled_inputs(moments: Moments, name: str) -> Inputs:
     return Inputs(moments.gram, None if pull is None else sample_rows(pull, _SAMPLED_ROWS))
 
 
-def _split(weight: Tensor) -> tuple[Tensor, ...]:
+def max_rows_at_once(num_in: int) -> int:
     """Rows that are fitted at once: few where they are long, for a fit takes some ten times their memory."""
-    rows = _WEIGHTS_PER_TASK // weight.shape[1] // _SAMPLED_ROWS * _SAMPLED_ROWS
-    return weight.split(min(_MAX_ROWS_PER_TASK, max(_SAMPLED_ROWS, rows)))
+    rows = _WEIGHTS_PER_TASK // num_in // _SAMPLED_ROWS * _SAMPLED_ROWS
+    return min(_MAX_ROWS_PER_TASK, max(_SAMPLED_ROWS, rows))
+
+
+def _split(weight: Tensor) -> tuple[Tensor, ...]:
+    return weight.split(max_rows_at_once(weight.shape[1]))
 
 
 def _full_rows(producer_scales: Tensor, num_rows: int) -> Tensor:

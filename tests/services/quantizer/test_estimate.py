@@ -66,8 +66,7 @@ def test_control_groups_of_version_1(machine):
 
 def workload(**changes):
     values = {
-        "linears": ((256, 256), (256, 256), (512, 256), (256, 512)),
-        "grams": (256, 256, 512),
+        "groups": ((256, (256, 256)), (256, (512,)), (512, (256,))),
         "block_parameters": 400_000,
         "hidden_size": 256,
         "vocab_size": 1000,
@@ -75,6 +74,7 @@ def workload(**changes):
         "calibration_tokens": 4096,
         "sequence_length": 512,
         "evaluation_tokens": 2048,
+        "has_exact": True,
     }
     return Workload(**{**values, **changes})
 
@@ -87,8 +87,8 @@ def workload(**changes):
         {"block_parameters": 10**9},
         {"outer_bytes": 1 << 32},
         {"vocab_size": 1 << 24},
-        {"linears": ((1 << 16, 1 << 14),)},
-        {"grams": (1 << 15,)},
+        {"groups": ((1 << 14, (1 << 16,)),)},
+        {"groups": ((1 << 15, (8,)),)},
     ],
 )
 def test_everything_that_grows_is_in_the_sum(larger):
@@ -98,7 +98,9 @@ def test_everything_that_grows_is_in_the_sum(larger):
 
 def test_streams_are_exact_and_the_device_takes_the_blocks():
     found = estimate(workload(), 7, has_device=False)
-    assert found.host["streams"] == 4 * 256 * (4096 + 3 * 2048 + 4 * 48)
+    assert found.host["streams"] == 4 * 256 * (2 * 4096 + 3 * 2048 + 4 * 48)
+    alone = estimate(workload(has_exact=False), 7, has_device=False)
+    assert alone.host["streams"] == 4 * 256 * (4096 + 3 * 2048 + 4 * 48)
     assert found.host["interpreter and libraries"] == 7
     assert found.device_bytes == 0
     large = workload(block_parameters=10**8)
