@@ -9,6 +9,7 @@ from services.quantizer.__main__ import main
 from services.quantizer.config import QuantizerConfig
 from services.quantizer.gate import misses
 from services.quantizer.quantize import BlockQuantizer
+from services.quantizer.rejection import keep_rejected, remove_rejected
 from weft.artifact.store import ArtifactStore
 
 QUALITY = {
@@ -112,3 +113,13 @@ def test_bounds_that_mean_nothing_are_wrong_usage(attempt, flags, named):
     status, line, _ = attempt(*flags)
     assert status == 2
     assert line.startswith(f"python -m services.quantizer run: {named}")
+
+
+def test_a_report_that_was_kept_before_is_replaced(tmp_path):
+    keep_rejected(tmp_path, "awq-1", {"report.html": b"old", "report.json": b"{}"})
+    where = keep_rejected(tmp_path, "awq-1", {"report.html": b"new"})
+    assert os.listdir(where) == ["report.html"]
+    assert (where / "report.html").read_bytes() == b"new"
+    keep_rejected(tmp_path, "awq-2", {})
+    remove_rejected(tmp_path, "awq-1")
+    assert os.listdir(tmp_path / "rejected") == ["awq-2"]

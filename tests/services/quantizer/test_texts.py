@@ -51,7 +51,7 @@ def test_kinds_are_told_by_name_or_first_line(written, name, content, kind):
 
 
 def test_documents_carry_their_lines(written):
-    lines = ["", json.dumps({"text": "a\u2028b\nc"}), "", json.dumps(TALK), ""]
+    lines = ["", json.dumps({"text": "a\u2028b\nc"}, ensure_ascii=False), "", json.dumps(TALK), ""]
     (file,) = read_files([written("\n".join(lines))], [2.0])
     first, second = file.documents
     assert (first.line, first.text, first.words()) == (2, "a\u2028b\nc", "a\u2028b\nc")
