@@ -120,11 +120,13 @@ def _calibration(spec: Mapping[str, Any], rules: Rules, places: Places) -> dict[
         if PATH_SEPARATOR in name:
             raise SpecRefused([(field, f"holds {PATH_SEPARATOR!r}, which separates files")])
         try:
-            path, weight = split_weight(Path(name))
+            _, weight = split_weight(Path(name))
         except ValueError as error:
             raise SpecRefused([(field, str(error)[:MAX_PATH_CHARS])]) from error
-        below = _below(rules.places.calibration, name if weight is None else str(path), field, is_file=True)
-        paths.append(str(places.calibration / below) + name[len(str(path)) :])
+        # Cut from the text as it came: a Path has dropped what it takes for superfluous, as in "a//b@2".
+        text = name if weight is None else name[: name.rindex("@")]
+        below = _below(rules.places.calibration, text, field, is_file=True)
+        paths.append(str(places.calibration / below) + name[len(text) :])
     return {"calibration": PATH_SEPARATOR.join(paths)}
 
 

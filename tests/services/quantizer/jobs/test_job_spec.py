@@ -89,6 +89,16 @@ def test_calibration_texts_stay_below_their_root(rules, name):
     assert refused.value.violations[0][0] == "calibration[1]"
 
 
+@pytest.mark.parametrize("name", ["x//y@2", "x/./y@2", "./x/y@2"])
+def test_the_text_that_is_checked_is_the_one_that_is_read(rules, tmp_path, name):
+    (tmp_path / "texts" / "x").mkdir()
+    (tmp_path / "texts" / "x" / "y").write_text("")
+    os.symlink("/etc/passwd", tmp_path / "texts" / "x" / "yy")
+    with pytest.raises(SpecRefused, match="no path below the root"):
+        options(rules, calibration=[name])
+    assert options(rules, calibration=["x/y@2"])["calibration"] == f"{tmp_path}/texts/x/y@2"
+
+
 def test_without_a_calibration_root_no_text_is_named(rules):
     bare = Rules(Places(rules.places.sources, rules.places.artifacts), ("cpu",))
     with pytest.raises(SpecRefused, match="no calibration root"):
