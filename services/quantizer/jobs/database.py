@@ -166,6 +166,13 @@ class Database:
         """Job id -> fencing token of the jobs that any service holds."""
         return dict(self._connection.execute(f"SELECT job_id, fencing_token FROM jobs WHERE {_LIVE}"))
 
+    def last_token(self) -> int:
+        """The largest fencing token that was given out."""
+        (token,) = self._connection.execute(
+            "SELECT value FROM counters WHERE name = 'fencing_token'"
+        ).fetchone()
+        return int(token)
+
     def release(self, owner: str) -> None:
         """A service that holds no job any more says goodbye."""
         with self._transaction() as execute:
@@ -251,12 +258,17 @@ class Database:
         )
 
     def requeue(self, lease: Lease, message: str, delay_s: float, *, is_crash: bool) -> None:
-        """Give a job back to the queue, to be claimed again after `delay_s`."""
+        """Give a job back to the queue, to be claimed again after `delay_s`. One that was cancelled ends."""
         self._guarded(
             lease,
-            "state = 'QUEUED', message = ?, lease_owner = NULL, eta_s = NULL, not_before = ?,"
-            " not_before_boot = ?, crashes = crashes + ?",
-            (message, self._clock.now() + delay_s, self._clock.boot, is_crash),
+            "state = CASE WHEN is_cancelled THEN 'CANCELLED' ELSE 'QUEUED' END,"
+            " message = CASE WHEN is_cancelled THEN 'cancelled' ELSE ? END,"
+            " ended_ms = CASE WHEN is_cancelled THEN ? END,"
+            " lease_owner = NULL, eta_s = NULL, not_before = ?, not_before_boot = ?, crashes = crashes + ?",
+            (
+                *(message, self._clock.wall_ms()),
+                *(self._clock.now() + delay_s, self._clock.boot, is_crash),
+            ),
         )
 
     def save_log(self, lease: Lease, lines: Sequence[str]) -> None:

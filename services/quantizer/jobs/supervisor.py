@@ -65,6 +65,7 @@ class Supervisor:
         self._artifacts = ArtifactStore(rules.places.artifacts)
         self._active: dict[str, _Active] = {}
         self._tasks: list[asyncio.Task[None]] = []
+        self._cleaning: asyncio.Task[None] | None = None
         self._wake = asyncio.Event()
         self._is_stopping = False
 
@@ -77,9 +78,9 @@ class Supervisor:
         """Take the jobs of dead services over and begin to work."""
         await self._store.run(Database.heartbeat, self._owner, LEASE_S)
         await self._take_over()
-        live = await self._store.run(Database.live_tokens)
-        await self._runner.remove_leftovers(lambda job_id, token: live.get(job_id) == token)
+        # The heart beats from here on: ending what others have left may take longer than a lease.
         self._tasks = [asyncio.create_task(self._beat(), name="jobs-beat")]
+        await self._remove_leftovers()
         self._tasks += [
             asyncio.create_task(self._work(device), name=f"jobs-{device}") for device in self._rules.devices
         ]
@@ -105,6 +106,9 @@ class Supervisor:
         for beat in self._tasks[:1]:  # the lease is renewed until the last run has ended
             beat.cancel()
             await asyncio.gather(beat, return_exceptions=True)
+        if self._cleaning is not None:
+            self._cleaning.cancel()
+            await asyncio.gather(self._cleaning, return_exceptions=True)
         with contextlib.suppress(DatabaseUnavailable):
             await self._store.run(Database.release, self._owner)
 
@@ -117,7 +121,8 @@ class Supervisor:
             try:
                 if self._clock.now() >= next_beat:
                     await self._store.run(Database.heartbeat, self._owner, LEASE_S)
-                    await self._take_over()
+                    if await self._take_over():
+                        self._clean_up()
                     next_beat = self._clock.now() + BEAT_S
                 found = await self._store.run(Database.version)
                 if found != version:  # another service changed something
@@ -129,7 +134,7 @@ class Supervisor:
             except Exception as error:  # a bug must not let the lease run out
                 _LOGGER.failure("heartbeat failed", error)
 
-    async def _take_over(self) -> None:
+    async def _take_over(self) -> bool:
         dead = await asyncio.to_thread(self._ownership.dead, await self._store.run(Database.owners))
         taken = await self._store.run(Database.take_over, self._owner, dead)
         for job_id in taken:
@@ -137,6 +142,21 @@ class Supervisor:
             self._watchers.notify(job_id)
         if taken:
             self.wake()
+        return bool(taken)
+
+    def _clean_up(self) -> None:
+        if self._cleaning is None or self._cleaning.done():
+            self._cleaning = asyncio.create_task(self._remove_leftovers(), name="jobs-leftovers")
+
+    async def _remove_leftovers(self) -> None:
+        """End the runs that no service holds. One that begins meanwhile has a larger token than `last`."""
+        try:
+            last = await self._store.run(Database.last_token)
+            live = await self._store.run(Database.live_tokens)
+        except DatabaseUnavailable as error:
+            _LOGGER.warning("database unavailable", reason=str(error))
+            return
+        await self._runner.remove_leftovers(lambda job_id, token: token > last or live.get(job_id) == token)
 
     async def _look_after_leases(self) -> None:
         held = await self._store.run(Database.held, self._owner)
@@ -152,11 +172,7 @@ class Supervisor:
 
     async def _work(self, device: str) -> None:
         while not self._is_stopping:
-            try:
-                claimed = await self._store.run(Database.claim, self._owner, device, self._fence)
-            except DatabaseUnavailable as error:
-                _LOGGER.warning("database unavailable", reason=str(error))
-                claimed = None
+            claimed = await self._claim(device)
             if claimed is None:
                 self._wake.clear()
                 with contextlib.suppress(TimeoutError):
@@ -172,10 +188,23 @@ class Supervisor:
                 _LOGGER.warning("lease lost", job=job.job_id, token=lease.token)
             except Exception as error:  # a bug must not end the worker of a device
                 _LOGGER.failure("attempt failed", error, job=job.job_id)
-                with contextlib.suppress(LeaseLost):
+                try:
                     await self._settle(lease, Database.requeue, "internal error", 60.0, is_crash=True)
+                except LeaseLost:
+                    pass
+                except Exception as again:
+                    _LOGGER.failure("attempt not given back", again, job=job.job_id)
             self._watchers.notify(job.job_id)
             self.wake()
+
+    async def _claim(self, device: str) -> tuple[Job, Lease] | None:
+        try:
+            return await self._store.run(Database.claim, self._owner, device, self._fence)
+        except DatabaseUnavailable as error:
+            _LOGGER.warning("database unavailable", reason=str(error))
+        except Exception as error:  # as when another has taken this service for dead, until the next beat
+            _LOGGER.failure("claim failed", error, device=device)
+        return None
 
     def _fence(self, name: str) -> int:
         """What the volume has seen: a state directory that is new must not begin below it."""

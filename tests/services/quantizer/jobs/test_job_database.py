@@ -312,3 +312,13 @@ def test_the_machines_clock():
     first = clock.now()
     assert 0 < first <= clock.now()
     assert clock.boot
+
+
+def test_a_cancelled_job_that_is_given_back_has_ended(database, clock):
+    database.create(new(), 10, 10)
+    _, lease = database.claim("a", "cpu", lambda _name: 0)
+    database.cancel("job-1")
+    database.requeue(lease, "busy", 2.0, is_crash=False)
+    job = database.get("job-1")
+    assert (job.state, job.message, job.ended_ms) == (State.CANCELLED, "cancelled", clock.wall)
+    assert database.last_token() == lease.token

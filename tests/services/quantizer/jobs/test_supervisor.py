@@ -257,6 +257,38 @@ async def test_a_bug_in_one_attempt_does_not_end_the_device(make_service, monkey
     assert (job.state, job.message) == (State.QUEUED, "internal error")
 
 
+async def test_a_service_that_was_taken_for_dead_while_idle_works_on(make_service):
+    service = await make_service()
+    service.supervisor._tasks[0].cancel()
+    other = Database(service.store._path, service.clock)
+    other.heartbeat("other", 60.0)
+    other.take_over("other", [service.ownership.owner])
+    other.close()
+    job_id = await service.create()
+    await asyncio.sleep(0.1)
+    assert (await service.get(job_id)).state is State.QUEUED
+    await service.store.run(Database.heartbeat, service.ownership.owner, 60.0)
+    (await service.runner.next()).end(0, first_line="x/v1")
+    assert (await service.ended(job_id)).state is State.SUCCEEDED
+
+
+async def test_who_takes_a_job_over_ends_what_its_service_left(make_service, monkeypatch):
+    monkeypatch.setattr(supervisor, "LEASE_S", 0.3)
+    frozen = await make_service()
+    other = await make_service()
+    other.supervisor._tasks[1].cancel()  # it claims nothing: the job stays in the queue
+    job_id = await frozen.create()
+    run = await frozen.runner.next()
+    other.runner.is_live = None
+    for task in frozen.supervisor._tasks:
+        task.cancel()
+    async with asyncio.timeout(20):
+        while other.runner.is_live is None:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    assert not other.runner.is_live(job_id, run.task.token)
+    assert other.runner.is_live("begun meanwhile", run.task.token + 1)
+
+
 def test_verdicts_wait_longer_and_longer_but_not_for_ever():
     delays = [
         outcome.judge(
