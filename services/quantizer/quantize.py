@@ -161,6 +161,9 @@ class BlockQuantizer:
         them, nor what produces the input, worse than rounding. Identity does.
         """
         fitted, held = statistics.fitted, statistics.held
+        for part in (fitted, held or fitted):
+            if not torch.isfinite(part.gram.diagonal()).all():
+                raise self._not_finite(group.linears[0])
         candidates = self._candidates(group, statistics)
         orders, held_out = self._try(group, candidates[0], fitted, held or fitted)
         if held is not None:
@@ -175,12 +178,13 @@ class BlockQuantizer:
             if candidate is not candidates[0]:
                 orders, held_out = self._try(group, candidate, fitted, held or fitted)
             found = self._fit(group, candidate, fitted, orders)
-            if found is not None:
-                break
-        for name, (quantized, effective, method, error) in found.items():
-            self._linears[name] = _Linear(quantized, effective, candidate, method, error, held_out[name])
-        if producer is not None:
-            self._linears[group.previous] = producer
+            if found is None:
+                continue
+            for name, (quantized, effective, method, error) in found.items():
+                self._linears[name] = _Linear(quantized, effective, candidate, method, error, held_out[name])
+            if producer is not None:
+                self._linears[group.previous] = producer
+            break
         self.chosen[group.linears[0]] = candidate
         producers = {other.previous for other in self._groups}
         self._grams.update((name, fitted.gram) for name in group.linears if name in producers)
@@ -288,11 +292,14 @@ class BlockQuantizer:
         weight = self._weights[f"{name}.weight"]
         energy = output_energy(weight, gram)
         if not math.isfinite(energy):
-            full_name = self._source.full_name(self._index, name)
-            raise QuantizerError(f"tensor {full_name}.weight: its outputs on the text are not finite")
+            raise self._not_finite(name)
         self._energy[name] = max(energy, _TINY)
         rounded = round_to_nearest(weight, self._group_size).dequantize()
         self._rounding[name] = self._error(name, rounded, gram)
+
+    def _not_finite(self, name: str) -> QuantizerError:
+        full_name = self._source.full_name(self._index, name)
+        return QuantizerError(f"tensor {full_name}.weight: its inputs or outputs on the text are not finite")
 
     def _error(self, name: str, effective: Tensor, gram: Tensor) -> float:
         return output_energy(effective - self._weights[f"{name}.weight"], gram) / self._energy[name]
@@ -388,7 +395,8 @@ def max_rows_at_once(num_in: int) -> int:
 
 
 def _split(weight: Tensor) -> tuple[Tensor, ...]:
-    return weight.split(max_rows_at_once(weight.shape[1]))
+    parts: tuple[Tensor, ...] = weight.split(max_rows_at_once(weight.shape[1]))
+    return parts
 
 
 def _full_rows(producer_scales: Tensor, num_rows: int) -> Tensor:

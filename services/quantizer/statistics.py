@@ -162,7 +162,8 @@ class BlockInputs:
         for stream, weights in streams:
             for window, batch, positions in self._source.batches(stream.hidden, self._index):
                 output = stream.run(weights, window, batch, positions)
-                stream.hidden[window] = output.to(stream.hidden.device)
+                if output is not None:
+                    stream.hidden[window] = output.to(stream.hidden.device)
 
 
 class _Reached(Exception):

@@ -64,7 +64,9 @@ def test_the_bounds_on_the_demo_model(artifacts):
     print(json.dumps(quality))
     assert quality["source"]["perplexity"] < 50
     assert quality["chosen"]["perplexity"] <= 1.025 * quality["source"]["perplexity"]
-    assert quality["chosen"]["mean_kl"] <= 0.75 * quality["rounding"]["mean_kl"]
+    # 8 windows of 128 tokens are few; all 128 of 512 gave 0.37.
+    bound = 0.42 if quality["tokens"] > 30000 else 0.75
+    assert quality["chosen"]["mean_kl"] <= bound * quality["rounding"]["mean_kl"]
     assert quality["chosen"]["greedy_agreement"] > quality["rounding"]["greedy_agreement"]
 
 
@@ -80,7 +82,8 @@ def test_outliers_hurt_rounding_and_hardly_awq(artifacts):
     print(json.dumps(planted))
     assert planted["source"]["perplexity"] == pytest.approx(plain["source"]["perplexity"], rel=1e-4)
     assert planted["rounding"]["mean_kl"] > 1.5 * plain["rounding"]["mean_kl"]
-    assert planted["chosen"]["mean_kl"] <= 1.5 * plain["chosen"]["mean_kl"]
+    bound = 1.1 if planted["tokens"] > 30000 else 1.5
+    assert planted["chosen"]["mean_kl"] <= bound * plain["chosen"]["mean_kl"]
 
 
 def test_the_scales_answer_to_the_outliers(artifacts):
