@@ -208,7 +208,6 @@ def quick(tmp_path):
             "sequence_length": 64,
             "evaluation_tokens": 128,
             "group_size": 32,
-            "threads": 1,
         }
         artifacts = tmp_path / "artifacts"
         return QuantizerConfig(
