@@ -32,6 +32,7 @@ Result = TypeVar("Result")
 _LOGGER = logs.get_logger("quantizer")
 _LARGE = 64 << 10  # bytes from which a buffer goes to the object store, once, instead of with every task
 _START_TIMEOUT_S = 120.0
+_OTHERS_TIMEOUT_S = 10.0
 _REPLACEMENT_TIMEOUT_S = 60.0
 _POLL_S = 1.0
 _PROBE_EVERY_S = 3.0
@@ -98,7 +99,9 @@ class RayPool:
         self.num_workers = 0
 
     def start(self) -> None:
-        """Make the workers and wait for them, or for the first of them when not all come in time."""
+        """Make the workers and wait for the first, and for the others a moment more: who comes later joins
+        then.
+        """
         with _lost_connection(self._cluster):
             self.num_workers = self._count_slots()
             for _ in range(self.num_workers):
@@ -106,6 +109,8 @@ class RayPool:
             deadline = time.monotonic() + _START_TIMEOUT_S
             while self._joining and time.monotonic() < deadline:
                 self._settle(None)
+                if self._members:  # more may be on their way, or never come: their node is busy or just dead
+                    deadline = min(deadline, time.monotonic() + _OTHERS_TIMEOUT_S)
             if not self._members:
                 raise QuantizerError(
                     f"--workers {self._cluster.description}: no worker started in {_START_TIMEOUT_S:.0f} s"
@@ -289,6 +294,8 @@ def _may_start_elsewhere(error: Exception) -> bool:
 
 
 def _kill(member: _Member) -> None:
+    if not ray.is_initialized():
+        return
     try:
         ray.kill(member.actor)
     except Exception:
@@ -297,7 +304,9 @@ def _kill(member: _Member) -> None:
 
 @contextmanager
 def _lost_connection(cluster: Cluster) -> Iterator[None]:
-    """What the Ray client raises when its server is gone."""
+    """What a gone connection comes to; the Ray client says by an error of its own that its server is gone."""
+    if not ray.is_initialized():  # a call would make a connection to whatever cluster it finds
+        raise _lost(cluster)
     try:
         yield
     except ConnectionError as error:
