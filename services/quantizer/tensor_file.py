@@ -46,7 +46,7 @@ class StoredTensor:
     @property
     def nbytes(self) -> int:
         """Its size as stored."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return math.prod(self.shape) * int(self.dtype.itemsize)
 
 
 def write_tensors(write: Callable[[bytes | memoryview], Any], tensors: Mapping[str, StoredTensor]) -> int:
