@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cli.connection import EXIT_FAILURE, fail
 from weft.artifact.maintenance import Removal, Version, collect, list_versions, roll_back
@@ -33,7 +36,8 @@ artifacts = typer.Typer(help="Artifacts: versions, digests, rollback, removal.",
 def list_artifacts(model: AnyModel = None, volume: Volume = None, as_json: AsJson = False) -> None:
     """List versions, newest first, with size, quality and which is CURRENT."""
     store = _store(volume)
-    found = [version for name in _models(store, model) for version in list_versions(store, name)]
+    with _told_in_one_line():
+        found = [version for name in _models(store, model) for version in list_versions(store, name)]
     if as_json:
         for version in found:
             typer.echo(json.dumps(_row(version)))
@@ -48,7 +52,8 @@ def list_artifacts(model: AnyModel = None, volume: Volume = None, as_json: AsJso
         state = "broken" if version.problem else "current" if version.is_current else ""
         made = version.started[:16].replace("T", " ") or "-"
         name = f"{version.model}/{version.version}"
-        table.add_row(name, state, _size(version.size), made, quality, divergence)
+        cells = (name, state, _size(version.size), made, quality, divergence)
+        table.add_row(*(Text(cell) for cell in cells))  # square brackets in run.json are no markup
     Console().print(table)
 
 
@@ -67,7 +72,7 @@ def verify(
             problem = ""
             try:
                 store.verify(store.open(name, candidate))
-            except ArtifactError as error:
+            except (ArtifactError, OSError) as error:
                 problem, num_bad = " ".join(str(error).split()), num_bad + 1
             if as_json:
                 row = {"model": name, "version": candidate, "is_sound": not problem, "problem": problem}
@@ -86,10 +91,8 @@ def rollback(
     as_json: AsJson = False,
 ) -> None:
     """Point CURRENT at another version, once all its files are verified. Engines load it when they start."""
-    try:
+    with _told_in_one_line():
         before, after = roll_back(_store(volume), model, version)
-    except (ArtifactError, OSError) as error:
-        fail(" ".join(str(error).split()))
     if as_json:
         typer.echo(json.dumps({"model": model, "from": before, "to": after}))
     else:
@@ -112,10 +115,16 @@ def collect_garbage(
     """
     store = _store(volume)
     grace_s = _seconds(grace)
-    try:
+    with _told_in_one_line():
         for name in _models(store, model):
             for verdict in collect(store, name, keep, grace_s, is_dry=dry_run):
                 _tell(verdict, is_dry=dry_run, as_json=as_json)
+
+
+@contextlib.contextmanager
+def _told_in_one_line() -> Iterator[None]:
+    try:
+        yield
     except (ArtifactError, OSError) as error:
         fail(" ".join(str(error).split()))
 

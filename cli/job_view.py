@@ -35,6 +35,11 @@ def json_line(message: pb.Job) -> str:
     return MessageToJson(message, indent=None, preserving_proto_field_name=True)
 
 
+def plain(text: str) -> str:
+    """On one line and without what drives a terminal: what a run wrote is for reading only."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def duration(seconds: float) -> str:
     """ "1 h 02 min", "3 min 10 s" or "8 s"."""
     whole = max(round(seconds), 0)
@@ -46,7 +51,7 @@ def duration(seconds: float) -> str:
 
 def summary(job: pb.Job) -> str:
     """One line on where a job stands."""
-    parts = [f"{job.job_id} {state_name(job)}: {job.message}"]
+    parts = [f"{job.job_id} {state_name(job)}: {plain(job.message)}"]
     if job.blocks_total and job.state not in ENDED:
         parts.append(f"{job.blocks_done} of {job.blocks_total}")
     if job.HasField("eta_seconds"):
@@ -107,7 +112,7 @@ def changes(stub: QuantizerServiceStub, job_id: str, metadata: Metadata) -> Iter
 def _follow_with_bar(jobs: Iterator[pb.Job]) -> pb.Job:
     last = pb.Job()
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
@@ -119,7 +124,7 @@ def _follow_with_bar(jobs: Iterator[pb.Job]) -> pb.Job:
             left = f"about {duration(last.eta_seconds)} left" if last.HasField("eta_seconds") else ""
             progress.update(
                 task,
-                description=f"{state_name(last)}: {last.message}",
+                description=f"{state_name(last)}: {plain(last.message)}",
                 completed=last.blocks_done,
                 total=last.blocks_total or None,
                 left=left,

@@ -9,9 +9,10 @@ import typer
 from google.protobuf.json_format import MessageToDict
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cli.connection import JobServiceOptions, job_service
-from cli.job_view import CALL_TIMEOUT_S, duration, follow, json_line, state_name, summary
+from cli.job_view import CALL_TIMEOUT_S, duration, follow, json_line, plain, state_name, summary
 from cli.options import flattened
 from weft.v1 import quantizer_service_pb2 as pb
 
@@ -51,7 +52,9 @@ def list_jobs(
         blocks = f"{job.blocks_done}/{job.blocks_total}" if job.blocks_total else "-"
         left = duration(job.eta_seconds) if job.HasField("eta_seconds") else ""
         created = job.create_time.ToDatetime().strftime("%Y-%m-%d %H:%M")
-        table.add_row(job.job_id, job.spec.name, state_name(job), blocks, left, created, job.message)
+        # As Text: square brackets in a message are no markup.
+        cells = (job.job_id, job.spec.name, state_name(job), blocks, left, created, plain(job.message))
+        table.add_row(*(Text(cell) for cell in cells))
     Console().print(table)
 
 
@@ -76,8 +79,7 @@ def get_job(
     for name, value in MessageToDict(response.job.spec, preserving_proto_field_name=True).items():
         typer.echo(f"  {name}: {value}")
     for line in response.log_lines:
-        # What a run wrote must not drive the terminal.
-        typer.echo("".join(c if c.isprintable() else repr(c)[1:-1] for c in line))
+        typer.echo(plain(line))
 
 
 @jobs.command("watch")

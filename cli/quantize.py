@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.connection import EXIT_INTERRUPTED, JobServiceOptions, job_service, usage_errors
+from cli.connection import CONNECTION, EXIT_INTERRUPTED, JobServiceOptions, job_service, usage_errors
 from cli.job_view import CALL_TIMEOUT_S, follow, json_line
 from cli.options import flattened
 from weft.config import flags_of, parse_float, variable
@@ -96,11 +96,25 @@ class RecipeOptions:
         return pb.JobSpec(source=source, name=name, **values)
 
 
+@dataclass(frozen=True)
+class QuantizeConnection(JobServiceOptions):
+    """The same, but without --server no service is asked."""
+
+    server: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT",
+            help="A job service that is to do it; without it, it is done here.",
+            rich_help_panel=CONNECTION,
+        ),
+    ] = None
+
+
 @flattened
 def quantize(
     context: typer.Context,
     recipe: RecipeOptions,
-    connection: JobServiceOptions,
+    connection: QuantizeConnection,
     source: Annotated[str, typer.Argument(help="A checkpoint; with --server, below its source root.")],
     name: Annotated[str, typer.Option(help="The model name to publish under.")],
     artifacts: Artifacts = None,
@@ -113,8 +127,10 @@ def quantize(
     Further flags go to `python -m services.quantizer run`, which lists them with --help.
     """
     if connection.server is None:
-        if detach or request_id:
-            raise typer.BadParameter("--detach and --request-id are for a job: they need --server")
+        if detach or request_id or as_json or connection.api_key:
+            raise typer.BadParameter(
+                "--detach, --request-id, --json and --api-key are for a job: they need --server"
+            )
         flags = [f"--source={source}", f"--artifacts={_volume(artifacts)}", f"--name={name}"]
         _run_child("run", [*flags, *recipe.to_flags(), *context.args])
         return

@@ -57,6 +57,16 @@ def test_ls(store: ArtifactStore) -> None:
     assert "no such directory" in weft(ArtifactStore(Path("/nonexistent")), "ls", status=1)[0]
 
 
+def test_ls_of_what_is_no_volume_of_ours_is_one_line(store: ArtifactStore) -> None:
+    (store.root / "demo" / "v3" / "run.json").write_text(json.dumps({"started": "[/x] 2026"}))
+    assert "[/x] 2026" in "\n".join(weft(store, "ls"))
+    (store.root / "demo" / "HISTORY").unlink()
+    (store.root / "demo" / "HISTORY").mkdir()
+    (line,) = weft(store, "ls", status=1)
+    assert line.startswith("weft: ")
+    assert line.endswith("HISTORY: not a regular file")
+
+
 def test_verify_names_the_file(store: ArtifactStore) -> None:
     assert weft(store, "verify") == ["demo/v1: sound", "demo/v2: sound", "demo/v3: sound"]
     path = store.root / "demo" / "v2" / "weights"

@@ -38,6 +38,7 @@ class FakeJobs(quantizer_grpc.QuantizerServiceServicer):
         self.left = threading.Event()
         self.address = ""
         self.num_watches = 0
+        self.words = ""
 
     def CreateJob(self, request: pb.CreateJobRequest, context: grpc.ServicerContext) -> pb.CreateJobResponse:
         self.created.append(request)
@@ -47,9 +48,8 @@ class FakeJobs(quantizer_grpc.QuantizerServiceServicer):
         return pb.CreateJobResponse(job=self.job(request.spec.name, pb.JOB_STATE_QUEUED))
 
     def job(self, name: str, state: pb.JobState, done: int = 0) -> pb.Job:
-        job = pb.Job(
-            job_id=f"job-{name}", spec=pb.JobSpec(name=name, source="x"), state=state, message=f"block {done}"
-        )
+        job = pb.Job(job_id=f"job-{name}", spec=pb.JobSpec(name=name, source="x"), state=state)
+        job.message = self.words or f"block {done}"
         job.blocks_done, job.blocks_total = done, 4
         job.create_time.FromSeconds(1_790_000_000)
         if state == pb.JOB_STATE_RUNNING and done:
@@ -178,6 +178,15 @@ def test_ctrl_c_leaves_the_job_alone_and_says_how_to_cancel(service: FakeJobs) -
     assert service.left.wait(10)
 
 
+def test_what_a_run_wrote_is_shown_as_it_is(service: FakeJobs) -> None:
+    service.words = "expected [/tmp] [red]\x1b[2J"
+    assert "[/tmp]" in weft(service, "jobs", "ls").stdout.replace("\n", "")
+    for words in (["jobs", "get", "job-a"], ["jobs", "cancel", "job-a"]):
+        assert "expected [/tmp] [red]\\x1b[2J" in weft(service, *words).stdout
+    shown = cli.job_view._follow_with_bar(iter([service.job("a", pb.JOB_STATE_FAILED)]))
+    assert shown.state == pb.JOB_STATE_FAILED
+
+
 def test_ls_get_and_cancel(service: FakeJobs) -> None:
     ids = [json.loads(line)["job_id"] for line in weft(service, "jobs", "ls", "--json").stdout.splitlines()]
     assert ids == [f"job-n{i}" for i in range(5)]
@@ -230,6 +239,13 @@ def test_without_a_server_it_is_done_here(child: Path) -> None:
     }
     done = CliRunner().invoke(app, ["quantize", "src", "--name", "a", "--artifacts", "/vol", "--seed", "3"])
     assert done.exit_code == 3, "the child's exit status is the command's"
+
+
+@pytest.mark.parametrize("words", [["--json"], ["--api-key", "k"], ["--detach"], ["--request-id", "r"]])
+def test_what_is_for_a_job_is_wrong_usage_here(child: Path, words: list[str]) -> None:
+    done = CliRunner().invoke(app, ["quantize", "src", "--name", "a", "--artifacts", "/vol", *words])
+    assert done.exit_code == 2
+    assert not child.exists()
 
 
 def test_import_is_done_here(child: Path) -> None:
