@@ -13,6 +13,7 @@ from services.quantizer.scales import Candidate
 from weft.artifact.manifest import LinearError
 
 _BINS = 64
+_COUNTED_AT_ONCE = 1 << 23
 
 
 def linear_record(
@@ -50,5 +51,8 @@ def _histogram(tensor: Tensor, low: float, high: float) -> list[int]:
     """Values beyond the ends count as the ends."""
     if not high > low:
         return [tensor.numel()] + [0] * (_BINS - 1)
-    inside = tensor.clamp(low, high).cpu()
-    return [int(count) for count in torch.histc(inside, _BINS, low, high).tolist()]
+    counts = torch.zeros(_BINS, dtype=torch.int64)
+    # It counts in the tensor's own dtype, and fp32 ends at 2^24: a part at a time stays below.
+    for part in tensor.flatten().split(_COUNTED_AT_ONCE):
+        counts += torch.histc(part.clamp(low, high).cpu(), _BINS, low, high).long()
+    return [int(count) for count in counts]
