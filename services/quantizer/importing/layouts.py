@@ -61,6 +61,8 @@ class Layout(ABC):
         """int64 [in], if a tensor says to which group each input belongs."""
         name = f"{linear}.{self.index}" if self.index else ""
         if name not in self._checkpoint.names:
+            if self.index and self._scheme.has_order:
+                raise QuantizerError(f"tensor {name}: missing, though config.json says act-order")
             return None
         num_in = self.shape(linear)[1]
         index = self._load(name, (num_in,), _INTEGERS).to(torch.int64)

@@ -16,6 +16,8 @@ from services.quantizer.model_map import ARCHITECTURES
 BITS = 4
 PER_CHANNEL = -1
 _MAX_GROUP_SIZE = 1 << 20
+# Of compressed-tensors' activation orders those that leave the groups scattered.
+_REORDERED = ("group", "dynamic", True)
 METHODS = ("awq", "gptq", "compressed-tensors")
 _HEADS = {known.head.removesuffix(".weight") for known in ARCHITECTURES.values()}
 
@@ -30,12 +32,15 @@ class Scheme:
             shapes say it (pack-quantized).
         has_zeros: whether every linear stores zero points (True), none does (False), or some do (None).
         full_precision: what config.json says was left alone; patterns are possible.
+        has_order: whether inputs were taken in another order, so that nothing but a tensor of its own can
+            say to which group each belongs.
     """
 
     layout: str
     group_size: int | None
     has_zeros: bool | None = True
     full_precision: tuple[str, ...] = ()
+    has_order: bool = False
 
 
 def parse_scheme(config: Mapping[str, Any], where: Path) -> Scheme:
@@ -77,7 +82,8 @@ def _parse_gptq(raw: Mapping[str, Any], where: Path) -> Scheme:
     for pattern, rule in rules.items() if isinstance(rules, Mapping) else ():
         if isinstance(rule, Mapping) and "bits" in rule:
             _require_bits(rule["bits"], where, f"dynamic[{pattern[:40]!r}].bits")
-    return Scheme(layout, _group_size(raw.get("group_size"), where, "group_size"))
+    group_size = _group_size(raw.get("group_size"), where, "group_size")
+    return Scheme(layout, group_size, has_order=bool(raw.get("desc_act")) and group_size != PER_CHANNEL)
 
 
 def _parse_compressed_tensors(raw: Mapping[str, Any], where: Path) -> Scheme:
@@ -100,7 +106,8 @@ def _parse_compressed_tensors(raw: Mapping[str, Any], where: Path) -> Scheme:
     symmetric = {group["weights"].get("symmetric", True) for group in groups.values()}
     has_zeros = None if len(symmetric) > 1 else not symmetric.pop()
     left = tuple(name for name in _names(raw.get("ignore")) if name not in _HEADS)
-    return Scheme("pack-quantized", None, has_zeros, left)
+    has_order = all(group["weights"].get("actorder") in _REORDERED for group in groups.values())
+    return Scheme("pack-quantized", None, has_zeros, left, has_order)
 
 
 def _check_weights(weights: Any, where: Path, field: str) -> None:

@@ -120,6 +120,23 @@ def test_tensors_that_are_refused(make_quantized, attempt, case):
     assert words in line
 
 
+ACT_ORDER = {
+    "gptq": lambda document: document["quantization_config"].update(desc_act=True),
+    "pack-quantized": lambda document: document["quantization_config"]["config_groups"]["group_0"][
+        "weights"
+    ].update(actorder="group"),
+}
+
+
+@pytest.mark.parametrize("name", ACT_ORDER)
+def test_act_order_without_the_order_is_refused(make_quantized, attempt, name):
+    change = remove(f"{FIRST}.g_idx") if name == "gptq" else (lambda tensors: None)
+    directory, _ = make_quantized(name, change_tensors=change, change_config=ACT_ORDER[name])
+    status, line, _ = attempt(directory)
+    assert status == 1
+    assert "g_idx: missing, though config.json says act-order" in line
+
+
 def setting(**changes):
     return lambda document: document["quantization_config"].update(changes)
 
