@@ -28,6 +28,7 @@ import torch
 
 from services.quantizer.errors import QuantizerError
 from services.quantizer.workers import WorkerPool
+from weft.config import environment_with
 
 _PREFIX = "weft-ray-"
 _LOCK = "lock"
@@ -121,7 +122,7 @@ def running_cluster(address: str) -> Iterator[Cluster]:
 
 @contextmanager
 def _connection(environment: dict[str, str], options: dict[str, Any], shown: str) -> Iterator[Cluster]:
-    with _environment(environment):
+    with environment_with(environment):
         records = logging.getLogRecordFactory()
         ray = _ray()
         handler = signal.getsignal(signal.SIGTERM)
@@ -162,21 +163,6 @@ def _ray() -> Any:
     import ray
 
     return ray
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Ray takes these settings from nowhere else, and reads them when it is imported and when it starts."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 @contextmanager
