@@ -21,6 +21,7 @@ DAMPING = 0.01
 _MAX_OWN_SHARE = 100.0
 _MAX_DAMPING = 1e6
 _BLOCK = 128
+_LEAST_MAXIMUM = 1e-25
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,8 @@ def factorize(gram: Tensor) -> Factor:
     diagonal = gram.diagonal()
     order = torch.argsort(diagonal, descending=True, stable=True)
     # What was never seen must not divide by nothing, nor by what rounding errors left of it.
-    least = diagonal.max().clamp(min=torch.finfo(gram.dtype).tiny) * torch.finfo(gram.dtype).eps
+    # The floor of the maximum is for inputs that are all zero: 1 over it must still be a number.
+    least = diagonal.max().clamp(min=_LEAST_MAXIMUM) * torch.finfo(gram.dtype).eps
     own = torch.where(diagonal > least, diagonal, least)[order]
     share = torch.minimum(own.mean(), own * _MAX_OWN_SHARE)
     # One matrix is all it takes, column by column as LAPACK wants it: every step works in place.
