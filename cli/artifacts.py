@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.connection import EXIT_FAILURE, fail
-from weft.artifact.maintenance import Removal, Version, collect, list_versions, roll_back
+from weft.artifact.maintenance import Removal, Version, collect, collectable, list_versions, roll_back
 from weft.artifact.manifest import ArtifactError
 from weft.artifact.store import ArtifactStore
 from weft.config import variable
@@ -116,7 +116,7 @@ def collect_garbage(
     store = _store(volume)
     grace_s = _seconds(grace)
     with _told_in_one_line():
-        for name in _models(store, model):
+        for name in collectable(store) if model is None else [model]:
             for verdict in collect(store, name, keep, grace_s, is_dry=dry_run):
                 _tell(verdict, is_dry=dry_run, as_json=as_json)
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weft.artifact.history import last_mentions, previous_version, read_history
-from weft.artifact.manifest import ArtifactError, ArtifactNotFound, Manifest
+from weft.artifact.manifest import ArtifactError, ArtifactNotFound, Manifest, is_model_name
 from weft.artifact.publish import locked, remove_abandoned, set_current
 from weft.artifact.regular_file import FileRefusedError, read_regular
 from weft.artifact.store import RUN_NAME, ArtifactStore
@@ -32,6 +32,7 @@ from weft.artifact.store import RUN_NAME, ArtifactStore
 RUN_LOCK_NAME = ".run.lock"
 _MAX_RUN_SIZE = 1 << 20
 _WORK = re.compile(r"\.work-[0-9a-f]{16}\Z")
+_LEFTOVER = re.compile(r"\.(work|staging)-[0-9a-f]{16}\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +102,35 @@ def roll_back(store: ArtifactStore, model: str, version: str | None = None) -> t
     return current, target
 
 
+def collectable(store: ArtifactStore) -> list[str]:
+    """Models for `collect`, sorted: those that have a CURRENT version, and those of which nothing was ever
+    published but a run has left something.
+    """
+    found = set(store.models())
+    for name in os.listdir(store.root):
+        if is_model_name(name) and not (store.root / name).is_symlink() and (store.root / name).is_dir():
+            found |= {name for entry in os.listdir(store.root / name) if _LEFTOVER.match(entry)}
+    return sorted(found)
+
+
 def collect(
     store: ArtifactStore, model: str, keep: int, grace_s: float, *, is_dry: bool = False
 ) -> list[Removal]:
     """Remove the oldest versions beyond `keep`, and what crashed writers left; tells each verdict.
 
-    Never removed: CURRENT, a version that was published or current less than `grace_s` seconds ago, one whose
-    directory a reader holds a lock on. A removed version goes by one rename, so no reader sees half of one.
+    Never removed: any version while there is no CURRENT; CURRENT, a version that was published or current
+    less than `grace_s` seconds ago, one whose directory a reader holds a lock on. A removed version goes by
+    one rename, so no reader sees half of one.
     """
     directory = store.model_directory(model)
-    store.current(model)
+    if not directory.is_dir():
+        raise ArtifactNotFound(f"model {model}: nothing in {store.root}")
     with locked(directory) as descriptor:
-        current = store.current(model)
-        others = [name for name in _newest_first(store, model) if name != current]
-        excess = others[max(keep - 1, 0) :]
+        excess = []
+        with contextlib.suppress(ArtifactNotFound):
+            current = store.current(model)
+            others = [name for name in _newest_first(store, model) if name != current]
+            excess = others[max(keep - 1, 0) :]
         verdicts = [_collect_version(directory, model, name, grace_s, is_dry) for name in excess]
         verdicts += _collect_leftovers(directory, model, grace_s, is_dry)
         os.fsync(descriptor)
@@ -142,7 +158,10 @@ def _no_run(directory: Path) -> Iterator[bool]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        ours, there = os.fstat(descriptor), os.stat(path, follow_symlinks=False)
+        if (ours.st_dev, ours.st_ino) != (there.st_dev, there.st_ino):
+            raise BlockingIOError  # one run ended and another began between our opening and locking
+    except (BlockingIOError, FileNotFoundError):
         yield False
     else:
         yield True

@@ -16,7 +16,7 @@ from weft.artifact.history import (
     read_fence,
     read_history,
 )
-from weft.artifact.maintenance import collect, list_versions, roll_back
+from weft.artifact.maintenance import collect, collectable, list_versions, roll_back
 from weft.artifact.manifest import ArtifactError, ArtifactNotFound, DigestMismatch, Manifest
 from weft.artifact.publish import claim_fence
 from weft.artifact.store import ArtifactStore
@@ -223,6 +223,41 @@ def test_listing_tells_what_is_broken(store):
     ]
     assert listed[0].size == len(b"v2v2v2") + 2
     assert list_versions(store, "nothing") == []
+
+
+def test_collect_takes_what_a_model_left_that_was_never_published(store):
+    publish(store, "v1")
+    work = store.root / "first" / (".work-" + "0" * 16)
+    version = store.root / "first" / "v0"
+    for path in (work, version, store.root / "other"):
+        path.mkdir(parents=True)
+    (version / "manifest.json").write_text("{}")
+    assert collectable(store) == ["demo", "first"]
+    os.utime(work, (1, 1))
+    assert [(r.name, r.why) for r in collect(store, "first", 1, 60)] == [(work.name, "abandoned")]
+    assert os.listdir(store.root / "first") == ["v0"]
+    with pytest.raises(ArtifactNotFound):
+        collect(store, "none", 1, 60)
+
+
+def test_collect_does_not_take_the_lock_of_a_run_that_has_just_begun(store, monkeypatch):
+    publish(store, "v1")
+    path = store.root / "demo" / ".run.lock"
+    work = store.root / "demo" / (".work-" + "0" * 16)
+    work.mkdir()
+    os.utime(work, (1, 1))
+    real = os.open
+
+    def open_and_change(name, *arguments):
+        descriptor = real(name, *arguments)
+        if name == path:
+            path.unlink()
+            os.close(real(path, os.O_CREAT | os.O_EXCL, 0o644))
+        return descriptor
+
+    monkeypatch.setattr(os, "open", open_and_change)
+    assert [(r.name, r.why) for r in collect(store, "demo", 1, 60)] == [(work.name, "in use")]
+    assert path.exists()
 
 
 def test_collect_leaves_the_state_of_a_run_at_work(store):
