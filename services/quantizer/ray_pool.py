@@ -149,8 +149,10 @@ class RayPool:
                     except StopIteration:
                         is_exhausted = True
                         continue
-                    self._hand_out(batch, _Job(taken, _arguments(task, batch.store)))
-                    del task
+                    # Tasks of one batch share what is large; a stream would keep all that ever passed.
+                    store = batch.store if math.isinf(limit) else _Store()
+                    self._hand_out(batch, _Job(taken, _arguments(task, store)))
+                    del task, store
                     taken += 1
                 if given in batch.answers:
                     yield self._open(batch.answers.pop(given))

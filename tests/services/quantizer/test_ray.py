@@ -5,6 +5,7 @@ own, because Ray reads its settings once.
 """
 
 import dataclasses
+import gc
 import importlib
 import importlib.util
 import os
@@ -14,8 +15,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
@@ -169,6 +172,19 @@ class TestPool:
         assert len(taken) <= 3
         stream.close()
         assert pool.map(tasks.refuse, [0, 1]) == [0, 1]
+
+    def test_stream_keeps_nothing_of_what_has_passed(self, pool, tasks):
+        alive = []
+
+        def products():
+            for number in range(8):
+                array = np.ones((256, 256), np.float32)  # large: goes to the object store
+                alive.append(weakref.ref(array))
+                yield tasks.Product(torch.ones(1, 256), torch.from_numpy(array), number)
+
+        for given, _ in enumerate(pool.stream(tasks.multiply, products()), 1):
+            gc.collect()
+            assert sum(array() is not None for array in alive) <= len(alive) - given + 1
 
     def test_worker_that_is_killed_loses_no_work(self, pool, tasks, tmp_path):
         numbers = [(n, str(tmp_path / "died")) for n in range(6)]
