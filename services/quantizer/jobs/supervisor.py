@@ -255,6 +255,8 @@ class Supervisor:
                         *(report.message, report.done, report.total, report.eta_s),
                         is_publishing=report.is_publishing,
                     )
+                    # With every step, so that a job that takes hours can be looked into before its end.
+                    await self._store.run(Database.save_log, active.lease, list(log.tail))
                 except LeaseLost:
                     active.is_lost = True
                     active.stop()
