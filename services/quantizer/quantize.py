@@ -132,7 +132,7 @@ class BlockQuantizer:
         self._source, self._index, self._weights, self._group_size = source, index, weights, group_size
         self._groups = [g for g in source.architecture.groups if not skipped.intersection(g.linears)]
         self._names = [name for group in self._groups for name in group.linears]
-        self._methods, self._is_last = _MEANS[method], is_last
+        self._methods, self._is_last = _methods(method, len(hidden), has_exact=exact is not None), is_last
         self._pool = SerialPool() if pool is None else pool
         self._is_staged = exact is not None
         self._inputs = BlockInputs(source, index, weights, hidden, exact, self._groups)
@@ -380,6 +380,16 @@ class BlockQuantizer:
     def _store(self, name: str, tensor: Tensor) -> Tensor:
         """As it will be read back: through the dtype on disk."""
         return tensor.to(self._dtype(name)).float()
+
+
+def _methods(method: str, num_windows: int, *, has_exact: bool) -> tuple[str, ...]:
+    """What is worth a trial. Of several, a sweep needs windows to be judged on that it has not seen: on one
+    alone it fits what it sees and nothing else, while a search of ranges cannot stray far. And what the
+    inputs have lost is known with an exact stream only.
+    """
+    if method == BEST and num_windows == 1:
+        return (SEARCH,)
+    return tuple(means for means in _MEANS[method] if means != GPTAQ or has_exact)
 
 
 def _sampled_inputs(moments: Moments, name: str) -> Inputs:

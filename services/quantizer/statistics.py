@@ -75,7 +75,7 @@ class InputStatistics:
 
     Attributes:
         fitted: over the calibration windows that integers are found on.
-        held: over those held out; None when there are too few windows to do without any.
+        held: over those held out; None when there is but one window.
         mean_abs: fp32 [in], mean |x| over all.
     """
 
@@ -296,7 +296,7 @@ class _Collector:
 
     def finish(self, num_tokens: int) -> dict[str, InputStatistics]:
         """What came of `num_tokens` tokens."""
-        has_held = self._num_windows >= _HELD_OUT
+        has_held = self._num_windows > 1
         return {
             name: InputStatistics(
                 fitted, self._held[name] if has_held else None, self._sums[name] / num_tokens
@@ -306,8 +306,12 @@ class _Collector:
 
 
 def is_held_out(window: int, num_windows: int) -> bool:
-    """Whether integers are judged on it, and not found on it."""
-    return num_windows >= _HELD_OUT and window % _HELD_OUT == _HELD_OUT - 1
+    """Whether integers are judged on it, and not found on it. Of few windows it is the last; one alone is
+    needed for finding.
+    """
+    if num_windows < _HELD_OUT:
+        return 0 < window == num_windows - 1
+    return window % _HELD_OUT == _HELD_OUT - 1
 
 
 def output_energy(weight: Tensor, gram: Tensor) -> float:
