@@ -45,6 +45,7 @@ class Workload:
         calibration_tokens, sequence_length, evaluation_tokens: of the texts.
         score_bytes: of eager attention over one batch.
         has_exact: whether the source's own stream goes beside the calibration, group by group.
+        is_ahead: whether the calibration goes through a block before the block is searched on it.
     """
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]
@@ -57,9 +58,12 @@ class Workload:
     evaluation_tokens: int
     score_bytes: int = 0
     has_exact: bool = True
+    is_ahead: bool = False
 
     @classmethod
-    def of(cls, source: Source, inputs: Inputs, skipped: set[str], *, has_exact: bool) -> Workload:
+    def of(
+        cls, source: Source, inputs: Inputs, skipped: set[str], *, has_exact: bool, is_ahead: bool
+    ) -> Workload:
         """Of one run. `skipped` linears are not searched."""
         shapes = {name: tuple(p.shape) for name, p in source.block(0).named_parameters()}
         groups = [g for g in source.architecture.groups if not skipped.intersection(g.linears)]
@@ -80,6 +84,7 @@ class Workload:
             0 if inputs.evaluation is None else inputs.evaluation.numel(),
             max(source.score_bytes(ids.shape[1]) for ids in texts),
             has_exact,
+            is_ahead,
         )
 
 
@@ -159,7 +164,8 @@ def mebibytes(size: int) -> str:
 
 
 def _stream_tokens(workload: Workload) -> int:
-    calibrated = (2 if workload.has_exact else 1) * workload.calibration_tokens
+    # Ahead of the search a stream is kept before the block and behind it.
+    calibrated = (2 if workload.has_exact or workload.is_ahead else 1) * workload.calibration_tokens
     return calibrated + len(VARIANTS) * workload.evaluation_tokens + NUM_PROMPTS * PROMPT_LENGTH
 
 

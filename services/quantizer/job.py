@@ -129,7 +129,13 @@ def _quantize_blocks(job: _Job, progress: ProgressReporter) -> Outcome:
     if not job.config.resume:
         workspace.start_over()
     done = workspace.resume()
-    workload = Workload.of(source, inputs, job.skipped, has_exact=job.config.has_exact_stream)
+    workload = Workload.of(
+        source,
+        inputs,
+        job.skipped,
+        has_exact=job.config.has_exact_stream,
+        is_ahead=not job.config.propagate_error,
+    )
     found, available = check_fits(workload, job.config, source.device)
     progress.plan(
         plan_text(found, available, source.num_blocks, done),

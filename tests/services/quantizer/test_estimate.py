@@ -101,6 +101,8 @@ def test_streams_are_exact_and_the_device_takes_the_blocks():
     assert found.host["streams"] == 4 * 256 * (2 * 4096 + 3 * 2048 + 4 * 48)
     alone = estimate(workload(has_exact=False), 7, has_device=False)
     assert alone.host["streams"] == 4 * 256 * (4096 + 3 * 2048 + 4 * 48)
+    ahead = estimate(workload(has_exact=False, is_ahead=True), 7, has_device=False)
+    assert ahead.host["streams"] == found.host["streams"]
     assert found.host["interpreter and libraries"] == 7
     assert found.device_bytes == 0
     large = workload(block_parameters=10**8)
