@@ -8,6 +8,7 @@ import pytest
 from services.quantizer.jobs import outcome, supervisor
 from services.quantizer.jobs.database import Database
 from services.quantizer.jobs.job import State
+from services.quantizer.jobs.ownership import Ownership
 from services.quantizer.rpc.convert import job_message
 
 
@@ -208,15 +209,17 @@ async def test_a_service_that_hears_of_its_loss_stops_the_run(make_service):
     run = await service.runner.next()
     await asyncio.sleep(0.1)
     other = Database(service.store._path, service.clock)
-    other.heartbeat("other", 60.0)
-    other.take_over("other", [service.ownership.owner])
-    assert other.claim("other", "cpu", lambda _name: 0) is not None
+    ownership = Ownership(service.store._path.parent)  # with a lock, or the service takes the job back
+    other.heartbeat(ownership.owner, 60.0)
+    other.take_over(ownership.owner, [service.ownership.owner])
+    assert other.claim(ownership.owner, "cpu", lambda _name: 0) is not None
     async with asyncio.timeout(20):
         while service.supervisor._active:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert run.num_stops == 1
     assert other.get(job_id).attempt == 2
     other.close()
+    ownership.release()
 
 
 async def test_a_job_can_be_cancelled_by_way_of_another_service(make_service):
