@@ -196,8 +196,8 @@ def _check_directories(config: ServeConfig) -> None:
     for path in (config.sources, config.artifacts, config.calibration_root, config.hub_cache):
         if path is not None and not path.is_dir():
             raise NotADirectoryError(f"{path}: no such directory")
+    check_state_directory(config.state, config.artifacts)  # before it is made: what is refused leaves nothing
     config.state.mkdir(mode=0o700, parents=True, exist_ok=True)
-    check_state_directory(config.state, config.artifacts)
 
 
 def main(flags: Sequence[str], prog: str) -> int:

@@ -188,6 +188,7 @@ def test_what_keeps_it_from_starting_is_one_line(directories, tmp_path, changes,
     assert done.returncode == status
     assert expected in "".join(done.stderr.splitlines()[-3:])
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "artifacts" / "state").exists(), "what is refused leaves nothing"
 
 
 def test_a_damaged_database_is_left_as_it_is(directories, tmp_path):
