@@ -71,7 +71,7 @@ def run(config: QuantizerConfig, draft: Manifest | None = None, files: InputFile
     files.check()
     store = ArtifactStore(config.artifacts)
     parent = store.model_directory(config.name)
-    with RunLock(parent), _workspace(parent, config, draft) as workspace:
+    with RunLock(parent), _workspace(parent, config, draft, inputs) as workspace:
         current = None if config.force else find_current(config, draft)
         if current is not None:  # whoever held the lock before has just published it
             workspace.remove()
@@ -91,8 +91,8 @@ def run(config: QuantizerConfig, draft: Manifest | None = None, files: InputFile
         return artifact
 
 
-def _workspace(parent: Path, config: QuantizerConfig, draft: Manifest) -> Workspace:
-    return Workspace(parent, draft_key(draft), run_identity(config, draft))
+def _workspace(parent: Path, config: QuantizerConfig, draft: Manifest, inputs: Inputs) -> Workspace:
+    return Workspace(parent, draft_key(draft), run_identity(config, draft, inputs))
 
 
 def _prepare_torch(config: QuantizerConfig) -> torch.device:
