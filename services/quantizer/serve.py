@@ -96,6 +96,9 @@ class ServeConfig:
         ):
             if not least <= value <= most:
                 raise ConfigError(flag, f"{value} is not between {least} and {most}")
+        if self.allow_hub and self.runner == "docker" and self.hub_cache is None:
+            # Its /tmp is memory, and gone with the container: every attempt would download again, into that.
+            raise ConfigError("--hub-cache", "is required with --allow-hub and --runner docker")
 
     @property
     def places(self) -> Places:

@@ -12,9 +12,11 @@ import psutil
 import pytest
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
 
+from services.quantizer.serve import ServeConfig
 from weft.artifact.history import read_fence
 from weft.artifact.publish import claim_fence
 from weft.artifact.store import ArtifactStore
+from weft.config import ConfigError, build_config
 from weft.rpc import auth
 from weft.rpc.channel import open_channel
 from weft.rpc.healthcheck import check
@@ -189,6 +191,15 @@ def test_what_keeps_it_from_starting_is_one_line(directories, tmp_path, changes,
     assert expected in "".join(done.stderr.splitlines()[-3:])
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "artifacts" / "state").exists(), "what is refused leaves nothing"
+
+
+def test_a_container_needs_a_place_for_hub_models(tmp_path):
+    values = {name: str(tmp_path) for name in ("sources", "artifacts", "state")}
+    docker_and_hub = {**values, "runner": "docker", "allow_hub": True}
+    with pytest.raises(ConfigError, match="--hub-cache: is required"):
+        build_config(ServeConfig, docker_and_hub)
+    assert build_config(ServeConfig, {**docker_and_hub, "hub_cache": "/x"}).allow_hub
+    assert build_config(ServeConfig, {**values, "allow_hub": True}).allow_hub
 
 
 def test_a_damaged_database_is_left_as_it_is(directories, tmp_path):
