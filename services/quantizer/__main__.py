@@ -97,7 +97,8 @@ def _run(config: QuantizerConfig) -> int:
     except (QuantizerError, ArtifactError, OSError, MemoryError) as error:
         logs.stop()  # so that the reason comes last
         text = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {text[:500]}", file=sys.stderr)
+        # A template's or a file's own words may be in it.
+        print(f"error: {logs.escape(text[:500])}", file=sys.stderr)
         return _exit_status(error)
     except (KeyboardInterrupt, SystemExit) as stop:  # SystemExit is SIGTERM's
         logs.stop()

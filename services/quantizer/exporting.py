@@ -60,7 +60,7 @@ def main(flags: Sequence[str], prog: str) -> int:
         export(config)
     except (QuantizerError, ArtifactError, CheckpointError, OSError, MemoryError) as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {text[:500]}", file=sys.stderr)
+        print(f"error: {logs.escape(text[:500])}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -39,7 +39,7 @@ def main(flags: Sequence[str], prog: str) -> int:
     except (QuantizerError, ArtifactError, CheckpointError, OSError, MemoryError) as error:
         logs.stop()  # so that the reason comes last
         text = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {text[:500]}", file=sys.stderr)
+        print(f"error: {logs.escape(text[:500])}", file=sys.stderr)
         return _EXIT_BUSY if isinstance(error, NameBusyError) else _EXIT_FAILED
     except KeyboardInterrupt:
         return 128 + signal.SIGINT

@@ -336,3 +336,11 @@ def test_a_terminated_run_leaves_nothing_behind(make_checkpoint, tmp_path):
     assert process.returncode == 128 + signal.SIGTERM, errors.decode()
     assert b"Traceback" not in errors
     assert all(name.startswith(".work-") for name in os.listdir(directory))
+
+
+@pytest.mark.parametrize("command", ["run", "import"])
+def test_what_a_file_is_called_does_not_drive_the_terminal(tmp_path, capfd, command):
+    flags = ["--source", str(tmp_path / "a\x1b[2Jb\u202ec"), "--artifacts", str(tmp_path), "--name", "tiny"]
+    assert main([command, *flags]) == 1
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert "a\\x1b[2Jb\\u202ec" in error
