@@ -129,6 +129,4 @@ class BlocksAhead:
             with torch.inference_mode():  # a generator takes its consumer's mode, which may be anything
                 self._hidden = self._source.run_block(self._source.block(index), weights, hidden)
         self._behind.append(self._hidden)
-        return BlockTask(
-            self._headers, index, weights, hidden, self._group_size, self._skipped, self._method
-        )
+        return BlockTask(self._headers, index, weights, hidden, self._group_size, self._skipped, self._method)
