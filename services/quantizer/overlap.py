@@ -1,14 +1,16 @@
 """Whether the calibration text holds what the evaluation text does: then the evaluation would flatter.
 
-Both are read as words, without case, punctuation and line breaks, so that another wrapping of the same book
-is still that book; token ids would not do, for they depend on what stands before a word. Runs of 13 words
-are compared by hash, the length in which contamination of held-out text is usually told (Brown et al., 2020,
-appendix C). Letters of scripts that write no spaces count as words. Knows no tokenizer.
+Both are read as words, without case, punctuation, line breaks and ways to encode a letter, so that another
+wrapping of the same book is still that book; token ids would not do, for they depend on what stands before a
+word. Runs of 13 words are compared by hash, the length in which contamination of held-out text is usually
+told (Brown et al., 2020, appendix C). Letters of scripts that write no spaces count as words. Knows no
+tokenizer.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
@@ -75,7 +77,7 @@ def _ngrams(file: TextFile) -> Iterator[tuple[Hashes, list[str]]]:
     for document in file.documents:
         carried: list[str] = []
         for chunk in _chunks(document.words()):
-            words = carried + _WORD.findall(chunk.casefold())
+            words = carried + _WORD.findall(unicodedata.normalize("NFKC", chunk).casefold())
             if len(words) >= NGRAM:
                 yield _hashes(words), words
             carried = words[-(NGRAM - 1) :]

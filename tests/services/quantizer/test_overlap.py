@@ -3,6 +3,7 @@
 import random
 import re
 import textwrap
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,11 @@ def test_conversations_are_compared_by_what_is_said():
     mine = TextFile(Path("talk.jsonl"), "jsonl", (Document(1, None, talk),))
     with pytest.raises(QuantizerError, match=r"talk\.jsonl overlaps"):
         refuse_overlap([mine], [file("b", said)])
+
+
+def test_another_encoding_of_the_letters_is_found():
+    text = words(5, 200).replace("a", "\u00e9").replace("ff", "\ufb00")
+    apart = unicodedata.normalize("NFKD", text)
+    assert apart != text
+    with pytest.raises(QuantizerError, match="overlaps the evaluation text"):
+        refuse_overlap([file("mine.txt", apart)], [file("held.txt", text)])
