@@ -255,6 +255,7 @@ class Supervisor:
                         *(report.message, report.done, report.total, report.eta_s),
                         is_publishing=report.is_publishing,
                     )
+                    self._watchers.notify(active.lease.job_id)
                     # With every step, so that a job that takes hours can be looked into before its end.
                     await self._store.run(Database.save_log, active.lease, list(log.tail))
                 except LeaseLost:
@@ -262,7 +263,6 @@ class Supervisor:
                     active.stop()
                 except DatabaseUnavailable as error:
                     _LOGGER.warning("database unavailable", reason=str(error))
-                self._watchers.notify(active.lease.job_id)
             return await active.run.wait()
         except BaseException:
             active.stop()
