@@ -61,7 +61,7 @@ def test_goals_are_told_only_where_both_sides_ran():
         "top1_agreement": (0.9, 0.8, 1.0),
     }
     own = {"weft best": Cost(10.0, 12.0, 400.0)}
-    assert goals(own, {"weft best": entry}, 0.9) == []
+    assert goals(own, {"weft best": entry}, "plain") == []
     quality = {
         "source": entry,
         "llm-compressor AWQ": {**entry, "mean_kl": (0.04, 0.03, 0.05)},
@@ -70,8 +70,9 @@ def test_goals_are_told_only_where_both_sides_ran():
     }
     rival = Cost(50.0, 60.0, 1000.0, 40.0)
     costs = {**own, "llm-compressor AWQ": rival, "llm-compressor GPTQ": rival}
-    assert goals(costs, quality, 0.9)[0] == "mean KL / llm-compressor GPTQ: 0.500 (goal 0.9)"
-    assert "0.250 (goal 0.333)" in goals(costs, quality, 0.9)[1]
+    assert goals(costs, quality, "plain")[0] == "mean KL / llm-compressor GPTQ: 0.500 (goal 0.9)"
+    assert "0.250 (goal 0.333)" in goals(costs, quality, "plain")[1]
+    assert goals(costs, quality, "outliers")[0] == "mean KL / llm-compressor GPTQ: 0.500 (goal 0.5)"
     rows = table(costs, quality).splitlines()
     assert len(rows) == 6
     assert "| 0.01000 (0.00900 to 0.01100) | 90.00%" in rows[-1]
