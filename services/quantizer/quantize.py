@@ -105,6 +105,18 @@ class _Linear:
     rows: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class _Trial:
+    """Scales worth a fit: `producer` as it becomes under them, per linear the methods in the order of what
+    they made of the held-out inputs, and those figures.
+    """
+
+    candidate: Candidate
+    producer: _Linear | None
+    orders: dict[str, list[str]]
+    held_out: dict[str, dict[str, float]]
+
+
 class BlockQuantizer:
     """Quantizes one block; make a new one for each.
 
@@ -161,29 +173,25 @@ class BlockQuantizer:
         them, nor what produces the input, worse than rounding. Identity does.
         """
         fitted, held = statistics.fitted, statistics.held
-        for part in (fitted, held or fitted):
-            if not torch.isfinite(part.gram.diagonal()).all():
-                raise self._not_finite(group.linears[0])
-        candidates = self._candidates(group, statistics)
-        orders, held_out = self._try(group, candidates[0], fitted, held or fitted)
+        self._require_finite(group, fitted.gram)
+        if held is not None:
+            self._require_finite(group, held.gram)
+        trials = self._trials(group, self._candidates(group, statistics), fitted, held or fitted)
         if held is not None:
             fitted.merge(held)
+        del statistics, held  # as large as what is fitted on
         for name in group.linears:
             self._measure(name, fitted.gram)
-        for candidate in candidates:
-            is_identity = candidate.method == "identity"
-            producer = None if is_identity else self._rescaled(group, candidate)
-            if not is_identity and group.previous in self._linears and producer is None:
-                continue
-            if candidate is not candidates[0]:
-                orders, held_out = self._try(group, candidate, fitted, held or fitted)
-            found = self._fit(group, candidate, fitted, orders)
+        for trial in trials:
+            candidate = trial.candidate
+            found = self._fit(group, candidate, fitted, trial.orders)
             if found is None:
                 continue
             for name, (quantized, effective, method, error) in found.items():
-                self._linears[name] = _Linear(quantized, effective, candidate, method, error, held_out[name])
-            if producer is not None:
-                self._linears[group.previous] = producer
+                held_out = trial.held_out[name]
+                self._linears[name] = _Linear(quantized, effective, candidate, method, error, held_out)
+            if trial.producer is not None:
+                self._linears[group.previous] = trial.producer
             break
         self.chosen[group.linears[0]] = candidate
         producers = {other.previous for other in self._groups}
@@ -224,6 +232,26 @@ class BlockQuantizer:
         ]  # fmt: skip
         losses = [min(loss[m] for m in self._methods) for loss in self._pool.map(try_methods, tasks)]
         return [finalists[i] for i in sorted(range(len(finalists)), key=lambda i: losses[i])]
+
+    def _trials(
+        self, group: ScaleGroup, candidates: list[Candidate], fitted: Moments, held: Moments
+    ) -> list[_Trial]:
+        """What to fit, in turn, identity last. All that is judged on held-out inputs is judged here: later
+        they are among what is fitted on.
+        """
+        trials: list[_Trial] = []
+        for candidate in candidates:
+            is_identity = candidate.method == "identity"
+            producer = None if is_identity else self._rescaled(group, candidate)
+            if not is_identity and group.previous in self._linears and producer is None:
+                continue
+            if trials and all(trials[-1].orders.values()):
+                # A fit on everything that fails is rare: then the ranking under scales has to do.
+                orders = {name: [*order, ROUNDING] for name, order in trials[-1].orders.items()}
+                trials.append(_Trial(candidate, None, orders, trials[-1].held_out))
+            else:
+                trials.append(_Trial(candidate, producer, *self._try(group, candidate, fitted, held)))
+        return trials
 
     def _try(
         self, group: ScaleGroup, candidate: Candidate, fitted: Moments, held: Moments
@@ -296,6 +324,10 @@ class BlockQuantizer:
         self._energy[name] = max(energy, _TINY)
         rounded = round_to_nearest(weight, self._group_size).dequantize()
         self._rounding[name] = self._error(name, rounded, gram)
+
+    def _require_finite(self, group: ScaleGroup, gram: Tensor) -> None:
+        if not torch.isfinite(gram.diagonal()).all():
+            raise self._not_finite(group.linears[0])
 
     def _not_finite(self, name: str) -> QuantizerError:
         full_name = self._source.full_name(self._index, name)
