@@ -1,44 +1,20 @@
 """The demo model through the whole quantizer, on held-out text; as it is, and with outliers planted."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
+from benchmarks.quant_outliers import plant_outliers
 from services.quantizer.config import QuantizerConfig
 from services.quantizer.job import run
 
 ROOT = Path(__file__).parents[3]
 DEMO = ROOT / "models" / "demo"
-NORM_CONSUMERS = {
-    "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "post_attention_layernorm": ("mlp.gate_proj", "mlp.up_proj"),
-}
 
 pytestmark = pytest.mark.timeout(900)
 BRIEF = {"samples": 8, "sequence_length": 128, "evaluation_tokens": 2048}
-
-
-def plant_outliers(target):
-    """A copy that computes the same: 1% of each norm's channels times 100, the consumers' columns divided."""
-    shutil.copytree(DEMO, target)
-    tensors = {name: tensor.float() for name, tensor in load_file(DEMO / "model.safetensors").items()}
-    generator = torch.Generator().manual_seed(0)
-    for layer in range(json.loads((DEMO / "config.json").read_text())["num_hidden_layers"]):
-        for norm, consumers in NORM_CONSUMERS.items():
-            weight = tensors[f"model.layers.{layer}.{norm}.weight"]
-            channels = torch.randperm(weight.numel(), generator=generator)[
-                : max(1, round(weight.numel() / 100))
-            ]
-            weight[channels] *= 100
-            for consumer in consumers:
-                tensors[f"model.layers.{layer}.{consumer}.weight"][:, channels] /= 100
-    (target / "model.safetensors").chmod(0o644)
-    save_file(tensors, target / "model.safetensors")
-    return target
 
 
 @pytest.fixture(
@@ -47,7 +23,7 @@ def plant_outliers(target):
 def artifacts(request, tmp_path_factory):
     """(as it is, with outliers)"""
     root = tmp_path_factory.mktemp("quality")
-    planted = plant_outliers(root / "planted")
+    planted = plant_outliers(DEMO, root / "planted")
     torch.set_num_threads(1)
     return tuple(
         run(
