@@ -341,7 +341,7 @@ class TestPrivate:
         process.send_signal(number)
         process.communicate(timeout=60)
         assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
-        # The kernel ends the workers with their parent; Ray's own agents first try to tell a head that is gone.
+        # The kernel ends the workers with their parent; Ray's own agents try to tell a head that is gone.
         assert psutil.wait_procs(children, timeout=280)[1] == []
         if number == signal.SIGKILL:  # the next one sweeps up
             assert len(self.ray_directories() - before) == 1
