@@ -88,21 +88,27 @@ class RandomWeights:
         self._weight_bits = weight_bits
         self._generator = torch.Generator(numerics.device).manual_seed(0)
 
-    def dense(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """Ones for a norm; for the embedding, normal numbers."""
+    def dense(self, name: str, shape: tuple[int, ...], *, offset: float = 0.0) -> Tensor:
+        """Ones for a norm, whatever `offset` a loader would add; for the embedding, normal numbers."""
         if len(shape) == 1:
             return torch.ones(shape, dtype=self.numerics.dtype, device=self.numerics.device)
         return self._normal(shape)
 
-    def head(self, embedding: Tensor) -> Linear:
+    def head(self, embedding: Tensor, name: str) -> Linear:
         """An output projection of its own."""
         weight = self._normal(tuple(embedding.shape)) * embedding.shape[1] ** -0.5
         return ops.make_dense_linear(weight, None, self.numerics)
 
     def linear(
-        self, parts: Mapping[str, int], in_features: int, has_bias: bool, *, is_gate_up: bool = False
+        self,
+        parts: Mapping[str, int],
+        in_features: int,
+        has_bias: bool,
+        *,
+        is_gate_up: bool = False,
+        order: Tensor | None = None,
     ) -> Linear:
-        """One fused linear for all parts."""
+        """One fused linear for all parts. In what `order` their outputs come, random numbers do not care."""
         out_features = sum(parts.values())
         if self._weight_bits != 4:
             weight = self._normal((out_features, in_features)) * in_features**-0.5
