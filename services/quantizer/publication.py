@@ -19,7 +19,7 @@ import transformers
 from services.quantizer.companions import companion_files, quantized_config, write_companions
 from services.quantizer.config import AWQ, COMPRESSED_TENSORS, QuantizerConfig
 from services.quantizer.errors import GateMissed, QuantizerError
-from services.quantizer.gate import explain, misses
+from services.quantizer.gate import Miss, explain, misses
 from services.quantizer.host_memory import peak_bytes
 from services.quantizer.rejection import keep_rejected, remove_rejected
 from services.quantizer.report import build_report, measure_sizes, report_json
@@ -103,11 +103,7 @@ def publish(
     )
     version = version_name(config.format, manifest)
     if missed:
-        # Published bytes never tell of a bound: the gate is no part of what an artifact is.
-        told = {**report, "missed": [f"{miss.text} ({miss.flag})" for miss in missed]}
-        pages = {"report.json": report_json(told), "report.html": report_html(told)}
-        where = keep_rejected(config.artifacts / config.name, version, pages)
-        raise GateMissed(explain(missed, where / "report.html"))
+        raise _rejection(config, version, report, missed)
     artifact = staged.publish(
         manifest,
         version,
@@ -116,6 +112,18 @@ def publish(
     )
     remove_rejected(config.artifacts / config.name, version)
     return artifact
+
+
+def _rejection(
+    config: QuantizerConfig, version: str, report: dict[str, Any], missed: list[Miss]
+) -> GateMissed:
+    """Keeps the report of what is not published, and says where. Published bytes never tell of a bound: the
+    gate is no part of what an artifact is.
+    """
+    told = {**report, "missed": [f"{miss.text} ({miss.flag})" for miss in missed]}
+    pages = {"report.json": report_json(told), "report.html": report_html(told)}
+    where = keep_rejected(config.artifacts / config.name, version, pages)
+    return GateMissed(explain(missed, where / "report.html"))
 
 
 def version_name(file_format: str, manifest: Manifest) -> str:
