@@ -13,6 +13,7 @@ from services.gateway.gateway import Gateway
 from services.gateway.live import LiveRequest
 from services.gateway.resolution import refuse_unknown_fields
 from weft import logs
+from weft.rpc.auth import Caller
 from weft.rpc.errors import StatusError, failure_from, internal_error, invalid_argument, new_error_id
 from weft.v1 import gateway_service_pb2 as pb
 
@@ -32,10 +33,10 @@ class _Stream:
 class ClientStreams:
     """The logical requests of one Multiplex call. Writes are in one order: a lock keeps messages whole."""
 
-    def __init__(self, gateway: Gateway, write: Write, *, owner: str | None, budget_s: float | None) -> None:
+    def __init__(self, gateway: Gateway, write: Write, *, caller: Caller, budget_s: float | None) -> None:
         self._gateway = gateway
         self._write = write
-        self._owner = owner
+        self._caller = caller
         self._until = None if budget_s is None else gateway.now() + budget_s
         self._streams: dict[int, _Stream] = {}
         # A task is here until its `end` is written, which is after its id has come free.
@@ -120,7 +121,7 @@ class ClientStreams:
 
     async def _generate(self, stream_id: int, stream: _Stream, request: pb.MultiplexRequest) -> None:
         budget_s = self._budget_s(request)
-        async with self._gateway.open(request.generate, owner=self._owner, budget_s=budget_s) as live:
+        async with self._gateway.open(request.generate, caller=self._caller, budget_s=budget_s) as live:
             stream.live = live
             if stream.is_cancelled:
                 live.cancel()

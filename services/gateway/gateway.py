@@ -22,6 +22,7 @@ from services.gateway.live import LiveRequest
 from services.gateway.resolution import check_fields, resolve
 from services.gateway.router import Router
 from weft import logs
+from weft.rpc.auth import Caller
 from weft.rpc.errors import StatusError
 from weft.v1 import gateway_service_pb2 as gateway_pb
 
@@ -81,10 +82,10 @@ class Gateway:
 
     @asynccontextmanager
     async def open(
-        self, request: gateway_pb.GenerateRequest, *, owner: str | None, budget_s: float | None
+        self, request: gateway_pb.GenerateRequest, *, caller: Caller, budget_s: float | None
     ) -> AsyncIterator[LiveRequest]:
-        """Admit and start a request; leaving the block ends it. `owner` is the name of the caller's key:
-        request ids are unique below it. `budget_s` is the time left until the caller's deadline. Raises
+        """Admit and start a request; leaving the block ends it. Request ids are unique below the
+        caller's name. `budget_s` is the time left until the caller's deadline. Raises
         StatusError.
         """
         counters = self.counters
@@ -108,8 +109,8 @@ class Gateway:
                 raise self.router.unavailable()
             check_fields(request, link.info)
             request_id = request.request_id or uuid.uuid4().hex
-            entry = self._claim(owner, request_id)
-            key = (owner, request_id)
+            entry = self._claim(caller.name, request_id)
+            key = (caller.name, request_id)
             resolved = await resolve(request, link.info, link.assets, request_id, deadline)
             ticket.claim_tokens(len(resolved.prompt_token_ids) * resolved.num_samples)
 

@@ -17,7 +17,7 @@ from services.gateway.events import responses, started
 from services.gateway.gateway import Gateway
 from services.gateway.resolution import not_offered, refuse_unknown_fields, tokenize
 from weft.rpc.errors import StatusError, invalid_argument
-from weft.rpc.interceptor import key_name
+from weft.rpc.interceptor import current_caller
 from weft.sampling import validate_token_ids
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1.gateway_service_pb2_grpc import GatewayServiceServicer
@@ -36,7 +36,9 @@ class GatewayServicer(GatewayServiceServicer):
         """Run one request and stream its text."""
         refuse_unknown_fields(request)
         gateway = self._gateway
-        async with gateway.open(request, owner=key_name.get(), budget_s=context.time_remaining()) as live:
+        async with gateway.open(
+            request, caller=current_caller.get(), budget_s=context.time_remaining()
+        ) as live:
             await live.admitted()
             await context.write(started(live.resolved))
             while (updates := await live.next_updates()) is not None:
@@ -46,7 +48,7 @@ class GatewayServicer(GatewayServiceServicer):
     async def Multiplex(self, request_iterator: AsyncIterator[pb.MultiplexRequest], context: Any) -> None:
         """Carry many requests on one stream."""
         streams = ClientStreams(
-            self._gateway, context.write, owner=key_name.get(), budget_s=context.time_remaining()
+            self._gateway, context.write, caller=current_caller.get(), budget_s=context.time_remaining()
         )
         await streams.run(request_iterator)
 
@@ -55,7 +57,7 @@ class GatewayServicer(GatewayServiceServicer):
         refuse_unknown_fields(request)
         if not request.request_id:
             raise invalid_argument([("request_id", "must be set")])
-        self._gateway.cancel(key_name.get(), request.request_id)
+        self._gateway.cancel(current_caller.get().name, request.request_id)
         return pb.CancelResponse()
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:

@@ -13,6 +13,7 @@ import re
 import secrets
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -32,6 +33,26 @@ class KeyFileError(ValueError):
 def hash_key(key: str) -> str:
     """The SHA-256 of a key, in hex. Keys are random and long, so a plain hash is enough."""
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who calls, and what the key allows. `name` None: the server asks for no keys.
+
+    `models` and `methods` None allow all; a method is its bare name, as in "Generate". The limits of None do
+    not limit. `weight` is the share of the key among the others when requests must wait.
+    """
+
+    name: str | None = None
+    models: frozenset[str] | None = None
+    methods: frozenset[str] | None = None
+    requests_per_second: float | None = None
+    tokens_per_minute: float | None = None
+    max_streams: int | None = None
+    weight: float = 1.0
+
+
+ANYBODY = Caller()
 
 
 class Authenticator:
@@ -79,8 +100,8 @@ class Authenticator:
                 found = name
         return found
 
-    def authenticate(self, metadata: Iterable[tuple[str, str | bytes]]) -> str:
-        """The name of the key in a call's metadata: `authorization: Bearer KEY` or `x-api-key: KEY`, one of
+    def authenticate(self, metadata: Iterable[tuple[str, str | bytes]]) -> Caller:
+        """Whose key is in a call's metadata: `authorization: Bearer KEY` or `x-api-key: KEY`, one of
         them once.
 
         Raises StatusError(UNAUTHENTICATED).
@@ -91,7 +112,7 @@ class Authenticator:
         name = self.name_of(found[0])
         if name is None:
             raise unauthenticated()
-        return name
+        return Caller(name)
 
 
 def credentials_in(metadata: Iterable[tuple[str, str | bytes]]) -> Iterable[str | None]:

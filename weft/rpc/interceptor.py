@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NoReturn, TypeAlias
 import grpc
 
 from weft import logs
-from weft.rpc.auth import Authenticator
+from weft.rpc.auth import ANYBODY, Authenticator, Caller
 from weft.rpc.errors import StatusError, internal_error, new_error_id, status_message, trailers
 
 REQUEST_ID_KEY = "x-request-id"
@@ -30,8 +30,8 @@ OPEN_METHODS = frozenset({"/grpc.health.v1.Health/Check", "/grpc.health.v1.Healt
 _UNGATED_PREFIXES = ("/grpc.health.v1.", "/grpc.reflection.")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
-# The name of the key that the call in progress came with; None when the server asks for none.
-key_name: ContextVar[str | None] = ContextVar("weft_key_name", default=None)
+# Whose call is in progress.
+current_caller: ContextVar[Caller] = ContextVar("weft_caller", default=ANYBODY)
 
 log = logs.get_logger("rpc")
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
@@ -116,7 +116,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Handler | None:
         """Find the handler and wrap it. A call that may not be made gets a handler that refuses it."""
         method = handler_call_details.method
-        caller: str | None = None
+        caller = ANYBODY
         try:
             # Before the lookup: a stranger does not learn which methods exist.
             if self._authenticator is not None and method not in OPEN_METHODS:
@@ -131,12 +131,12 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def _refuse(self, method: str, refusal: StatusError) -> Handler:
         # Of the stream-stream kind: the only one that may end before it has read a message.
         async def refuse(requests: Any, context: Any) -> None:
-            async with self._call(method, context, None):
+            async with self._call(method, context, ANYBODY):
                 raise refusal
 
         return grpc.stream_stream_rpc_method_handler(refuse)
 
-    def _wrap(self, method: str, handler: Any, caller: str | None) -> Handler:
+    def _wrap(self, method: str, handler: Any, caller: Caller) -> Handler:
         """The same method of the same kind, inside `_call`."""
         has_stream_in, has_stream_out = handler.request_streaming, handler.response_streaming
         behavior = (
@@ -176,11 +176,11 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         )
 
     @contextlib.asynccontextmanager
-    async def _call(self, method: str, context: Any, caller: str | None) -> AsyncIterator[None]:
+    async def _call(self, method: str, context: Any, caller: Caller) -> AsyncIterator[None]:
         """Count, log and translate one call. Every way out passes the `finally`."""
         call_id = request_id_in(context.invocation_metadata())
         logs.request_id.set(call_id)
-        key_name.set(caller)
+        current_caller.set(caller)
         self.counters.begun += 1
         started = time.monotonic()
         code = grpc.StatusCode.OK
@@ -210,7 +210,11 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             self.counters.ended += 1
             self.counters.by_code[code.name] += 1
             log.debug(
-                "call ended", method=method, code=code.name, key=caller, seconds=time.monotonic() - started
+                "call ended",
+                method=method,
+                code=code.name,
+                key=caller.name,
+                seconds=time.monotonic() - started,
             )
 
 

@@ -36,7 +36,7 @@ class GatewayHello(_message.Message):
     def __init__(self, protocol_version: _Optional[int] = ..., gateway_id: _Optional[str] = ..., initial_credit_bytes: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("slot", "request_id", "prompt_token_ids", "emitted_token_ids", "sampling", "sample_index", "priority", "budget_ms", "must_complete", "cache_salt")
+    __slots__ = ("slot", "request_id", "prompt_token_ids", "emitted_token_ids", "sampling", "sample_index", "priority", "budget_ms", "must_complete", "cache_salt", "retain_seconds")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class Submit(_message.Message):
     BUDGET_MS_FIELD_NUMBER: _ClassVar[int]
     MUST_COMPLETE_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    RETAIN_SECONDS_FIELD_NUMBER: _ClassVar[int]
     slot: int
     request_id: str
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -57,7 +58,8 @@ class Submit(_message.Message):
     budget_ms: int
     must_complete: bool
     cache_salt: str
-    def __init__(self, slot: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., sample_index: _Optional[int] = ..., priority: _Optional[int] = ..., budget_ms: _Optional[int] = ..., must_complete: bool = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    retain_seconds: int
+    def __init__(self, slot: _Optional[int] = ..., request_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_generation_pb2.SamplingParams, _Mapping]] = ..., sample_index: _Optional[int] = ..., priority: _Optional[int] = ..., budget_ms: _Optional[int] = ..., must_complete: bool = ..., cache_salt: _Optional[str] = ..., retain_seconds: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("slot",)
@@ -182,16 +184,26 @@ class Finished(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., reason: _Optional[_Union[_generation_pb2.FinishReason, str]] = ..., usage: _Optional[_Union[_generation_pb2.Usage, _Mapping]] = ..., receipt: _Optional[_Union[_generation_pb2.Receipt, _Mapping]] = ..., failure: _Optional[_Union[_generation_pb2.Failure, _Mapping]] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ("epoch", "step", "step_elapsed_ms", "step_bound_ms")
+    __slots__ = ("epoch", "step", "step_elapsed_ms", "step_bound_ms", "running", "waiting", "waiting_tokens", "tokens_per_second", "free_blocks")
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     STEP_ELAPSED_MS_FIELD_NUMBER: _ClassVar[int]
     STEP_BOUND_MS_FIELD_NUMBER: _ClassVar[int]
+    RUNNING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_PER_SECOND_FIELD_NUMBER: _ClassVar[int]
+    FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     epoch: int
     step: int
     step_elapsed_ms: int
     step_bound_ms: int
-    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., step_elapsed_ms: _Optional[int] = ..., step_bound_ms: _Optional[int] = ...) -> None: ...
+    running: int
+    waiting: int
+    waiting_tokens: int
+    tokens_per_second: float
+    free_blocks: int
+    def __init__(self, epoch: _Optional[int] = ..., step: _Optional[int] = ..., step_elapsed_ms: _Optional[int] = ..., step_bound_ms: _Optional[int] = ..., running: _Optional[int] = ..., waiting: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., tokens_per_second: _Optional[float] = ..., free_blocks: _Optional[int] = ...) -> None: ...
 
 class Draining(_message.Message):
     __slots__ = ("epoch", "deadline_ms")

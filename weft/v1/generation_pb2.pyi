@@ -98,7 +98,7 @@ class TokenLogprob(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., text: _Optional[str] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("code", "message", "field_violations", "retry_after_ms", "error_id")
+    __slots__ = ("code", "message", "field_violations", "retry_after_ms", "error_id", "reason", "resume_token")
     class FieldViolation(_message.Message):
         __slots__ = ("field", "description")
         FIELD_FIELD_NUMBER: _ClassVar[int]
@@ -111,9 +111,13 @@ class Failure(_message.Message):
     FIELD_VIOLATIONS_FIELD_NUMBER: _ClassVar[int]
     RETRY_AFTER_MS_FIELD_NUMBER: _ClassVar[int]
     ERROR_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    RESUME_TOKEN_FIELD_NUMBER: _ClassVar[int]
     code: int
     message: str
     field_violations: _containers.RepeatedCompositeFieldContainer[Failure.FieldViolation]
     retry_after_ms: int
     error_id: str
-    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., field_violations: _Optional[_Iterable[_Union[Failure.FieldViolation, _Mapping]]] = ..., retry_after_ms: _Optional[int] = ..., error_id: _Optional[str] = ...) -> None: ...
+    reason: str
+    resume_token: str
+    def __init__(self, code: _Optional[int] = ..., message: _Optional[str] = ..., field_violations: _Optional[_Iterable[_Union[Failure.FieldViolation, _Mapping]]] = ..., retry_after_ms: _Optional[int] = ..., error_id: _Optional[str] = ..., reason: _Optional[str] = ..., resume_token: _Optional[str] = ...) -> None: ...

@@ -15,7 +15,7 @@ from services.gateway.http.errors import HttpError, body_of, encode, headers_of,
 from services.gateway.http.parameters import HttpRequest, parse_request
 from services.gateway.live import LiveRequest
 from weft import logs
-from weft.rpc.auth import Authenticator
+from weft.rpc.auth import ANYBODY, Authenticator, Caller
 from weft.rpc.errors import StatusError, internal_error, new_error_id
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -41,11 +41,11 @@ class Endpoint:
         """Answer one request."""
         out = Output(send)
         try:
-            owner = None
+            caller = ANYBODY
             if self._authenticator is not None:
                 pairs = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]]
-                owner = self._authenticator.authenticate(pairs)
-            await self.respond(scope, receive, out, owner)
+                caller = self._authenticator.authenticate(pairs)
+            await self.respond(scope, receive, out, caller)
         except Disconnected:
             return
         except (StatusError, HttpError) as error:
@@ -55,7 +55,7 @@ class Endpoint:
             log.failure("unhandled exception", error, path=scope["path"], error_id=error_id)
             await out.error(internal_error(error_id))
 
-    async def respond(self, scope: Scope, receive: Receive, out: Output, owner: str | None) -> None:
+    async def respond(self, scope: Scope, receive: Receive, out: Output, caller: Caller) -> None:
         """Answer through `out`. May raise StatusError, HttpError or Disconnected."""
         raise NotImplementedError
 
@@ -103,10 +103,10 @@ class Completions(Endpoint):
         super().__init__(gateway, authenticator)
         self._is_chat = is_chat
 
-    async def respond(self, scope: Scope, receive: Receive, out: Output, owner: str | None) -> None:
+    async def respond(self, scope: Scope, receive: Receive, out: Output, caller: Caller) -> None:
         """Generate, while watching for the client's leave."""
         request = parse_request(await read_object(scope, receive), is_chat=self._is_chat)
-        work = asyncio.create_task(self._generate(request, out, owner))
+        work = asyncio.create_task(self._generate(request, out, caller))
         watch = asyncio.create_task(_wait_for_disconnect(receive))
         try:
             await asyncio.wait((work, watch), return_when=asyncio.FIRST_COMPLETED)
@@ -118,14 +118,14 @@ class Completions(Endpoint):
                 task.cancel()
             await asyncio.gather(work, watch, return_exceptions=True)
 
-    async def _generate(self, request: HttpRequest, out: Output, owner: str | None) -> None:
+    async def _generate(self, request: HttpRequest, out: Output, caller: Caller) -> None:
         request_id = request.generates[0].request_id or uuid.uuid4().hex
         headers = [(b"x-request-id", request_id.encode("ascii", "replace"))]
         async with contextlib.AsyncExitStack() as stack:
             lives: list[LiveRequest] = []
             for index, generate in enumerate(request.generates):
                 generate.request_id = request_id if len(request.generates) == 1 else f"{request_id}-{index}"
-                opened = self.gateway.open(generate, owner=owner, budget_s=None)
+                opened = self.gateway.open(generate, caller=caller, budget_s=None)
                 lives.append(await stack.enter_async_context(opened))
             for live in lives:
                 await live.admitted()
@@ -178,7 +178,7 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 class Models(Endpoint):
     """GET /v1/models and /v1/models/NAME."""
 
-    async def respond(self, scope: Scope, receive: Receive, out: Output, owner: str | None) -> None:
+    async def respond(self, scope: Scope, receive: Receive, out: Output, caller: Caller) -> None:
         """List the models, or describe one."""
         models = {
             name: {
@@ -203,7 +203,7 @@ class Models(Endpoint):
 class Health(Endpoint):
     """GET /healthz: 200 when a request could be served now, else 503."""
 
-    async def respond(self, scope: Scope, receive: Receive, out: Output, owner: str | None) -> None:
+    async def respond(self, scope: Scope, receive: Receive, out: Output, caller: Caller) -> None:
         """Say whether the gateway is ready."""
         is_ready = self.gateway.router.is_ready and not self.gateway.is_draining
         document = {
@@ -223,6 +223,6 @@ class Metrics(Endpoint):
         self._text = text
         self._kind = kind
 
-    async def respond(self, scope: Scope, receive: Receive, out: Output, owner: str | None) -> None:
+    async def respond(self, scope: Scope, receive: Receive, out: Output, caller: Caller) -> None:
         """The exposition."""
         await out.whole(200, self._text(), [(b"content-type", self._kind.encode())])

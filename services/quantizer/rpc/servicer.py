@@ -22,7 +22,7 @@ from services.quantizer.jobs.supervisor import Supervisor
 from services.quantizer.jobs.watchers import TooManyWatchers, Watchers, WatchersClosed
 from services.quantizer.rpc.convert import job_message, spec_of
 from weft.rpc.errors import StatusError, invalid_argument
-from weft.rpc.interceptor import key_name
+from weft.rpc.interceptor import current_caller
 from weft.rpc.unknown_fields import unknown_fields
 from weft.v1 import quantizer_service_pb2 as pb
 from weft.v1.quantizer_service_pb2_grpc import QuantizerServiceServicer
@@ -163,7 +163,7 @@ class QuantizerServicer(QuantizerServiceServicer):
         body = json.dumps(spec, sort_keys=True)
         return NewJob(
             job_id=f"job-{secrets.token_hex(8)}",
-            caller=key_name.get() or "",
+            caller=current_caller.get().name or "",
             request_id=request.request_id,
             body_digest=hashlib.sha256(body.encode()).hexdigest(),
             name=request.spec.name,

@@ -15,6 +15,7 @@ import pytest
 
 from services.gateway import client_streams
 from services.gateway.client_streams import ClientStreams
+from weft.rpc.auth import ANYBODY
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2 as gen
 
@@ -176,7 +177,7 @@ class SlowReader:
 
 async def test_every_end_is_written_however_slow_the_reader(gateway: Any) -> None:
     reader = SlowReader()
-    streams = ClientStreams(gateway.application.gateway, reader.write, owner=None, budget_s=None)
+    streams = ClientStreams(gateway.application.gateway, reader.write, caller=ANYBODY, budget_s=None)
 
     async def requests() -> Any:
         for i in range(5):
@@ -194,7 +195,7 @@ async def test_every_end_is_written_however_slow_the_reader(gateway: Any) -> Non
 async def test_ends_that_nobody_reads_are_bounded(gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_streams, "MAX_STREAMS", 10)
     reader = SlowReader()
-    streams = ClientStreams(gateway.application.gateway, reader.write, owner=None, budget_s=None)
+    streams = ClientStreams(gateway.application.gateway, reader.write, caller=ANYBODY, budget_s=None)
     num_read = 0
 
     async def requests() -> Any:

@@ -43,7 +43,7 @@ def test_a_key_has_a_name():
 )
 def test_credentials(metadata, name):
     if name is not None:
-        assert KEYS.authenticate(metadata) == name
+        assert KEYS.authenticate(metadata).name == name
         return
     with pytest.raises(StatusError) as caught:
         KEYS.authenticate(metadata)
