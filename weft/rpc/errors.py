@@ -191,8 +191,10 @@ def error_from_failure(failure: pb.Failure) -> StatusError:
     )
 
 
-def error_from_call(call: grpc.aio.AioRpcError) -> StatusError:
-    """The error that a failed client call reports, details included when they can be read."""
+def error_from_call(call: Any) -> StatusError:
+    """The error that a failed client call (an AioRpcError, or the RpcError of a call with threads) reports,
+    details included when they can be read.
+    """
     error = StatusError(call.code(), call.details() or "")
     metadata: Any = call.trailing_metadata() or ()
     for key, value in metadata:
