@@ -107,7 +107,7 @@ class EngineLink:
         if not multiplexer.num_live:
             self._watchdog.start(self._now())
         sample.link = self
-        sample.num_placements += 1
+        sample.route.num_placements += 1
         multiplexer.submit(sample)
 
     def cancel(self, sample: LiveSample) -> None:

@@ -14,6 +14,7 @@ from typing import Protocol
 import grpc
 
 from services.gateway.request import ResolvedRequest, SampleEnd, SampleUpdate
+from services.gateway.route import Route
 from services.gateway.sample_output import SampleOutput
 from weft import logs
 from weft.rpc.errors import StatusError, error_from_failure, internal_error, new_error_id
@@ -59,10 +60,8 @@ class LiveSample:
         self.token_ids: list[int] = []
         self.link: Link | None = None
         self.slot = -1
-        self.num_placements = 0
+        self.route = Route()
         self.is_accepted = False
-        # Since when it has been looking for an engine again; the router's.
-        self.lost_at: float | None = None
         self.is_cancelled = False
         self.paused_at: float | None = None
         self.end: SampleEnd | None = None
@@ -88,7 +87,7 @@ class LiveSample:
     def on_accepted(self) -> None:
         """The engine has queued or started the sample."""
         self.is_accepted = True
-        self.lost_at = None
+        self.route.lost_at = None
         self.request.wake()
 
     def on_rejected(self, failure: pb.Failure) -> None:

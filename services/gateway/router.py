@@ -138,16 +138,16 @@ class Router:
         """An engine has no place now for a sample that lost its own. It was admitted once, so it tries again
         instead of being refused in the middle of its text.
         """
-        sample.num_placements -= 1  # it was not started
+        sample.route.num_placements -= 1  # it was not started
         if not self._is_over(sample):
             self._wait(sample, min(max(retry_s, MIN_BUSY_S), MAX_BUSY_S))
 
     def _wait(self, sample: LiveSample, retry_s: float) -> None:
         """Try again after `retry_s`, or when a link comes up; give up after `wait_s` in all."""
         now = sample.request.now()
-        if sample.lost_at is None:
-            sample.lost_at = now
-        until = sample.lost_at + self._wait_s
+        if sample.route.lost_at is None:
+            sample.route.lost_at = now
+        until = sample.route.lost_at + self._wait_s
         deadline = sample.request.resolved.deadline
         if deadline is not None:
             until = min(until, deadline - 0.05)
@@ -177,7 +177,7 @@ class Router:
         request = sample.request
         if self._has_expired(sample):
             sample.finish_at_deadline()
-        elif sample.num_placements >= self._max_placements:
+        elif sample.route.num_placements >= self._max_placements:
             request.fail(self._engine_lost("the engine was lost again and again"))
         elif self.place(sample):
             self.num_replays += 1

@@ -1,0 +1,23 @@
+"""What the router remembers of one sample: where it has been and how that went. Data; the router's alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Route:
+    """`num_placements` counts every Submit that an engine did not refuse for want of room. Of those,
+    `num_fruitless` in a row ended with the engine's death before the sample got on.
+    """
+
+    num_placements: int = 0
+    num_fruitless: int = 0
+    # Tokens that the sample had when it was placed last.
+    num_tokens_then: int = 0
+    # Since when it has been looking for an engine, in seconds of the event loop's clock.
+    lost_at: float | None = None
+    # Of the deterministic engine that began it; None: another engine could not go on bit for bit anyway.
+    numerics_id: str | None = None
+    # Engines that had no room for it, since it last ran.
+    refused_by: tuple[str, ...] = ()
