@@ -12,12 +12,13 @@ import gc
 import os
 import threading
 import time
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry
 
 from services.engine.config import EngineConfig, user_cache_dir
 from services.engine.core.admission import CoreLimits
-from services.engine.core.batch import Runner
+from services.engine.core.batch import ForwardRunner, Runner
 from services.engine.core.block_manager import BlockManager
 from services.engine.core.engine_core import EngineCore
 from services.engine.core.errors import IntegrityError
@@ -76,7 +77,7 @@ def load_model(config: EngineConfig) -> tuple[Runner, RunnerInfo]:
     return runner, runner.info
 
 
-def make_core(config: EngineConfig, runner: Runner, info: RunnerInfo) -> EngineCore:
+def make_core(config: EngineConfig, runner: Runner | ForwardRunner, info: RunnerInfo) -> EngineCore:
     """The core around a runner."""
     blocks = BlockManager(
         info.num_blocks,
@@ -101,8 +102,15 @@ class EngineApplication:
 
     service_names = (SERVICE_NAME,)
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        load_model: Callable[[EngineConfig], tuple[Runner | ForwardRunner, RunnerInfo]] | None = None,
+    ) -> None:
+        """`load_model` loads something else than the configuration names: a runner without a model."""
         self._config = config
+        self._load_model = load_model
         self._registry = CollectorRegistry()
         self._metrics_server: MetricsServer | None = None
         self._core: EngineCore | None = None
@@ -111,6 +119,13 @@ class EngineApplication:
         self._watch: asyncio.Task[None] | None = None
         self._held: int | None = None
 
+    @property
+    def core(self) -> EngineCore:
+        """The core; its owner is the loop's thread. Raises RuntimeError before `load` has made it."""
+        if self._core is None:
+            raise RuntimeError("nothing is loaded")
+        return self._core
+
     async def load(self, server: Server) -> None:
         """Load the model, start the loop, register the service. Raises what the runner raises."""
         config = self._config
@@ -118,7 +133,8 @@ class EngineApplication:
             self._metrics_server = MetricsServer(self._registry, config.metrics)
             log.info("metrics", address=str(self._metrics_server.address))
         started = time.monotonic()
-        runner, info = await in_daemon_thread(lambda: load_model(config), "model-load")
+        load_runner = self._load_model or load_model
+        runner, info = await in_daemon_thread(lambda: load_runner(config), "model-load")
         events = asyncio.get_running_loop()
         if config.artifacts is not None and info.artifact_version:
             # Gateways read the tokenizer of the version that is served, for as long as it is.
