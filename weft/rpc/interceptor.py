@@ -22,7 +22,7 @@ from typing import Any, ClassVar, NoReturn, TypeAlias
 import grpc
 
 from weft import logs
-from weft.rpc.auth import ANYBODY, Authenticator, Caller
+from weft.rpc.auth import ANYBODY, Authenticator, Caller, check_method
 from weft.rpc.errors import StatusError, internal_error, new_error_id, status_message, trailers
 
 REQUEST_ID_KEY = "x-request-id"
@@ -95,8 +95,9 @@ async def _decoded(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
 class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps every call of a server.
 
-    `authenticator` None lets everybody in. `gate` says why calls other than health and reflection are
-    refused right now, or None.
+    `authenticator` None lets everybody in; else a key calls only what it lists, if it has a list.
+    `needs_named_methods` refuses a key without one: what an operator may do, no client's key does. `gate`
+    says why calls other than health and reflection are refused right now, or None.
     """
 
     def __init__(
@@ -104,8 +105,10 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         *,
         authenticator: Authenticator | None = None,
         gate: Callable[[], StatusError | None] = lambda: None,
+        needs_named_methods: bool = False,
     ) -> None:
         self._authenticator = authenticator
+        self._needs_named_methods = needs_named_methods
         self._gate = gate
         self.counters = RpcCounters()
 
@@ -121,6 +124,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             # Before the lookup: a stranger does not learn which methods exist.
             if self._authenticator is not None and method not in OPEN_METHODS:
                 caller = self._authenticator.authenticate(handler_call_details.invocation_metadata or ())
+                check_method(caller, method, must_be_named=self._needs_named_methods)
             if not method.startswith(_UNGATED_PREFIXES) and (closed := self._gate()) is not None:
                 raise closed
         except StatusError as refusal:
