@@ -75,6 +75,8 @@ class GatewayApplication:
             max_request_s=config.max_request_seconds,
             slow_client_s=config.slow_client_seconds,
         )
+        if authenticator is not None:
+            self.gateway.renew = authenticator.renew
         self.metrics = GatewayMetrics(self.gateway)
         self.http: HttpServer | None = None
         self._server: Server | None = None

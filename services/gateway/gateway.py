@@ -19,6 +19,7 @@ import grpc
 
 from services.gateway.admission import Admission, Ticket
 from services.gateway.live import LiveRequest
+from services.gateway.permissions import check_model, meant_model
 from services.gateway.resolution import check_fields, resolve
 from services.gateway.router import Router
 from weft import logs
@@ -71,6 +72,8 @@ class Gateway:
         # Seconds since the request's arrival, for whoever measures.
         self.observe_first_token: Callable[[float], None] = lambda seconds: None
         self.observe_request: Callable[[float], None] = lambda seconds: None
+        # What a key may do now: a call on which many requests come outlives a change of its key.
+        self.renew: Callable[[Caller], Caller] = lambda caller: caller
         self._max_request_s = max_request_s
         self._slow_client_s = slow_client_s
         self._entries: dict[tuple[str | None, str], _Entry] = {}
@@ -102,11 +105,13 @@ class Gateway:
                     retry_after_s=1.0,
                     reason="DRAINING",
                 )
+            caller = self.renew(caller)
             deadline = self._deadline(budget_s)
             ticket = self.admission.enter()
-            link = await self.router.find_soon(request.model, deadline)
+            link = await self.router.find_soon(self.model_for(caller, request.model), deadline)
             if link.info is None or link.assets is None:
                 raise self.router.unavailable()
+            check_model(caller, link.info.model_name, link.info.artifact_version)
             check_fields(request, link.info)
             request_id = request.request_id or uuid.uuid4().hex
             entry = self._claim(caller.name, request_id)
@@ -140,6 +145,11 @@ class Gateway:
             counters.ended += 1
             counters.by_code[code] += 1
             self.observe_request(self.now() - begun_at)
+
+    def model_for(self, caller: Caller, model: str) -> str:
+        """The model that a request of this key names, or means without naming it. Raises StatusError."""
+        infos = [link.info for link in self.router.links if link.info is not None]
+        return meant_model(caller, model, {(info.model_name, info.artifact_version) for info in infos})
 
     def cancel(self, owner: str | None, request_id: str) -> None:
         """End a live request of the same key. Raises StatusError when there is none."""

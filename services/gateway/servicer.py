@@ -13,8 +13,10 @@ from typing import Any
 import grpc
 
 from services.gateway.client_streams import ClientStreams
+from services.gateway.engine_client import EngineLink
 from services.gateway.events import responses, started
 from services.gateway.gateway import Gateway
+from services.gateway.permissions import check_model
 from services.gateway.resolution import not_offered, refuse_unknown_fields, tokenize
 from weft.rpc.errors import StatusError, invalid_argument
 from weft.rpc.interceptor import current_caller
@@ -63,7 +65,7 @@ class GatewayServicer(GatewayServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         """Turn text or chat messages into token ids."""
         refuse_unknown_fields(request)
-        link = self._gateway.router.find(request.model)
+        link = self._find(request.model)
         if link.info is None or link.assets is None:
             raise self._gateway.router.unavailable()
         return pb.TokenizeResponse(token_ids=await tokenize(request, link.assets, link.info))
@@ -71,7 +73,7 @@ class GatewayServicer(GatewayServiceServicer):
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
         """Turn token ids into text."""
         refuse_unknown_fields(request)
-        link = self._gateway.router.find(request.model)
+        link = self._find(request.model)
         if link.info is None or link.assets is None:
             raise self._gateway.router.unavailable()
         if len(request.token_ids) > MAX_TOKEN_IDS:
@@ -88,11 +90,12 @@ class GatewayServicer(GatewayServiceServicer):
         return pb.DetokenizeResponse(text=text)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
-        """Name the models that can be used now."""
+        """Name the models that can be used now, of those that the key may use."""
         refuse_unknown_fields(request)
+        caller = current_caller.get()
         response = pb.ListModelsResponse()
         for name, link in sorted(self._gateway.router.by_model().items()):
-            if link.info is not None:
+            if link.info is not None and caller.may_use(name, link.info.artifact_version):
                 response.models.add(
                     name=name,
                     version=link.info.artifact_version,
@@ -103,6 +106,14 @@ class GatewayServicer(GatewayServiceServicer):
                     vocab_size=link.info.vocab_size,
                 )
         return response
+
+    def _find(self, model: str) -> EngineLink:
+        """The link of a model that the caller may use. Raises StatusError."""
+        caller = current_caller.get()
+        link = self._gateway.router.find(self._gateway.model_for(caller, model))
+        if link.info is not None:
+            check_model(caller, link.info.model_name, link.info.artifact_version)
+        return link
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Any) -> pb.CreateSessionResponse:
         """Not offered yet."""

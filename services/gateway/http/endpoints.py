@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
-from typing import Any
+from typing import Any, ClassVar
 
 from services.gateway.gateway import Gateway
 from services.gateway.http.answers import AnswerWriter
@@ -15,7 +15,7 @@ from services.gateway.http.errors import HttpError, body_of, encode, headers_of,
 from services.gateway.http.parameters import HttpRequest, parse_request
 from services.gateway.live import LiveRequest
 from weft import logs
-from weft.rpc.auth import ANYBODY, Authenticator, Caller
+from weft.rpc.auth import ANYBODY, Authenticator, Caller, check_method
 from weft.rpc.errors import StatusError, internal_error, new_error_id
 
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -29,7 +29,11 @@ log = logs.get_logger("gateway.http")
 
 
 class Endpoint:
-    """Authenticates, answers, and turns every exception into an error body. Subclasses give `respond`."""
+    """Authenticates, answers, and turns every exception into an error body. Subclasses give `respond`, and
+    the `method` that a key must be allowed.
+    """
+
+    method: ClassVar[str]
 
     def __init__(
         self, gateway: Gateway, authenticator: Authenticator | None, *, is_open: bool = False
@@ -45,6 +49,7 @@ class Endpoint:
             if self._authenticator is not None:
                 pairs = [(k.decode("latin-1"), v.decode("latin-1")) for k, v in scope["headers"]]
                 caller = self._authenticator.authenticate(pairs)
+                check_method(caller, self.method)
             await self.respond(scope, receive, out, caller)
         except Disconnected:
             return
@@ -98,6 +103,8 @@ class Output:
 
 class Completions(Endpoint):
     """POST /v1/completions and /v1/chat/completions."""
+
+    method = "Generate"
 
     def __init__(self, gateway: Gateway, authenticator: Authenticator | None, *, is_chat: bool) -> None:
         super().__init__(gateway, authenticator)
@@ -178,6 +185,8 @@ async def _wait_for_disconnect(receive: Receive) -> None:
 class Models(Endpoint):
     """GET /v1/models and /v1/models/NAME."""
 
+    method = "ListModels"
+
     async def respond(self, scope: Scope, receive: Receive, out: Output, caller: Caller) -> None:
         """List the models, or describe one."""
         models = {
@@ -189,6 +198,7 @@ class Models(Endpoint):
                 "max_model_len": link.info.max_model_len if link.info else 0,
             }
             for name, link in sorted(self.gateway.router.by_model().items())
+            if caller.may_use(name, link.info.artifact_version if link.info else "")
         }
         name = scope.get("path_params", {}).get("name")
         if name is None:
@@ -203,6 +213,8 @@ class Models(Endpoint):
 class Health(Endpoint):
     """GET /healthz: 200 when a request could be served now, else 503."""
 
+    method = "Check"
+
     async def respond(self, scope: Scope, receive: Receive, out: Output, caller: Caller) -> None:
         """Say whether the gateway is ready."""
         is_ready = self.gateway.router.is_ready and not self.gateway.is_draining
@@ -215,6 +227,8 @@ class Health(Endpoint):
 
 class Metrics(Endpoint):
     """GET /metrics."""
+
+    method = "Metrics"
 
     def __init__(
         self, gateway: Gateway, authenticator: Authenticator | None, text: Callable[[], bytes], kind: str
