@@ -31,7 +31,8 @@ class Block:
     `token_ids` are the tokens whose K and V it holds, from its first slot on. `num_owners` counts the
     sequences that have it in their table, plus the copies under way that read it. `parent_hash` names
     everything before the block; `chain_hash` names everything through its end and is set once the block is
-    full.
+    full. While Cached, `cached_at` orders it by age, and until `retained_until`, in seconds of the core's
+    clock, it is evicted after others.
     """
 
     index: int
@@ -41,6 +42,8 @@ class Block:
     parent_hash: bytes = b""
     chain_hash: bytes | None = None
     is_indexed: bool = False
+    cached_at: int = 0
+    retained_until: float = 0.0
 
     @property
     def num_filled(self) -> int:

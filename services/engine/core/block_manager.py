@@ -8,8 +8,9 @@ requests.
 from __future__ import annotations
 
 from array import array
-from collections import Counter, OrderedDict, deque
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from time import monotonic
 
 from services.engine.core.batch import BlockCopy
 from services.engine.core.block import (
@@ -22,6 +23,7 @@ from services.engine.core.block import (
     root_hash,
 )
 from services.engine.core.errors import IntegrityError
+from services.engine.core.eviction import EvictionOrder
 from services.engine.core.prefix_index import PrefixIndex
 from services.engine.core.sequence import Sequence
 
@@ -34,7 +36,7 @@ class BlockManager:
 
     `namespace` salts the hash chain (the artifact digest): equal tokens under another model never hit.
     `min_head` is the shortest common head worth a copy, in tokens. With `has_prefix_cache` off nothing is
-    ever Cached.
+    ever Cached. `now` is a monotonic clock in seconds; at most half of the pool is retained.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class BlockManager:
         namespace: str = "",
         min_head: int | None = None,
         has_prefix_cache: bool = True,
+        now: Callable[[], float] = monotonic,
     ) -> None:
         self.block_size = block_size
         self.num_blocks = num_blocks
@@ -53,7 +56,7 @@ class BlockManager:
         self._namespace = namespace
         self._blocks = [Block(index) for index in range(num_blocks)]
         self._free = deque(self._blocks)
-        self._cached: OrderedDict[int, Block] = OrderedDict()
+        self._cached = EvictionOrder(num_blocks // 2, now)
         self._index = PrefixIndex(block_size, self.min_head)
         self._held: Counter[int] = Counter()
 
@@ -162,7 +165,8 @@ class BlockManager:
             position = sequence.num_recorded_tokens = stop
 
     def release(self, sequence: Sequence, *, is_sound: bool = True) -> None:
-        """Take back a sequence's blocks. What is worth keeping becomes Cached, tails older than heads.
+        """Take back a sequence's blocks. What is worth keeping becomes Cached, tails older than heads, and is
+        evicted after others' for the sequence's `retain_s`.
 
         What is not sound is kept by those who share it, and found by nobody else. A step in flight may still
         write behind the computed tokens; the blocks may be used again nevertheless, because whatever writes
@@ -170,6 +174,8 @@ class BlockManager:
         """
         if is_sound:
             self.record(sequence)
+            if sequence.retain_s > 0:
+                self._cached.retain((self._blocks[i] for i in sequence.block_table), sequence.retain_s)
         for index in reversed(sequence.block_table):
             block = self._blocks[index]
             if block.is_indexed and not is_sound:
@@ -215,8 +221,9 @@ class BlockManager:
         if len(free) != len(self._free):
             raise IntegrityError("a block is twice in the free list")
         listed = self._index.blocks()
+        cached = set(self._cached.checked())
         for block in self._blocks:
-            in_lists = (block.index in free, block.index in self._cached)
+            in_lists = (block.index in free, block.index in cached)
             expected = (block.state is BlockState.FREE, block.state is BlockState.CACHED)
             if in_lists != expected:
                 raise IntegrityError(f"block {block.index} is {block.state} but listed otherwise")
@@ -239,7 +246,7 @@ class BlockManager:
         if self._free:
             block = self._free.popleft()
         else:
-            _, block = self._cached.popitem(last=False)
+            block = self._cached.evict()
             self._index.remove(block)
             self._wipe(block)
         block.state = BlockState.ACTIVE
@@ -248,7 +255,7 @@ class BlockManager:
 
     def _own(self, block: Block) -> None:
         if block.state is BlockState.CACHED:
-            del self._cached[block.index]
+            self._cached.remove(block)
             block.state = BlockState.ACTIVE
         elif block.state is BlockState.FREE:
             raise IntegrityError(f"block {block.index} is free and cannot be shared")
@@ -263,7 +270,7 @@ class BlockManager:
         is_partial = block.chain_hash is None
         if block.is_indexed and not (is_partial and self._index.is_covered(block)):
             block.state = BlockState.CACHED
-            self._cached[block.index] = block
+            self._cached.add(block)
             return
         if block.is_indexed:
             self._index.remove(block)
@@ -276,6 +283,7 @@ class BlockManager:
         block.token_ids = array(TOKEN_TYPECODE)
         block.parent_hash = b""
         block.chain_hash = None
+        block.retained_until = 0.0
 
     def _list(self, sequence: Sequence, i: int, block: Block) -> None:
         """Index a block when it first becomes findable, and again when it becomes full."""

@@ -61,7 +61,8 @@ class Sequence:
     were delivered before a resume. `priority`: lower runs first. `deadline` and `arrival` are seconds of the
     core's clock. `has_host_state`: each token changes something on the host that the next one's draw needs,
     so no step is built on a token that is still in flight. `num_bypassed` counts admissions of later requests
-    while this one could not be placed.
+    while this one could not be placed. For `retain_s` seconds after it gave its blocks back they are evicted
+    after others'.
 
     In blocks: `block_table[i]` holds the positions from i * block_size, `num_slots` in all. `block_hashes`
     are the hash chain over full blocks of `token_ids`, as far as anyone needed it. In tokens, counted from
@@ -86,6 +87,7 @@ class Sequence:
     eos_token_ids: frozenset[int] = frozenset()
     cache_salt: str = ""
     has_host_state: bool = False
+    retain_s: float = 0.0
 
     status: SequenceStatus = SequenceStatus.WAITING
     finish_reason: FinishReason | None = None

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from services.engine.runner.config import RunnerInfo
 
 PROTOCOL_VERSION = 1
+MAX_RETAIN_SECONDS = 86_400
 CAPABILITIES = ("logprobs", "pause", "resume")
 
 _REASONS = {
@@ -50,6 +51,8 @@ def check(request: pb.Submit | pb.GenerateTokensRequest, info: pb.GetInfoRespons
     for name in ("seed", "max_tokens"):
         if is_bridged and not sampling.HasField(name):
             found.append(FieldViolation(f"sampling.{name}", "must be set"))
+    if isinstance(request, pb.Submit) and request.retain_seconds > MAX_RETAIN_SECONDS:
+        found.append(FieldViolation("retain_seconds", f"must be at most {MAX_RETAIN_SECONDS}"))
     if found:
         return found
     max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else None
@@ -127,6 +130,7 @@ def sequence(
         must_complete=request.must_complete,
         eos_token_ids=frozenset(info.eos_token_ids),
         cache_salt=request.cache_salt,
+        retain_s=float(request.retain_seconds) if isinstance(request, pb.Submit) else 0.0,
     )
 
 

@@ -266,10 +266,11 @@ def make_core(
 ):
     """A core over an oracle runner, with small limits."""
     runner = (DelayedRunner if overlap else OracleRunner)(num_blocks, block_size)
-    blocks = BlockManager(num_blocks, block_size, min_head=min_head, has_prefix_cache=prefix_cache)
+    clock = clock or Clock()
+    blocks = BlockManager(num_blocks, block_size, min_head=min_head, has_prefix_cache=prefix_cache, now=clock)
     scheduler = Scheduler(SchedulerConfig(**limits), blocks)
     core_limits = CoreLimits(VOCABULARY, max_model_len=10_000, max_queue_size=max_queue_size)
-    core = EngineCore(runner, scheduler, blocks, core_limits, now=clock or Clock())
+    core = EngineCore(runner, scheduler, blocks, core_limits, now=clock)
     return core, runner
 
 

@@ -90,6 +90,7 @@ class History:
             priority=(a >> 6) % 3 - 1,
             deadline=deadline,
             eos_token_ids=eos,
+            retain_s=(0.0, 0.0, 1.0, 1000.0)[(a >> 15) % 4],
         )
         try:
             self.core.add(sequence)

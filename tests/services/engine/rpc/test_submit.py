@@ -63,6 +63,7 @@ SAMPLING = generation_pb2.SamplingParams
         (submit(0, PROMPT, priority=101), "priority"),
         (submit(0, PROMPT, request_id="a b"), "request_id"),
         (submit(0, PROMPT, cache_salt="x" * 257), "cache_salt"),
+        (submit(0, PROMPT, retain_seconds=86_401), "retain_seconds"),
     ],
 )  # fmt: skip
 async def test_a_bad_submit_is_rejected_alone(bad, field):
@@ -130,3 +131,12 @@ async def test_an_update_moves_the_deadline_and_a_bad_one_ends_the_link():
         assert gateway.finished[0].reason == generation_pb2.FINISH_REASON_DEADLINE
         await gateway.send(update=pb.Update(slot=0, priority=101))
         assert (await ends_with(gateway.call)).code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_the_blocks_of_a_retained_sequence_are_evicted_last():
+    async with running_engine() as engine, linked(engine) as gateway:
+        await gateway.call.write(submit(0, [5] * 40, 5, retain_seconds=86_400))
+        await gateway.call.write(submit(1, [6] * 40, 5))
+        await gateway.read_until(lambda: len(gateway.finished) == 2)
+        assert engine.blocks._cached.num_retained == 3
+        assert engine.blocks.counts().cached == 6
