@@ -153,6 +153,20 @@ def check_size(field: str, text: str) -> None:
 
 
 async def _tokenize_chat(chat: gateway_pb.ChatPrompt, assets: ModelAssets) -> list[int]:
+    messages, marker = await messages_of(chat, assets)
+    rendered = await render(messages, assets)
+    token_ids = await assets.tokenizer.encode_chat(rendered, marker)
+    if not token_ids:
+        raise invalid_argument([("chat", "the rendered conversation is empty")])
+    return token_ids
+
+
+async def messages_of(
+    chat: gateway_pb.ChatPrompt, assets: ModelAssets
+) -> tuple[list[dict[str, str]], str | None]:
+    """The messages as templates take them, checked, and the marker of the special tokens that are spelled out
+    in them. Raises StatusError.
+    """
     template = assets.template
     if template is None:
         raise invalid_argument([("chat", assets.template_problem)])
@@ -172,8 +186,15 @@ async def _tokenize_chat(chat: gateway_pb.ChatPrompt, assets: ModelAssets) -> li
         {"role": message.role, "content": content}
         for message, content in zip(chat.messages, contents, strict=True)
     ]
+    return messages, marker
+
+
+async def render(messages: list[dict[str, str]], assets: ModelAssets) -> str:
+    """The conversation as the model's template writes it, ready for an answer. Raises StatusError."""
+    if assets.template is None:
+        raise invalid_argument([("chat", assets.template_problem)])
     try:
-        rendered = await template.render(messages)
+        return await assets.template.render(messages)
     except ConversationRefused as error:
         raise invalid_argument([("chat", str(error))]) from error
     except TemplateBusy as error:
@@ -184,10 +205,6 @@ async def _tokenize_chat(chat: gateway_pb.ChatPrompt, assets: ModelAssets) -> li
         error_id = new_error_id()
         log.failure("chat template failed", error, error_id=error_id)
         raise StatusError(grpc.StatusCode.INTERNAL, f"{error} (id {error_id})", error_id=error_id) from error
-    token_ids = await assets.tokenizer.encode_chat(rendered, marker)
-    if not token_ids:
-        raise invalid_argument([("chat", "the rendered conversation is empty")])
-    return token_ids
 
 
 def _is_named(role: str, template: str) -> bool:

@@ -73,6 +73,10 @@ class Tokenizer:
         """A client's text: the model's begin token is added, special tokens inside are spelled out."""
         return await self._run(len(text), _encode, self._plain, text, True)
 
+    async def encode_more(self, text: str) -> list[int]:
+        """A client's text that goes on from tokens before it: as `encode_text`, without a begin token."""
+        return await self._run(len(text), _encode, self._plain, text, False)
+
     async def encode_chat(self, rendered: str, marker: str | None) -> list[int]:
         """A rendered conversation. Special tokens are honoured, except those that `escape` marked with
         `marker`.
