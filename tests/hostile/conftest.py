@@ -1,0 +1,20 @@
+"""One gateway and one engine a module, bystanders on both, and the checks after every test."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest_asyncio
+
+from tests.hostile.hostile_stack import Stack, running_stack
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def stack() -> AsyncIterator[Stack]:
+    """Shared by a module's tests. At its end nothing may be left, and no INTERNAL may have been sent."""
+    async with running_stack() as stack:
+        stack.begin_bystanders()
+        yield stack
+        await stack.end_bystanders()
+        stack.check_bystanders()
+        await stack.idle()
