@@ -4,6 +4,7 @@
 #   TORCH_INDEX  an index to take torch from, e.g. https://download.pytorch.org/whl/cpu for the small CPU build
 #   GPU_FLAGS    more flags for make gpu, e.g. --write-results
 #   BENCH_FLAGS  flags for make bench-quant
+#   CHAOS_FLAGS  flags for make chaos, e.g. --engines mock --seed 7
 #   PY           another interpreter with everything installed; then nothing is set up
 PYTHON ?= python3
 VENV ?= .venv
@@ -18,12 +19,15 @@ SHELL := /bin/bash
 # A given PY is taken as it is; otherwise the stamp says when the environment was last brought up to date.
 STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.weft-installed,)
 
-.PHONY: help setup protos format check test retest test-slow kernels gpu bench-quant demo up size
+.PHONY: help setup protos format check test retest test-slow kernels gpu bench-quant demo chaos up size
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-setup: $(STAMP)  ## make the virtual environment (again only when pyproject.toml or constraints.txt change)
+setchaos: $(STAMP)  ## kill, freeze and cut off engines under 64 streams, and check every token (CHAOS_FLAGS: see --help)
+	$(PY) -m tools.chaos $(CHAOS_FLAGS)
+
+up: $(STAMP)  ## make the virtual environment (again only when pyproject.toml or constraints.txt change)
 
 $(VENV)/.weft-installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
@@ -67,6 +71,9 @@ bench-quant: $(STAMP)  ## this quantizer beside llm-compressor and plain roundin
 
 demo: $(STAMP)  ## quantize the demo model, serve it, stream sixteen completions, stop
 	$(PY) -m tools.demo
+
+chaos: $(STAMP)  ## kill, freeze and cut off engines under 64 streams, and check every token (CHAOS_FLAGS: see --help)
+	$(PY) -m tools.chaos $(CHAOS_FLAGS)
 
 up: $(STAMP)  ## the same services, left running in the foreground
 	$(PY) -m tools.demo --up

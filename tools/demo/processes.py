@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -47,6 +48,36 @@ class Service:
     def is_running(self) -> bool:
         """Whether the process lives."""
         return self._process.poll() is None
+
+    @property
+    def exit_code(self) -> int | None:
+        """Its exit code once it has ended; a signal's number is negative."""
+        return self._process.poll()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def is_any_left(self) -> bool:
+        """Whether it, or a process that it started in its group, lives."""
+        try:
+            os.killpg(self._process.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def send_signal(self, number: signal.Signals) -> None:
+        """Send a signal, if it lives."""
+        if self.is_running:
+            self._process.send_signal(number)
+
+    def kill(self) -> None:
+        """SIGKILL, also when it is stopped, and wait. May come twice."""
+        if self.is_running:
+            self._process.kill()
+        self._process.wait(STOP_TIMEOUT_S)
 
     def events(self) -> Iterator[dict[str, Any]]:
         """What it has logged so far; lines that are no JSON objects (a traceback) are left out."""

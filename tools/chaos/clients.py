@@ -1,0 +1,294 @@
+"""The clients of a fault run: each sends one request, over gRPC or HTTP, and tells a checker all that comes.
+
+A stream that ends with a resume token is taken up again, as any client may do. Knows no fault and no engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import httpx
+
+from tools.chaos.checker import StreamCheck
+from tools.chaos.workload import CANCELS, HTTP, MULTIPLEX, SLOW, Spec
+from tools.mock_engine import oracle
+from weft.rpc.errors import StatusError, error_from_call, error_from_failure
+from weft.v1 import gateway_service_pb2 as pb
+from weft.v1 import generation_pb2
+from weft.v1.gateway_service_pb2_grpc import GatewayServiceStub
+
+# The library's mark for the end of a stream; its type stubs do not know it.
+_EOF: Any = vars(grpc.aio)["EOF"]
+CALL_TIMEOUT_S = 120.0
+MAX_RESUMES = 10
+NUM_CHANNELS = 8
+# Small windows, as those of a client that wants to be pushed back on: a slow reader is slow at once.
+SLOW_OPTIONS = [
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.http2.bdp_probe", 0),
+    ("grpc.http2.lookahead_bytes", 4096),
+]
+_PREFIX = "FINISH_REASON_"
+_REASONS = {"stop": "STOP", "length": "LENGTH"}
+
+
+class Counts:
+    """What the clients did and met, all together."""
+
+    def __init__(self) -> None:
+        self.resumed = 0
+        self.cancelled = 0
+        self.slow = 0
+        self.refused_while_full = 0
+
+
+class Clients:
+    """Connections to one gateway. `async with`, then `run` as often and as many at once as wanted."""
+
+    def __init__(self, target: str, http: str = "", *, checks_logprobs: bool = True) -> None:
+        self.counts = Counts()
+        self._target = target
+        self._http_url = f"http://{http}/v1/completions"
+        self._checks_logprobs = checks_logprobs
+        self._channels: list[grpc.aio.Channel] = []
+        self._streams: list[MultiplexClient] = []
+        self._http: httpx.AsyncClient | None = None
+        self._next = 0
+
+    async def __aenter__(self) -> Clients:
+        options = [("grpc.use_local_subchannel_pool", 1)]
+        self._channels = [
+            grpc.aio.insecure_channel(self._target, options=options) for _ in range(NUM_CHANNELS)
+        ]
+        self._streams = [MultiplexClient(GatewayServiceStub(channel)) for channel in self._channels]
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=16)
+        self._http = httpx.AsyncClient(timeout=CALL_TIMEOUT_S, limits=limits, trust_env=False)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for stream in self._streams:
+            await stream.close()
+        for channel in self._channels:
+            await channel.close(None)
+        if self._http is not None:
+            await self._http.aclose()
+
+    async def run(self, spec: Spec, check: StreamCheck) -> None:
+        """Run one request to its end. Whatever happens is in `check` afterwards."""
+        self._next += 1
+        counts = self.counts
+        if spec.way == HTTP:
+            is_cut = await self._run_http(spec, check)
+        elif spec.way == MULTIPLEX:
+            stream = self._streams[self._next % NUM_CHANNELS]
+            is_cut = await self._run_events(spec, check, lambda request: stream.events(request))
+        elif spec.behaviour == SLOW:
+            counts.slow += 1
+            async with grpc.aio.insecure_channel(self._target, options=SLOW_OPTIONS) as channel:
+                stub = GatewayServiceStub(channel)
+                is_cut = await self._run_events(spec, check, lambda request: generate_events(stub, request))
+        else:
+            stub = GatewayServiceStub(self._channels[self._next % NUM_CHANNELS])
+            is_cut = await self._run_events(spec, check, lambda request: generate_events(stub, request))
+        counts.cancelled += is_cut
+        check.on_end(may_be_cut=is_cut)
+
+    async def _run_events(self, spec: Spec, check: StreamCheck, open_events: Any) -> bool:
+        """Read the events of a request; True when the client has broken it off."""
+        request = spec.request()
+        offsets = [0] * spec.num_samples
+        for _ in range(MAX_RESUMES):
+            try:
+                async with contextlib.aclosing(open_events(request)) as events:
+                    async for response in events:
+                        self._take(spec, check, response, offsets)
+                        if spec.behaviour == CANCELS and check.num_tokens >= spec.cancel_after:
+                            return True
+                        if spec.behaviour == SLOW:
+                            await asyncio.sleep(spec.read_delay_s)
+                return False
+            except StatusError as error:
+                token = error.metadata.get("resume_token", "")
+                if not token:
+                    check.on_error(f"{error.code.name} {error.reason}: {error.message}")
+                    return False
+                self.counts.resumed += 1
+                request = resumed(spec, token, offsets)
+                await asyncio.sleep(error.retry_after_s or 0.1)
+        check.on_error("resumed too often")
+        return False
+
+    def _take(
+        self, spec: Spec, check: StreamCheck, response: pb.GenerateResponse, offsets: list[int]
+    ) -> None:
+        kind = response.WhichOneof("event")
+        if kind == "finish":
+            finish = response.finish
+            reason = generation_pb2.FinishReason.Name(finish.reason).removeprefix(_PREFIX)
+            check.on_finish(finish.sample_index, reason, finish.usage.completion_tokens)
+        elif kind == "delta":
+            delta = response.delta
+            steady = spec.behaviour != SLOW
+            check.on_delta(
+                delta.sample_index,
+                delta.token_ids,
+                time.monotonic(),
+                text=delta.text,
+                counts_gap=steady,
+            )
+            if delta.sample_index < len(offsets):
+                offsets[delta.sample_index] = delta.next_offset
+            if spec.logprobs is not None and self._checks_logprobs:
+                check_logprobs(check, delta, spec.logprobs)
+
+    async def _run_http(self, spec: Spec, check: StreamCheck) -> bool:
+        if self._http is None:
+            raise RuntimeError("the clients are not open")
+        num_characters = 0
+        try:
+            async with self._http.stream("POST", self._http_url, json=spec.document()) as response:
+                if response.status_code != 200:
+                    check.on_error(f"HTTP {response.status_code}: {(await response.aread())[:200]!r}")
+                    return False
+                async for line in response.aiter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    document = json.loads(line.removeprefix("data: "))
+                    if "error" in document:
+                        check.on_error(f"HTTP: {document['error']}")
+                        return False
+                    for choice in document["choices"]:
+                        check.on_text(choice["index"], choice["text"], time.monotonic())
+                        num_characters += len(choice["text"])
+                        if choice["finish_reason"] is not None:
+                            reason = _REASONS.get(choice["finish_reason"], choice["finish_reason"])
+                            check.on_finish(choice["index"], reason)
+                    if spec.behaviour == CANCELS and num_characters >= spec.cancel_after:
+                        return True
+        except httpx.HTTPError as error:
+            check.on_error(f"HTTP: {type(error).__name__}: {error}")
+        return False
+
+
+def resumed(spec: Spec, token: str, offsets: list[int]) -> pb.GenerateRequest:
+    """The request that takes up what a resume token stands for, from where this client stopped."""
+    request = spec.request()
+    request.ClearField("request_id")
+    request.resume_token = token
+    if len(offsets) == 1:
+        request.resume_offset = offsets[0]
+    else:
+        request.resume_offsets.extend(offsets)
+    return request
+
+
+def check_logprobs(check: StreamCheck, delta: pb.Delta, count: int) -> None:
+    """Hold a delta's log-probabilities against what mock engines tell."""
+    if len(delta.logprobs) != len(delta.token_ids):
+        check.on_logprobs(delta.sample_index, len(delta.logprobs), len(delta.token_ids))
+        return
+    for token_id, entry in zip(delta.token_ids, delta.logprobs, strict=True):
+        told = (
+            entry.chosen.token_id,
+            entry.chosen.logprob,
+            tuple((t.token_id, t.logprob) for t in entry.top),
+        )
+        expected = (token_id, oracle.logprob(token_id), oracle.top_logprobs(token_id, count))
+        check.on_logprobs(delta.sample_index, told, expected)
+
+
+async def generate_events(
+    stub: GatewayServiceStub, request: pb.GenerateRequest
+) -> AsyncIterator[pb.GenerateResponse]:
+    """The events of a Generate call. Raises StatusError; leaving cancels."""
+    call = stub.Generate(request, timeout=CALL_TIMEOUT_S)
+    try:
+        async for response in call:
+            yield response
+    except grpc.aio.AioRpcError as error:
+        raise error_from_call(error) from None
+    finally:
+        call.cancel()
+
+
+class MultiplexClient:
+    """Many requests on one Multiplex call, opened with the first of them."""
+
+    def __init__(self, stub: GatewayServiceStub) -> None:
+        self._stub = stub
+        self._call: Any = None
+        self._reader: asyncio.Task[None] | None = None
+        self._queues: dict[int, asyncio.Queue[pb.MultiplexResponse | StatusError]] = {}
+        self._next_id = 0
+        self._lock = asyncio.Lock()
+
+    async def events(self, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+        """The events of one request. Raises StatusError; leaving cancels it."""
+        if self._reader is None or self._reader.done():
+            self._call = self._stub.Multiplex()
+            self._reader = asyncio.create_task(self._read(self._call))
+        self._next_id += 1
+        stream_id = self._next_id
+        # As many events as the client's own request can have: what is not taken in time waits here.
+        queue = self._queues[stream_id] = asyncio.Queue()
+        is_over = False
+        try:
+            try:
+                await self._write(pb.MultiplexRequest(stream_id=stream_id, generate=request))
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+                raise StatusError(grpc.StatusCode.UNAVAILABLE, f"the call is over: {error}") from None
+            while True:
+                response = await queue.get()
+                if isinstance(response, StatusError):
+                    is_over = True
+                    raise response
+                if response.WhichOneof("event") == "end":
+                    is_over = True
+                    if response.end.HasField("failure"):
+                        raise failure_of(response.end.failure)
+                    return
+                yield response.response
+        finally:
+            # What still comes of it, `_read` drops.
+            del self._queues[stream_id]
+            if not is_over:
+                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    await self._write(pb.MultiplexRequest(stream_id=stream_id, cancel=pb.CancelStream()))
+
+    async def close(self) -> None:
+        """End the call."""
+        if self._call is not None:
+            self._call.cancel()
+        if self._reader is not None:
+            self._reader.cancel()
+            await asyncio.gather(self._reader, return_exceptions=True)
+
+    async def _write(self, request: pb.MultiplexRequest) -> None:
+        async with self._lock:
+            await self._call.write(request)
+
+    async def _read(self, call: Any) -> None:
+        try:
+            while (response := await call.read()) is not _EOF:
+                queue = self._queues.get(response.stream_id)
+                if queue is not None:
+                    queue.put_nowait(response)
+            error = StatusError(grpc.StatusCode.UNAVAILABLE, "the Multiplex call ended")
+        except grpc.aio.AioRpcError as rpc_error:
+            error = error_from_call(rpc_error)
+        for queue in self._queues.values():
+            queue.put_nowait(error)
+
+
+def failure_of(failure: generation_pb2.Failure) -> StatusError:
+    """A failure inside a stream as the error of a call, its resume token with it."""
+    error = error_from_failure(failure)
+    if failure.resume_token:
+        error.metadata.setdefault("resume_token", failure.resume_token)
+    return error

@@ -1,0 +1,118 @@
+"""One fault run: clients, faults, and what is left at the end, put together into a report."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tools.chaos.checker import StreamCheck, percentile
+from tools.chaos.clients import Clients, Counts
+from tools.chaos.faults import Schedule
+from tools.chaos.stack import Stack
+from tools.chaos.workload import Workload
+
+# Streams that were begun get so long to end after the last fault.
+END_S = 60.0
+MAX_SHOWN = 20
+
+
+@dataclass
+class Report:
+    """What a run did and found. No `problems`: nothing was lost, doubled or wrong, and all is given back."""
+
+    seed: int
+    seconds: float = 0.0
+    num_streams: int = 0
+    num_requests: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    num_lost: int = 0
+    num_doubled: int = 0
+    num_wrong: int = 0
+    num_replays: int = 0
+    num_preemptions: int = 0
+    gaps_s: list[float] = field(default_factory=list)
+    clients: Counts = field(default_factory=Counts)
+    schedule: Schedule | None = None
+    problems: list[str] = field(default_factory=list)
+
+    def take(self, check: StreamCheck) -> None:
+        """Add what one client saw."""
+        self.num_requests += 1
+        self.num_samples += len(check.samples)
+        self.num_tokens += check.num_tokens
+        self.num_lost += check.num_lost
+        self.num_doubled += check.num_doubled
+        self.num_wrong += check.num_wrong
+        self.gaps_s += check.gaps_s
+        self.problems += check.problems
+
+    def lines(self) -> list[str]:
+        """The report for people."""
+        faults = self.schedule.counts if self.schedule is not None else {}
+        told = ", ".join(f"{count} {kind}" for kind, count in sorted(faults.items())) or "none"
+        gaps = self.gaps_s
+        shown = [f"{1000 * percentile(gaps, p):.0f} ms" for p in (50, 99)]
+        clients = self.clients
+        lines = [
+            f"seed {self.seed}: {self.num_streams} streams at once for {self.seconds:.1f} s",
+            f"faults: {told}",
+            f"requests: {self.num_requests} of {self.num_samples} samples, {self.num_tokens} tokens",
+            f"clients: {clients.cancelled} cancelled, {clients.slow} read slowly",
+            f"taken up again by a resume token: {clients.resumed} requests",
+            f"moved to another engine: {self.num_replays} samples",
+            f"preempted, on the engines that live at the end: {self.num_preemptions}",
+            f"gap between tokens: p50 {shown[0]}, p99 {shown[1]}, worst {1000 * max(gaps, default=0):.0f} ms",
+            f"tokens: {self.num_lost} lost, {self.num_doubled} doubled, {self.num_wrong} wrong",
+        ]
+        if self.problems:
+            lines += [f"PROBLEM {problem}" for problem in self.problems[:MAX_SHOWN]]
+            if len(self.problems) > MAX_SHOWN:
+                lines.append(f"and {len(self.problems) - MAX_SHOWN} more")
+            lines += ["the faults, in order:", *map(str, self.schedule.trace if self.schedule else [])]
+        return lines
+
+
+async def run(
+    stack: Stack, schedule: Schedule, workloads: Sequence[Workload], seconds: float, *, checks_logprobs: bool
+) -> Report:
+    """Run clients, one for each workload, under the schedule. The stack is up before and after."""
+    report = Report(schedule.seed, num_streams=len(workloads), schedule=schedule)
+    began = time.monotonic()
+    until = began + seconds
+    checks: list[StreamCheck] = []
+    async with Clients(stack.target, stack.http, checks_logprobs=checks_logprobs) as clients:
+        report.clients = clients.counts
+
+        async def work(workload: Workload) -> None:
+            while time.monotonic() < until:
+                spec, expected = workload.next()
+                check = StreamCheck(spec.name, expected)
+                checks.append(check)
+                await clients.run(spec, check)
+
+        workers = [asyncio.create_task(work(workload)) for workload in workloads]
+        faults = asyncio.create_task(schedule.run(seconds))
+        try:
+            await faults
+            _, late = await asyncio.wait(workers, timeout=END_S)
+            report.problems += [f"{len(late)} streams did not end within {END_S:.0f} s"] * bool(late)
+            report.problems += [
+                f"a client failed: {worker.exception()!r}"
+                for worker in workers
+                if worker.done() and worker.exception() is not None
+            ]
+        finally:
+            for task in (faults, *workers):
+                task.cancel()
+            await asyncio.gather(faults, *workers, return_exceptions=True)
+    report.seconds = time.monotonic() - began
+    for check in checks:
+        report.take(check)
+    report.problems += await stack.problems_when_idle()
+    report.num_replays = int(await stack.metric("weft_gateway_replays_total"))
+    loads = [await engine.load() for engine in stack.engines if engine.is_running]
+    report.num_preemptions = sum(load.preemptions for load in loads)
+    return report

@@ -1,0 +1,188 @@
+"""What the clients of a fault run ask for: requests drawn from a seed, and what each of them must get.
+
+Pure: knows no connection, no engine, no time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from services.gateway.detokenizer import Vocabulary
+from services.gateway.tokenization import Tokenizer
+from tools.chaos.checker import STOP, Expected, stopped_at
+from tools.mock_engine import oracle
+from weft.v1 import gateway_service_pb2 as pb
+from weft.v1 import generation_pb2
+
+GENERATE, MULTIPLEX, HTTP = "generate", "multiplex", "http"
+STEADY, CANCELS, SLOW = "steady", "cancels", "slow"
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One request and how its client behaves. `stop` ends every sample that contains it. `cancel_after`: so
+    many tokens a client that cancels waits for. `read_delay_s`: so long a slow one sleeps between messages.
+    """
+
+    name: str
+    prompt_ids: tuple[int, ...]
+    seed: int
+    num_samples: int
+    max_tokens: int
+    temperature: float
+    way: str = GENERATE
+    behaviour: str = STEADY
+    stop: str = ""
+    logprobs: int | None = None
+    cancel_after: int = 0
+    read_delay_s: float = 0.0
+
+    def request(self) -> pb.GenerateRequest:
+        """The request as gRPC clients send it."""
+        sampling = generation_pb2.SamplingParams(
+            max_tokens=self.max_tokens,
+            seed=self.seed,
+            temperature=self.temperature,
+            n=self.num_samples,
+            ignore_eos=True,
+        )
+        if self.logprobs is not None:
+            sampling.logprobs = self.logprobs
+        return pb.GenerateRequest(
+            token_ids=pb.TokenIds(ids=self.prompt_ids),
+            sampling=sampling,
+            request_id=self.name,
+            stop=[self.stop] if self.stop else [],
+        )
+
+    def document(self) -> dict[str, object]:
+        """The request as HTTP clients send it."""
+        fields: dict[str, object] = {
+            "prompt": list(self.prompt_ids),
+            "max_tokens": self.max_tokens,
+            "seed": self.seed,
+            "temperature": self.temperature,
+            "n": self.num_samples,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        if self.stop:
+            fields["stop"] = self.stop
+        return fields
+
+
+Expect = Callable[[Spec], Sequence[Expected]]
+"""What an undisturbed engine gives for a request, sample by sample."""
+
+
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What requests are drawn from. Lengths in tokens, ends included; the rest are parts of one."""
+
+    prompt_lengths: tuple[int, int] = (4, 160)
+    output_lengths: tuple[int, int] = (20, 300)
+    sample_counts: tuple[int, ...] = (1, 1, 1, 1, 1, 1, 2, 3, 4)
+    multiplex: float = 0.25
+    http: float = 0.1
+    cancels: float = 0.1
+    slow: float = 0.08
+    stops: float = 0.15
+    logprobs: float = 0.1
+    greedy: float = 0.4
+    prompt_ids: tuple[int, int] = (300, 3299)
+
+
+class Workload:
+    """The requests of one client after the other, the same for the same seed."""
+
+    def __init__(self, seed: int, worker: int, mix: Mix, vocabulary: Vocabulary, expect: Expect) -> None:
+        self._random = random.Random(f"{seed}/{worker}")
+        self._worker = worker
+        self._mix = mix
+        self._vocabulary = vocabulary
+        self._expect = expect
+        self._num_made = 0
+        # Every client begins many of its prompts like everybody's: prefixes are found and shared.
+        common = random.Random(seed)
+        self._head = [common.randint(*mix.prompt_ids) for _ in range(mix.prompt_lengths[1])]
+
+    def next(self) -> tuple[Spec, list[Expected]]:
+        """The next request, and what it must get."""
+        draw, mix = self._random, self._mix
+        self._num_made += 1
+        shared = draw.randint(0, mix.prompt_lengths[1]) if draw.random() < 0.4 else 0
+        own = [draw.randint(*mix.prompt_ids) for _ in range(draw.randint(*mix.prompt_lengths))]
+        prompt = (self._head[:shared] + own)[: mix.prompt_lengths[1]]
+        behaviour = _one_of(draw, {CANCELS: mix.cancels, SLOW: mix.slow}, STEADY)
+        way = _one_of(draw, {MULTIPLEX: mix.multiplex, HTTP: mix.http}, GENERATE)
+        if behaviour == SLOW:
+            way = GENERATE  # on a connection of its own, where it holds nobody else up
+        max_tokens = draw.randint(*mix.output_lengths)
+        spec = Spec(
+            name=f"c{self._worker}-{self._num_made}",
+            prompt_ids=tuple(prompt),
+            seed=draw.getrandbits(53),
+            num_samples=draw.choice(mix.sample_counts),
+            max_tokens=max_tokens,
+            temperature=0.0 if draw.random() < mix.greedy else 0.8,
+            way=way,
+            behaviour=behaviour,
+            logprobs=draw.randint(0, 3) if way != HTTP and draw.random() < mix.logprobs else None,
+            cancel_after=draw.randint(0, max_tokens),
+            read_delay_s=draw.uniform(0.005, 0.03),
+        )
+        expected = list(self._expect(spec))
+        if draw.random() < mix.stops:
+            return self._with_stop(spec, expected, draw)
+        return spec, expected
+
+    def _with_stop(
+        self, spec: Spec, expected: list[Expected], draw: random.Random
+    ) -> tuple[Spec, list[Expected]]:
+        """The request with a stop string that its first sample meets; others may."""
+        tokens = expected[0].token_ids
+        stop = self._vocabulary.decode(tokens[draw.randrange(len(tokens)) :][:3]).replace("\ufffd", "")[:12]
+        if not stop.strip():
+            return spec, expected
+        cut = [stop_early(sample, stop, self._vocabulary) for sample in expected]
+        return replace(spec, stop=stop), cut
+
+
+def _one_of(draw: random.Random, parts: dict[str, float], other: str) -> str:
+    """One of the names, each with its part of one; `other` has the rest."""
+    point = draw.random()
+    for name, part in parts.items():
+        point -= part
+        if point < 0:
+            return name
+    return other
+
+
+def stop_early(expected: Expected, stop: str, vocabulary: Vocabulary) -> Expected:
+    """A sample as a stop string leaves it."""
+    found = stopped_at(expected.token_ids, vocabulary.visible_pieces, stop)
+    if found is None:
+        return expected
+    count, text = found
+    return Expected(expected.token_ids[:count], STOP, text)
+
+
+def mock_expect(vocabulary: Vocabulary) -> Expect:
+    """What mock engines draw."""
+
+    def expect(spec: Spec) -> list[Expected]:
+        found = []
+        for index in range(spec.num_samples):
+            tokens = oracle.expected_tokens(spec.prompt_ids, spec.seed, index, spec.max_tokens)
+            found.append(Expected(tokens, text=vocabulary.decode(tokens)))
+        return found
+
+    return expect
+
+
+def load_vocabulary(directory: Path) -> Vocabulary:
+    """The vocabulary of a model directory's tokenizer.json, as the gateway reads it."""
+    return Vocabulary(Tokenizer((directory / "tokenizer.json").read_bytes()))
