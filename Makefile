@@ -24,10 +24,7 @@ STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.weft-installed,)
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-setchaos: $(STAMP)  ## kill, freeze and cut off engines under 64 streams, and check every token (CHAOS_FLAGS: see --help)
-	$(PY) -m tools.chaos $(CHAOS_FLAGS)
-
-up: $(STAMP)  ## make the virtual environment (again only when pyproject.toml or constraints.txt change)
+setup: $(STAMP)  ## make the virtual environment (again only when pyproject.toml or constraints.txt change)
 
 $(VENV)/.weft-installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
