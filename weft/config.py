@@ -150,7 +150,9 @@ def _fields(config_class: type[Any]) -> list[_Field]:
         if parse is None:
             raise TypeError(f"{config_class.__name__}.{field.name} needs a parse function")
         found.append(_Field(field.name, declared, parse, kinds == [bool], field.default))
-    return found
+    # Help begins with what is the service's own; what it has in common with others follows.
+    own = vars(config_class).get("__annotations__", {})
+    return sorted(found, key=lambda field: field.name not in own)
 
 
 def _without_none(hint: Any) -> list[Any]:
@@ -303,6 +305,15 @@ def variable(name: str) -> str | None:
     if not name.startswith("WEFT_"):
         raise ValueError(f"{name} is none of ours")
     return os.environ.get(name) or None
+
+
+def keep_grpc_quiet() -> None:
+    """Keep gRPC's own lines off standard error, unless GRPC_VERBOSITY says otherwise. Must come before
+    grpc is imported.
+
+    Every failed handshake would be a line of text among lines of JSON, written by whoever connects.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
 def let_waiting_threads_sleep() -> None:

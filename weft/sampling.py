@@ -12,15 +12,10 @@ import struct
 from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple, TypeAlias
 
+from weft.limits import DEFAULT_LIMITS, RequestLimits
 from weft.v1 import generation_pb2 as pb
 
-MAX_N = 8
-MAX_LOGPROBS = 20
-MAX_LOGIT_BIAS = 300
 MAX_ABS_BIAS = 100.0
-MAX_STOP_STRINGS = 16
-MAX_STOP_BYTES = 256
-MAX_STOP_TOKEN_IDS = 64
 MAX_TEMPERATURE = 100.0
 # Below it a division of ordinary logits may overflow; 0 asks for greedy.
 MIN_TEMPERATURE = struct.unpack("f", struct.pack("f", 1e-4))[0]
@@ -82,13 +77,14 @@ def validate_sampling(
     *,
     vocab_size: int | None,
     max_model_len: int | None = None,
-    max_n: int = MAX_N,
+    max_n: int | None = None,
     field_prefix: str = "sampling",
+    limits: RequestLimits = DEFAULT_LIMITS,
 ) -> list[FieldViolation]:
     """What is wrong with sampling parameters, at most `MAX_VIOLATIONS`; empty when nothing is.
 
     `vocab_size` and `max_model_len` None leave out the checks that need them. `max_n` is 1 where a request
-    is one sample. Work is bounded by the limits, not by what was sent.
+    is one sample; None leaves it to `limits`. Work is bounded by the limits, not by what was sent.
     """
     found: list[FieldViolation] = []
 
@@ -100,8 +96,8 @@ def validate_sampling(
             bad(name, allowed.text())
     for name, low, high in (
         ("top_k", 0, vocab_size or MAX_TOKEN_COUNT),
-        ("n", 1, max_n),
-        ("logprobs", 0, min(MAX_LOGPROBS, vocab_size or MAX_LOGPROBS)),
+        ("n", 1, limits.max_n if max_n is None else max_n),
+        ("logprobs", 0, min(limits.max_logprobs, vocab_size or limits.max_logprobs)),
         ("min_tokens", 0, max_model_len or MAX_TOKEN_COUNT),
         ("max_tokens", 1, max_model_len or MAX_TOKEN_COUNT),
     ):
@@ -109,14 +105,16 @@ def validate_sampling(
             bad(name, f"must be {low} to {high}" if low < high else f"must be {low}")
     if params.HasField("max_tokens") and params.min_tokens > params.max_tokens:
         bad("min_tokens", "must not be above max_tokens")
-    _check_logit_bias(params, vocab_size, bad)
-    _check_stop_token_ids(params, vocab_size, bad)
+    _check_logit_bias(params, vocab_size, limits.max_logit_bias, bad)
+    _check_stop_token_ids(params, vocab_size, limits.max_stop_token_ids, bad)
     return found[:MAX_VIOLATIONS]
 
 
-def _check_logit_bias(params: pb.SamplingParams, vocab_size: int | None, bad: _Report) -> None:
-    if len(params.logit_bias) > MAX_LOGIT_BIAS:
-        bad("logit_bias", f"must have at most {MAX_LOGIT_BIAS} entries")
+def _check_logit_bias(
+    params: pb.SamplingParams, vocab_size: int | None, max_entries: int, bad: _Report
+) -> None:
+    if len(params.logit_bias) > max_entries:
+        bad("logit_bias", f"must have at most {max_entries} entries")
         return
     seen: set[int] = set()
     for index, entry in enumerate(params.logit_bias):
@@ -129,25 +127,30 @@ def _check_logit_bias(params: pb.SamplingParams, vocab_size: int | None, bad: _R
             bad(f"logit_bias[{index}].bias", _BIAS_RANGE.text())
 
 
-def _check_stop_token_ids(params: pb.SamplingParams, vocab_size: int | None, bad: _Report) -> None:
-    if len(params.stop_token_ids) > MAX_STOP_TOKEN_IDS:
-        bad("stop_token_ids", f"must have at most {MAX_STOP_TOKEN_IDS} entries")
+def _check_stop_token_ids(
+    params: pb.SamplingParams, vocab_size: int | None, max_entries: int, bad: _Report
+) -> None:
+    if len(params.stop_token_ids) > max_entries:
+        bad("stop_token_ids", f"must have at most {max_entries} entries")
     elif vocab_size is not None:
         for index, token_id in enumerate(params.stop_token_ids):
             if token_id >= vocab_size:
                 bad(f"stop_token_ids[{index}]", f"must be below the vocabulary size, {vocab_size}")
 
 
-def validate_stop(stop: Collection[str], *, field: str = "stop") -> list[FieldViolation]:
+def validate_stop(
+    stop: Collection[str], *, field: str = "stop", limits: RequestLimits = DEFAULT_LIMITS
+) -> list[FieldViolation]:
     """What is wrong with stop strings."""
-    if len(stop) > MAX_STOP_STRINGS:
-        return [FieldViolation(field, f"must have at most {MAX_STOP_STRINGS} entries")]
+    max_bytes = limits.max_stop_bytes
+    if len(stop) > limits.max_stop_strings:
+        return [FieldViolation(field, f"must have at most {limits.max_stop_strings} entries")]
     found = []
     for index, text in enumerate(stop):
         if not text:
             found.append(FieldViolation(f"{field}[{index}]", "must not be empty"))
-        elif len(text) > MAX_STOP_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_STOP_BYTES:
-            found.append(FieldViolation(f"{field}[{index}]", f"must have at most {MAX_STOP_BYTES} bytes"))
+        elif len(text) > max_bytes or len(text.encode("utf-8", "surrogatepass")) > max_bytes:
+            found.append(FieldViolation(f"{field}[{index}]", f"must have at most {max_bytes} bytes"))
     return found
 
 

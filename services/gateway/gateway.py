@@ -23,6 +23,7 @@ from services.gateway.permissions import check_model, meant_model
 from services.gateway.resolution import check_fields, resolve
 from services.gateway.router import Router
 from weft import logs
+from weft.limits import DEFAULT_LIMITS, RequestLimits
 from weft.rpc.auth import Caller
 from weft.rpc.errors import StatusError
 from weft.v1 import gateway_service_pb2 as gateway_pb
@@ -64,8 +65,10 @@ class Gateway:
         *,
         max_request_s: float = 1800.0,
         slow_client_s: float = 60.0,
+        limits: RequestLimits = DEFAULT_LIMITS,
     ) -> None:
         self.router = router
+        self.limits = limits
         self.admission = admission
         self.counters = RequestCounters()
         self.is_draining = False
@@ -112,11 +115,11 @@ class Gateway:
             if link.info is None or link.assets is None:
                 raise self.router.unavailable()
             check_model(caller, link.info.model_name, link.info.artifact_version)
-            check_fields(request, link.info)
+            check_fields(request, link.info, self.limits)
             request_id = request.request_id or uuid.uuid4().hex
             entry = self._claim(caller.name, request_id)
             key = (caller.name, request_id)
-            resolved = await resolve(request, link.info, link.assets, request_id, deadline)
+            resolved = await resolve(request, link.info, link.assets, request_id, deadline, self.limits)
             ticket.claim_tokens(len(resolved.prompt_token_ids) * resolved.num_samples)
 
             def on_first_token(ticket: Ticket = ticket) -> None:

@@ -20,9 +20,9 @@ from services.gateway.chat_template import ConversationRefused, TemplateBusy, Te
 from services.gateway.request import ResolvedRequest
 from services.gateway.tokenization import INLINE_BYTES, TokenizationError
 from weft import logs
+from weft.limits import DEFAULT_LIMITS, RequestLimits
 from weft.rpc.errors import StatusError, internal_error, invalid_argument, new_error_id
 from weft.sampling import (
-    MAX_STOP_TOKEN_IDS,
     validate_labels,
     validate_length,
     validate_sampling,
@@ -33,8 +33,6 @@ from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1 import gateway_service_pb2 as gateway_pb
 from weft.v1 import generation_pb2 as pb
 
-MAX_TEXT_BYTES = 2 << 20
-MAX_MESSAGES = 1024
 MAX_SEARCHED_BYTES = 16 << 10
 USUAL_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 _ROLE = re.compile(r"[a-z_]{1,32}")
@@ -74,7 +72,11 @@ def _unknown_fields(message: Message, path: str) -> Iterable[str]:
             yield from _unknown_fields(item, f"{path}{descriptor.name}.")
 
 
-def check_fields(request: gateway_pb.GenerateRequest, info: engine_pb.GetInfoResponse) -> None:
+def check_fields(
+    request: gateway_pb.GenerateRequest,
+    info: engine_pb.GetInfoResponse,
+    limits: RequestLimits = DEFAULT_LIMITS,
+) -> None:
     """Every check that needs no tokenizer, in one refusal. Raises StatusError."""
     if request.session_id:
         raise not_offered("session_id", "sessions are not offered yet")
@@ -85,10 +87,11 @@ def check_fields(request: gateway_pb.GenerateRequest, info: engine_pb.GetInfoRes
     violations += validate_labels(
         request_id=request.request_id, priority=request.priority, cache_salt=request.cache_salt
     )
-    violations += validate_stop(request.stop)
+    violations += validate_stop(request.stop, limits=limits)
     violations += validate_sampling(
-        request.sampling, vocab_size=info.vocab_size, max_model_len=info.max_model_len
+        request.sampling, vocab_size=info.vocab_size, max_model_len=info.max_model_len, limits=limits
     )
+    violations += oversize(request, limits)
     if request.WhichOneof("prompt") is None:
         violations.append(("prompt", "one of text, chat, token_ids must be set"))
     if violations:
@@ -111,7 +114,6 @@ async def tokenize(
         if kind == "text":
             if not prompt.text:
                 raise invalid_argument([("text", "must not be empty")])
-            check_size("text", prompt.text)
             token_ids = await assets.tokenizer.encode_text(prompt.text)
             if not token_ids:
                 raise invalid_argument([("text", "holds nothing that the model's tokenizer knows")])
@@ -146,10 +148,21 @@ def check_length(
         raise error
 
 
-def check_size(field: str, text: str) -> None:
-    """INVALID_ARGUMENT for a text above the cap."""
-    if len(text) > MAX_TEXT_BYTES or len(text.encode("utf-8")) > MAX_TEXT_BYTES:
-        raise invalid_argument([(field, f"must have at most {MAX_TEXT_BYTES} bytes")])
+def oversize(
+    prompt: gateway_pb.GenerateRequest | gateway_pb.TokenizeRequest, limits: RequestLimits
+) -> list[tuple[str, str]]:
+    """What of a prompt is larger than the limits, before anything looks into it."""
+    kind = prompt.WhichOneof("prompt")
+    if kind == "chat" and len(prompt.chat.messages) > limits.max_messages:
+        return [("chat.messages", f"must have at most {limits.max_messages} entries")]
+    # The message's own size: what is around the text in it is a few bytes, and quicker to count.
+    if kind == "chat" and prompt.chat.ByteSize() > limits.max_text_bytes:
+        num_bytes = sum(len(message.content.encode()) for message in prompt.chat.messages)
+    else:
+        num_bytes = len(prompt.text.encode())
+    if num_bytes > limits.max_text_bytes:
+        return [(kind or "prompt", f"must have at most {limits.max_text_bytes} bytes")]
+    return []
 
 
 async def _tokenize_chat(chat: gateway_pb.ChatPrompt, assets: ModelAssets) -> list[int]:
@@ -170,14 +183,13 @@ async def messages_of(
     template = assets.template
     if template is None:
         raise invalid_argument([("chat", assets.template_problem)])
-    if not 1 <= len(chat.messages) <= MAX_MESSAGES:
-        raise invalid_argument([("chat.messages", f"must have 1 to {MAX_MESSAGES} entries")])
+    if not chat.messages:
+        raise invalid_argument([("chat.messages", "must have at least one entry")])
     for index, message in enumerate(chat.messages):
         # A role often becomes part of a special token, so it must be a word that the template expects.
         if message.role not in USUAL_ROLES and not _is_named(message.role, template.source):
             raise invalid_argument([(f"chat.messages[{index}].role", "is no role that this model knows")])
     written = [message.content for message in chat.messages]
-    check_size("chat", "".join(written))
     if sum(map(len, written)) > INLINE_BYTES:
         contents, marker = await asyncio.to_thread(assets.tokenizer.escape, written)
     else:
@@ -223,6 +235,7 @@ async def resolve(
     assets: ModelAssets,
     request_id: str,
     deadline: float | None,
+    limits: RequestLimits = DEFAULT_LIMITS,
 ) -> ResolvedRequest:
     """Tokenize, check lengths, fill in defaults, draw the seed. `check_fields` must have passed. Raises
     StatusError.
@@ -253,7 +266,7 @@ async def resolve(
         sampling=sampling,
         num_samples=num_samples,
         stops=tuple(request.stop),
-        terminal_ids=_end_ids(sampling, info, assets),
+        terminal_ids=_end_ids(sampling, info, assets, limits.max_stop_token_ids),
         skip_special_tokens=(
             request.skip_special_tokens if request.HasField("skip_special_tokens") else True
         ),
@@ -265,7 +278,7 @@ async def resolve(
 
 
 def _end_ids(
-    sampling: pb.SamplingParams, info: engine_pb.GetInfoResponse, assets: ModelAssets
+    sampling: pb.SamplingParams, info: engine_pb.GetInfoResponse, assets: ModelAssets, max_ids: int
 ) -> frozenset[int]:
     """Every id that ends an output. End tokens that generation_config.json names and the engine does not know
     become stop token ids.
@@ -274,7 +287,7 @@ def _end_ids(
     if not sampling.ignore_eos:
         known = set(info.eos_token_ids)
         for token_id in assets.defaults.eos_token_ids:
-            has_room = len(sampling.stop_token_ids) < MAX_STOP_TOKEN_IDS
+            has_room = len(sampling.stop_token_ids) < max_ids
             if token_id not in known | ids and token_id < info.vocab_size and has_room:
                 sampling.stop_token_ids.append(token_id)
                 ids.add(token_id)

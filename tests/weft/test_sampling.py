@@ -8,6 +8,7 @@ import struct
 import pytest
 
 from weft import sampling
+from weft.limits import DEFAULT_LIMITS
 from weft.sampling import (
     validate_labels,
     validate_length,
@@ -21,7 +22,7 @@ VOCAB = 4096
 LENGTH = 1000
 
 
-def bad_fields(max_n: int = sampling.MAX_N, **fields: object) -> list[str]:
+def bad_fields(max_n: int = DEFAULT_LIMITS.max_n, **fields: object) -> list[str]:
     params = pb.SamplingParams(**fields)  # type: ignore[arg-type]
     found = validate_sampling(params, vocab_size=VOCAB, max_model_len=LENGTH, max_n=max_n)
     return [violation.field for violation in found]
@@ -129,9 +130,9 @@ def bias(token_id: int, value: float = 1.0) -> pb.SamplingParams.LogitBias:
 
 
 def test_logit_bias():
-    for count in (sampling.MAX_LOGIT_BIAS - 1, sampling.MAX_LOGIT_BIAS):
+    for count in (DEFAULT_LIMITS.max_logit_bias - 1, DEFAULT_LIMITS.max_logit_bias):
         assert bad_fields(logit_bias=[bias(i) for i in range(count)]) == []
-    too_many = [bias(i) for i in range(sampling.MAX_LOGIT_BIAS + 1)]
+    too_many = [bias(i) for i in range(DEFAULT_LIMITS.max_logit_bias + 1)]
     assert bad_fields(logit_bias=too_many) == ["sampling.logit_bias"]
     assert bad_fields(logit_bias=[bias(VOCAB - 1), bias(VOCAB)]) == ["sampling.logit_bias[1].token_id"]
     assert bad_fields(logit_bias=[bias(7), bias(7)]) == ["sampling.logit_bias[1].token_id"]

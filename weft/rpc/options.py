@@ -5,27 +5,32 @@ Knows no service. Each name is worth a check when the library moves: what some d
 
 from __future__ import annotations
 
+import dataclasses
+
+from weft.limits import DEFAULT_LIMITS, RequestLimits
+
 MAX_INTERNAL_MESSAGE_BYTES = 64 << 20
-MAX_PUBLIC_MESSAGE_BYTES = 8 << 20
-# Soft and hard limit are the same: between two limits the library refuses at random.
-MAX_METADATA_BYTES = 16 << 10
+INTERNAL_LIMITS = dataclasses.replace(DEFAULT_LIMITS, max_message_bytes=MAX_INTERNAL_MESSAGE_BYTES)
 
 
-def server_options(*, is_public: bool) -> list[tuple[str, int]]:
-    """Channel arguments of a server; `is_public` for one that clients talk to, else between services.
+def server_options(*, is_public: bool, limits: RequestLimits | None = None) -> list[tuple[str, int]]:
+    """Channel arguments of a server; `is_public` for one that clients talk to, else between services. Without
+    `limits`, the usual ones of that kind.
 
     `ping_timeout_ms` is what ends a connection whose peer is frozen: `keepalive_timeout_ms` alone lets it
     stay for a minute.
     """
-    max_message = MAX_PUBLIC_MESSAGE_BYTES if is_public else MAX_INTERNAL_MESSAGE_BYTES
+    limits = limits or (DEFAULT_LIMITS if is_public else INTERNAL_LIMITS)
     keepalive_ms, timeout_ms = (30_000, 10_000) if is_public else (10_000, 3_000)
     options = [
         # Off, or two servers share a port in silence.
         ("grpc.so_reuseport", 0),
-        ("grpc.max_metadata_size", MAX_METADATA_BYTES),
-        ("grpc.absolute_max_metadata_size", MAX_METADATA_BYTES),
-        ("grpc.max_receive_message_length", max_message),
-        ("grpc.max_send_message_length", max_message),
+        # Soft and hard limit are the same: between two limits the library refuses at random.
+        ("grpc.max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),
+        ("grpc.max_receive_message_length", limits.max_message_bytes),
+        ("grpc.max_send_message_length", limits.max_message_bytes),
+        ("grpc.max_allowed_incoming_connections", limits.max_connections),
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", timeout_ms),
         ("grpc.http2.ping_timeout_ms", timeout_ms),
@@ -37,10 +42,10 @@ def server_options(*, is_public: bool) -> list[tuple[str, int]]:
     ]
     if is_public:
         options += [
-            ("grpc.max_concurrent_streams", 1_000),
+            ("grpc.max_concurrent_streams", limits.max_streams_per_connection),
             ("grpc.max_connection_age_ms", 1_800_000),
             ("grpc.max_connection_age_grace_ms", 1_800_000),
-            ("grpc.max_connection_idle_ms", 600_000),
+            ("grpc.max_connection_idle_ms", round(1000 * limits.max_idle_seconds)),
         ]
     return options
 

@@ -25,12 +25,14 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from weft import logs
+from weft.limits import RequestLimits
 from weft.rpc.address import Address
 from weft.rpc.auth import Authenticator
 from weft.rpc.errors import StatusError
 from weft.rpc.health import HEALTH_SERVICE, HealthServicer
 from weft.rpc.interceptor import Interceptor, RpcCounters
 from weft.rpc.options import server_options
+from weft.rpc.tls import ServerTls
 
 STOP_GRACE_S = 2.0
 LOADING_RETRY_S = 1.0
@@ -73,15 +75,23 @@ class Server:
     service_names: Sequence[str]
     is_public: bool = False
     authenticator: Authenticator | None = None
+    tls: ServerTls | None = None
+    limits: RequestLimits | None = None
+    needs_named_methods: bool = False
     address: Address = field(init=False)
     exit_code: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:
         self.health = HealthServicer(self.service_names)
-        interceptor = Interceptor(authenticator=self.authenticator, gate=self._gate)
+        interceptor = Interceptor(
+            authenticator=self.authenticator,
+            gate=self._gate,
+            needs_named_methods=self.needs_named_methods,
+        )
         self.counters: RpcCounters = interceptor.counters
         self.grpc = grpc.aio.server(
-            interceptors=[interceptor], options=server_options(is_public=self.is_public)
+            interceptors=[interceptor],
+            options=server_options(is_public=self.is_public, limits=self.limits),
         )
         # Services are added when their load is done, after the start; the library takes these only before it,
         # and finds a method among the generic handlers just as well.
@@ -109,14 +119,25 @@ class Server:
         if reason is not None:
             raise BindError(f"cannot listen on {address}: {reason}")
         try:
-            port = self.grpc.add_insecure_port(str(address))
+            if self.tls is None:
+                port = self.grpc.add_insecure_port(str(address))
+            else:
+                port = self.grpc.add_secure_port(str(address), self.tls.grpc_credentials())
         except RuntimeError:
             raise BindError(f"cannot listen on {address}") from None
         self.address = address._replace(port=port)
         await self.grpc.start()
-        log.info("listening", address=str(self.address))
-        if not address.is_loopback and self.authenticator is None:
+        log.info("listening", address=str(self.address), tls=self.tls is not None)
+        self._warn()
+
+    def _warn(self) -> None:
+        is_mutual = self.tls is not None and self.tls.is_mutual
+        if self.address.is_loopback:
+            return
+        if self.authenticator is None and not is_mutual:
             log.warning("open to the network without API keys", address=str(self.address))
+        elif self.authenticator is not None and self.tls is None:
+            log.warning("API keys travel in plain text without TLS", address=str(self.address))
 
     def set_serving(self) -> None:
         """Open the gate and say so."""

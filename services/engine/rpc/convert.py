@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from services.engine.core.events import FinishedEvent, StepReport, TokenEvent
 from services.engine.core.sequence import FinishReason, SamplingParams, Sequence
 from services.engine.rpc.errors import status_error
+from weft.limits import DEFAULT_LIMITS, RequestLimits
 from weft.rpc.errors import failure_from
 from weft.rpc.unknown_fields import unknown_fields
 from weft.sampling import (
@@ -39,11 +40,17 @@ _REASONS = {
 }
 
 
-def check(request: pb.Submit | pb.GenerateTokensRequest, info: pb.GetInfoResponse) -> list[FieldViolation]:
+def check(
+    request: pb.Submit | pb.GenerateTokensRequest,
+    info: pb.GetInfoResponse,
+    limits: RequestLimits = DEFAULT_LIMITS,
+) -> list[FieldViolation]:
     """What is wrong with a request for this engine. Lengths first: what is too long is not looked through."""
     num_prompt = len(request.prompt_token_ids)
     sampling = request.sampling
-    found = validate_sampling(sampling, vocab_size=info.vocab_size, max_model_len=info.max_model_len, max_n=1)
+    found = validate_sampling(
+        sampling, vocab_size=info.vocab_size, max_model_len=info.max_model_len, max_n=1, limits=limits
+    )
     found += validate_labels(
         request_id=request.request_id, priority=request.priority, cache_salt=request.cache_salt
     )

@@ -21,6 +21,7 @@ from services.engine.rpc.door import Door
 from services.engine.rpc.errors import status_error
 from services.engine.rpc.outbox import Outbox
 from weft import logs
+from weft.limits import DEFAULT_LIMITS, RequestLimits
 from weft.rpc.errors import StatusError, internal_error, invalid_argument, new_error_id
 from weft.sampling import validate_labels
 from weft.v1 import engine_service_pb2 as pb
@@ -69,12 +70,18 @@ class Link:
     """The state of one Connect stream, from its hello to its end. Lives on the event loop."""
 
     def __init__(
-        self, loop: EngineLoop, door: Door, info: pb.GetInfoResponse, hello: pb.GatewayHello
+        self,
+        loop: EngineLoop,
+        door: Door,
+        info: pb.GetInfoResponse,
+        hello: pb.GatewayHello,
+        limits: RequestLimits = DEFAULT_LIMITS,
     ) -> None:
         self.epoch = new_epoch()
         self._loop = loop
         self._door = door
         self._info = info
+        self._limits = limits
         self._gateway_id = hello.gateway_id
         self._outbox = Outbox(self.epoch, hello.initial_credit_bytes)
         self._wake = asyncio.Event()
@@ -214,7 +221,7 @@ class Link:
             self._reject(slot, live)
             return
         try:
-            violations = convert.check(submit, self._info)
+            violations = convert.check(submit, self._info, self._limits)
             sequence = None if violations else self._sequence(submit)
         except Exception as error:
             error_id = new_error_id()

@@ -20,6 +20,7 @@ from services.engine.rpc import convert
 from services.engine.rpc.door import Door
 from services.engine.rpc.errors import shutting_down, status_error
 from services.engine.rpc.link import Link, handed_over, read_hello
+from weft.limits import DEFAULT_LIMITS, RequestLimits
 from weft.rpc.errors import StatusError, invalid_argument
 from weft.v1 import engine_service_pb2 as pb
 from weft.v1.engine_service_pb2_grpc import EngineServiceServicer
@@ -35,10 +36,16 @@ class EngineServicer(EngineServiceServicer):
     """One engine on the wire. `on_drain` is told when a Drain call begins."""
 
     def __init__(
-        self, loop: EngineLoop, info: pb.GetInfoResponse, *, on_drain: Callable[[], None] = lambda: None
+        self,
+        loop: EngineLoop,
+        info: pb.GetInfoResponse,
+        *,
+        on_drain: Callable[[], None] = lambda: None,
+        limits: RequestLimits = DEFAULT_LIMITS,
     ) -> None:
         self._loop = loop
         self._info = info
+        self._limits = limits
         self._on_drain = on_drain
         self._links: set[Link] = set()
         self._calls: set[_Call] = set()
@@ -58,7 +65,7 @@ class EngineServicer(EngineServiceServicer):
         self._check_here()
         hello = await read_hello(request_iterator)
         self._check_here()
-        link = Link(self._loop, self._door, self._info, hello)
+        link = Link(self._loop, self._door, self._info, hello, self._limits)
         self._links.add(link)
         try:
             if self._drain_deadline is not None:
@@ -72,7 +79,7 @@ class EngineServicer(EngineServiceServicer):
     ) -> AsyncIterator[pb.GenerateTokensResponse]:
         """One request. Leaving the call, in whatever way, cancels it."""
         self._check_here()
-        violations = convert.check(request, self._info)
+        violations = convert.check(request, self._info, self._limits)
         if violations:
             raise invalid_argument(violations)
         refusal = self._door.refusal()
