@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from services.gateway.admission import Admission, AdmissionLimits
 from services.gateway.assets import AssetSource
 from services.gateway.config import GatewayConfig
-from services.gateway.engine_client import EngineLink, LinkTimes
+from services.gateway.engine_client import EngineLink
 from services.gateway.gateway import Gateway
+from services.gateway.link_terms import LinkTimes
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.router import Router
 from services.gateway.servicer import GatewayServicer
@@ -54,11 +55,9 @@ class GatewayApplication:
         self.router.links = [
             EngineLink(
                 target,
+                self.router,
                 gateway_id=gateway_id,
                 load_assets=self.source.load,
-                on_change=self.router.on_link_change,
-                on_lost=self.router.on_lost,
-                on_busy=self.router.on_busy,
                 api_key=engine_api_key,
                 times=times or LinkTimes(dead_s=config.engine_dead_seconds),
             )

@@ -11,79 +11,65 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
 from services.gateway.assets import AssetError, ModelAssets
+from services.gateway.breaker import CircuitBreaker
+from services.gateway.engine_load import EngineLoad
+from services.gateway.greeting import EOF, greet
+from services.gateway.link_terms import EngineRefused, LinkLeft, LinkLost, LinkOwner, LinkTimes
 from services.gateway.live import LiveSample
 from services.gateway.multiplexer import LinkCounters, Multiplexer, ProtocolViolation
+from services.gateway.prefixes import Owner
+from services.gateway.reconnect import keep_up
 from services.gateway.watchdog import Watchdog
 from weft import logs
 from weft.rpc.channel import open_channel
-from weft.rpc.errors import new_error_id
 from weft.v1 import engine_service_pb2 as engine_pb
+from weft.v1 import generation_pb2 as pb
 from weft.v1.engine_service_pb2_grpc import EngineServiceStub
 
-PROTOCOL_VERSION = 1
-# The library's mark for the end of a stream; its type stubs do not know it.
-_EOF: Any = vars(grpc.aio)["EOF"]
+# An engine that beats every second when idle, and has not for so long, is not the first choice.
+QUIET_S = 2.5
+# Tokens for so long are a success, whether or not an output has ended.
+TRIED_S = 1.0
 log = logs.get_logger("gateway.link")
 
 
-@dataclass(frozen=True, slots=True)
-class LinkTimes:
-    """How long the link waits for what, in seconds."""
-
-    hello_s: float = 10.0
-    dead_s: float = 1.0
-    hung_s: float = 1.0
-    tick_s: float = 0.1
-    min_backoff_s: float = 0.1
-    max_backoff_s: float = 2.0
-    refused_backoff_s: float = 5.0
-
-
-class LinkLost(Exception):
-    """The link ended. The text says why."""
-
-
-class EngineRefused(Exception):
-    """The engine that answered is not one this gateway may use."""
-
-
 class EngineLink:
-    """The link to the engine at `target`. `run` until cancelled; `is_up` says whether it takes samples."""
+    """The link to the engine at `target`. `run` until cancelled; `is_up` says whether it stands."""
 
     def __init__(
         self,
         target: str,
+        owner: LinkOwner,
         *,
         gateway_id: str,
         load_assets: Callable[[engine_pb.GetInfoResponse], Awaitable[ModelAssets]],
-        on_change: Callable[[EngineLink], None],
-        on_lost: Callable[[LiveSample], None],
-        on_busy: Callable[[LiveSample, float], None],
         api_key: str | None = None,
         times: LinkTimes | None = None,
         credit_bytes: int = 4 << 20,
     ) -> None:
         self.target = target
         self.counters = LinkCounters()
+        self.breaker = CircuitBreaker()
+        self.load = EngineLoad(engine_pb.GetInfoResponse())
         self.info: engine_pb.GetInfoResponse | None = None
         self.assets: ModelAssets | None = None
         self.is_draining = False
+        self.is_leaving = False
         self.lost_at: float | None = None
         self.last_problem = "not connected yet"
+        self._owner = owner
         self._gateway_id = gateway_id
         self._load_assets = load_assets
-        self._on_change = on_change
-        self._on_lost = on_lost
-        self._on_busy = on_busy
         self._api_key = api_key
         self._times = times or LinkTimes()
         self._credit_bytes = credit_bytes
+        self._up_at = 0.0
+        self._failed_request = ""
         self._multiplexer: Multiplexer | None = None
         self._outbox: deque[engine_pb.ConnectRequest] = deque()
         self._has_mail = asyncio.Event()
@@ -95,19 +81,42 @@ class EngineLink:
         return self._multiplexer is not None
 
     @property
+    def is_usable(self) -> bool:
+        """Whether the link takes samples."""
+        return self._multiplexer is not None and not self.is_draining and not self.is_leaving
+
+    @property
+    def owner(self) -> Owner:
+        """The engine in its present life."""
+        return Owner(self.target, self.counters.sessions)
+
+    @property
     def num_live(self) -> int:
         """Slots in use."""
         return self._multiplexer.num_live if self._multiplexer else 0
+
+    def samples(self) -> list[LiveSample]:
+        """The samples on this link."""
+        return self._multiplexer.samples() if self._multiplexer else []
+
+    def is_quiet(self, now: float) -> bool:
+        """Whether an engine that beats when idle has been silent for long. What it has to do decides its
+        life; this only whether it is given more.
+        """
+        return self.load.has_idle_beats and now - self._watchdog.heard_at > QUIET_S
 
     def submit(self, sample: LiveSample) -> None:
         """Send a sample. Raises LinkLost when the link is down: nothing was sent."""
         multiplexer = self._multiplexer
         if multiplexer is None:
             raise LinkLost(self.last_problem)
+        now = self._now()
         if not multiplexer.num_live:
-            self._watchdog.start(self._now())
+            self._watchdog.start(now)
+            self.load.rest()
+        self.breaker.begin(now)
+        self.load.sent(len(sample.request.resolved.prompt_token_ids) + len(sample.token_ids))
         sample.link = self
-        sample.route.num_placements += 1
         multiplexer.submit(sample)
 
     def cancel(self, sample: LiveSample) -> None:
@@ -130,39 +139,30 @@ class EngineLink:
         if self._multiplexer is not None:
             self._multiplexer.detach(sample)
 
-    async def run(self) -> None:
-        """Connect and reconnect until cancelled."""
-        backoff_s = self._times.min_backoff_s
-        while True:
-            num_sessions = self.counters.sessions
-            try:
-                await self._session()
-            except EngineRefused as error:
-                self._note(f"refused: {error}")
-                backoff_s = self._times.refused_backoff_s
-            except (LinkLost, ProtocolViolation) as error:
-                self._note(str(error))
-            except grpc.aio.AioRpcError as error:
-                self._note(f"{error.code().name}: {error.details()}")
-            except Exception as error:  # whatever an engine or its files do, the next try may find another
-                self._note(f"internal error: {type(error).__name__}", error)
-                backoff_s = self._times.refused_backoff_s
-            if self.counters.sessions > num_sessions:
-                backoff_s = self._times.min_backoff_s
-            await asyncio.sleep(backoff_s)
-            backoff_s = min(2 * backoff_s, self._times.max_backoff_s)
+    def set_leaving(self, is_leaving: bool) -> None:
+        """Whether the engine is to be left: then no sample goes there, and `run` ends with the last one."""
+        if self.is_leaving != is_leaving:
+            self.is_leaving = is_leaving
+            self._owner.on_link_change(self)
 
-    async def _session(self) -> None:
+    async def run(self) -> None:
+        """Connect and reconnect until cancelled, or left."""
+        await keep_up(self, self._times)
+
+    async def session(self) -> None:
         """One epoch, from connect to loss. Every way out cancels the call and hands back the samples."""
         channel = open_channel(self.target, self._api_key)
         tasks: list[asyncio.Task[None]] = []
         call = EngineServiceStub(channel).Connect()
         try:
-            hello = await self._greet(call)
-            assets = await self._assets_for(hello.info)
+            hello = await greet(call, self._gateway_id, self._credit_bytes, self._times.hello_s)
+            try:
+                assets = await self._load_assets(hello.info)
+            except AssetError as error:
+                raise EngineRefused(str(error)) from error
             self._up(hello, assets)
             tasks = [asyncio.create_task(work(call)) for work in (self._read, self._watch, self._write)]
-            done, _ = await asyncio.wait(tasks[:2], return_when=asyncio.FIRST_COMPLETED)
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
         finally:
@@ -173,66 +173,67 @@ class EngineLink:
             call.cancel()
             await channel.close(None)
 
-    async def _greet(self, call: Any) -> engine_pb.EngineHello:
-        hello = engine_pb.GatewayHello(
-            protocol_version=PROTOCOL_VERSION,
-            gateway_id=self._gateway_id,
-            initial_credit_bytes=self._credit_bytes,
-        )
-        try:
-            async with asyncio.timeout(self._times.hello_s):
-                # A call that failed already cannot be written to; the read says why it failed.
-                with contextlib.suppress(asyncio.InvalidStateError):
-                    await call.write(engine_pb.ConnectRequest(hello=hello))
-                response = await call.read()
-        except TimeoutError:
-            raise LinkLost("no Hello came") from None
-        if response is _EOF:
-            raise LinkLost("the engine ended the stream before its Hello")
-        if response.WhichOneof("event") != "hello":
-            raise ProtocolViolation("the first message is no Hello")
-        answer: engine_pb.EngineHello = response.hello
-        if answer.protocol_version != PROTOCOL_VERSION:
-            raise EngineRefused(f"it speaks version {answer.protocol_version} of the link's protocol")
-        return answer
-
-    async def _assets_for(self, info: engine_pb.GetInfoResponse) -> ModelAssets:
-        try:
-            if info.vocab_size < 1 or info.max_model_len < 2:
-                raise EngineRefused("it has no vocabulary or no context")
-            return await self._load_assets(info)
-        except AssetError as error:
-            raise EngineRefused(str(error)) from error
-
     def _up(self, hello: engine_pb.EngineHello, assets: ModelAssets) -> None:
         self.info, self.assets = hello.info, assets
         self.is_draining = False
+        self.load = EngineLoad(hello.info)
+        self._up_at = self._now()
+        self._watchdog.start(self._up_at)
+        self.breaker.connect(self._up_at)
         self.counters.sessions += 1
         self._outbox.clear()
         self._multiplexer = Multiplexer(
             hello.epoch,
             send=self._send,
-            on_lost=self._on_lost,
-            on_busy=self._on_busy,
+            owner=self,
             now=self._now,
             counters=self.counters,
             credit_bytes=self._credit_bytes,
         )
         log.info("engine up", target=self.target, model=hello.info.model_name, epoch=hello.epoch)
-        self._on_change(self)
+        self._owner.on_link_change(self)
 
     def _down(self) -> None:
         """Take the link out of service and hand its samples back. May come twice."""
         multiplexer, self._multiplexer = self._multiplexer, None
         if multiplexer is None:
             return
-        self.lost_at = self._now()
+        self.lost_at = now = self._now()
         samples = multiplexer.drop_all()
+        # An engine that said that it would go has died of no request.
+        is_blamed = not self.is_draining and not self.is_leaving
+        if samples and is_blamed:
+            self.breaker.fail(now)
         for sample in samples:
             sample.link = None
-        self._on_change(self)
+        self._owner.on_link_change(self)
         for sample in samples:
-            self._on_lost(sample)
+            self._owner.on_lost(sample, is_blamed=is_blamed)
+
+    def on_slot_lost(self, sample: LiveSample) -> None:
+        """Of the Multiplexer: the sample's tokens can no longer follow."""
+        self._owner.on_lost(sample, is_blamed=not self.is_draining)
+
+    def on_slot_refused(self, sample: LiveSample, failure: pb.Failure) -> None:
+        """Of the Multiplexer: no room."""
+        self._owner.on_refused(sample, failure, self.target)
+
+    def on_slot_free(self) -> None:
+        """Of the Multiplexer: a slot came free."""
+        self.load.freed(self._now())
+        if not self.num_live:
+            self.load.rest()
+        self._owner.on_room(self)
+
+    def on_slot_failed(self, request_id: str) -> None:
+        """Of the Multiplexer: the engine's own fault. A request counts once, however many samples it has."""
+        if request_id != self._failed_request:
+            self._failed_request = request_id
+            self.breaker.fail(self._now())
+
+    def on_slot_worked(self) -> None:
+        """Of the Multiplexer: an output ended as it should."""
+        self.breaker.succeed()
 
     def _send(self, command: engine_pb.ConnectRequest) -> None:
         self._outbox.append(command)
@@ -246,55 +247,66 @@ class EngineLink:
                     await call.write(self._outbox.popleft())
                 self._has_mail.clear()
                 await self._has_mail.wait()
+        await asyncio.get_running_loop().create_future()
 
     async def _read(self, call: Any) -> None:
         while True:
             response = await call.read()
-            if response is _EOF:
+            if response is EOF:
                 raise LinkLost("the engine ended the stream")
-            self._watchdog.hear(self._now())
-            self._dispatch(response)
+            now = self._now()
+            self._watchdog.hear(now)
+            self._dispatch(response, now)
 
-    def _dispatch(self, response: engine_pb.ConnectResponse) -> None:
+    def _dispatch(self, response: engine_pb.ConnectResponse, now: float) -> None:
         multiplexer = self._multiplexer
         if multiplexer is None:
             raise LinkLost("the link is down")
         kind = response.WhichOneof("event")
         if kind == "frame":
+            self.load.frame(now)
             multiplexer.on_frame(response.frame)
+            if not self.breaker.is_sound and now - self._up_at > TRIED_S:
+                self.breaker.succeed()
         elif kind == "accepted":
             multiplexer.on_accepted(response.accepted)
         elif kind == "rejected":
             multiplexer.on_rejected(response.rejected)
         elif kind == "heartbeat":
-            if response.heartbeat.epoch == multiplexer.epoch:
-                self._watchdog.beat(response.heartbeat)
-            else:
-                self.counters.dropped_epoch += 1
+            self._on_heartbeat(response.heartbeat, multiplexer, now)
         elif kind == "draining":
             self.is_draining = True
-            self._on_change(self)
+            self._owner.on_link_change(self)
         elif kind == "hello":
             raise ProtocolViolation("a second Hello")
 
-    async def _watch(self, _call: Any) -> None:
-        """Look at the link every tick; raise LinkLost when it is dead or hung."""
-        times = self._times
-        while True:
-            before = self._now()
-            await asyncio.sleep(times.tick_s)
-            now = self._now()
-            if now - before > times.tick_s + times.dead_s / 2:
-                self._watchdog.hear(now)  # it was this process that stood still
-            elif self.num_live and (problem := self._watchdog.problem(now)) is not None:
-                raise LinkLost(problem)
+    def _on_heartbeat(self, beat: engine_pb.Heartbeat, multiplexer: Multiplexer, now: float) -> None:
+        if beat.epoch != multiplexer.epoch:
+            self.counters.dropped_epoch += 1
+            return
+        self._watchdog.beat(beat)
+        room = self.load.room(multiplexer.num_live)
+        self.load.beat(beat, multiplexer.num_live)
+        if self.load.room(multiplexer.num_live) > room:
+            self._owner.on_room(self)
+        if multiplexer.num_live and (problem := self._watchdog.problem(now)) is not None:
+            raise LinkLost(problem)
 
-    def _note(self, problem: str, error: Exception | None = None) -> None:
-        if problem != self.last_problem:
-            log.warning("link down", target=self.target, reason=problem)
-            if error is not None:
-                log.failure("unhandled exception", error, target=self.target, error_id=new_error_id())
-        self.last_problem = problem
+    async def _watch(self, _call: Any) -> None:
+        """Look at the link every tick, and when silence would mean death; raise LinkLost when that is so."""
+        times, watchdog = self._times, self._watchdog
+        planned_s = 0.0
+        while True:
+            watchdog.look(self._now(), planned_s)
+            due_s = watchdog.due_s(self._now()) if self.num_live else times.tick_s
+            planned_s = min(times.tick_s, max(due_s, 0.001))
+            await asyncio.sleep(planned_s)
+            watchdog.look(self._now(), planned_s)
+            planned_s = 0.0
+            if self.num_live and (problem := watchdog.problem(self._now())) is not None:
+                raise LinkLost(problem)
+            if self.is_leaving and not self.num_live:
+                raise LinkLeft
 
     @staticmethod
     def _now() -> float:

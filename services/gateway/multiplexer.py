@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import grpc
 
@@ -18,8 +19,11 @@ from weft.rpc.errors import internal_error, new_error_id
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1 import generation_pb2 as pb
 
-_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
-_RESOURCE_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
+# The engine has no place, or takes nothing more: that is not the request's fault.
+_REFUSALS = frozenset(
+    code.value[0] for code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
+)
+_INTERNAL = grpc.StatusCode.INTERNAL.value[0]
 log = logs.get_logger("gateway.link")
 
 
@@ -37,36 +41,52 @@ class LinkCounters:
     dropped_epoch: int = 0
     dropped_slot: int = 0
     dropped_position: int = 0
+    late_tokens: int = 0
     holes: int = 0
     pauses: int = 0
     lost_samples: int = 0
+    moved_samples: int = 0
 
     def items(self) -> list[tuple[str, int]]:
         """Names and values, for metrics."""
         return [(field.name, getattr(self, field.name)) for field in fields(self)]
 
 
+class SlotOwner(Protocol):
+    """Who is told what becomes of slots: the link."""
+
+    def on_slot_lost(self, sample: LiveSample) -> None:
+        """The sample's tokens can no longer follow in its slot."""
+
+    def on_slot_refused(self, sample: LiveSample, failure: pb.Failure) -> None:
+        """The engine has no room for the sample, or admits nothing more."""
+
+    def on_slot_free(self) -> None:
+        """A slot came free."""
+
+    def on_slot_failed(self, request_id: str) -> None:
+        """The engine failed a sample of this request by a fault of its own."""
+
+    def on_slot_worked(self) -> None:
+        """The engine brought a sample to its end."""
+
+
 class Multiplexer:
-    """The slots of one epoch. `send` queues a command and never blocks; `on_lost` takes a sample whose tokens
-    can no longer follow on this link, `on_busy` one that was running, moved here, and found the queue full,
-    with the seconds after which to try again.
-    """
+    """The slots of one epoch. `send` queues a command and never blocks."""
 
     def __init__(
         self,
         epoch: int,
         *,
         send: Callable[[engine_pb.ConnectRequest], None],
-        on_lost: Callable[[LiveSample], None],
-        on_busy: Callable[[LiveSample, float], None],
+        owner: SlotOwner,
         now: Callable[[], float],
         counters: LinkCounters,
         credit_bytes: int,
     ) -> None:
         self.epoch = epoch
         self._send = send
-        self._on_lost = on_lost
-        self._on_busy = on_busy
+        self._owner = owner
         self._now = now
         self._counters = counters
         self._credit_bytes = credit_bytes
@@ -110,9 +130,13 @@ class Multiplexer:
             self._slots[sample.slot] = None
             self.cancel(sample)
 
+    def samples(self) -> list[LiveSample]:
+        """The samples that have a slot."""
+        return [sample for sample in self._slots.values() if sample is not None]
+
     def drop_all(self) -> list[LiveSample]:
         """The link is gone: empty the table and return the samples that were on it."""
-        samples = [sample for sample in self._slots.values() if sample is not None]
+        samples = self.samples()
         self._slots.clear()
         self._counters.lost_samples += len(samples)
         return samples
@@ -132,14 +156,12 @@ class Multiplexer:
         sample = self._release(rejected.slot)
         if sample is None:
             return
-        if rejected.failure.code == _UNAVAILABLE:
-            # It began to drain while the Submit was under way: not the request's fault.
+        if rejected.failure.code in _REFUSALS:
             sample.link = None
-            self._on_lost(sample)
-        elif rejected.failure.code == _RESOURCE_EXHAUSTED and sample.is_accepted:
-            sample.link = None
-            self._on_busy(sample, rejected.failure.retry_after_ms / 1000)
+            self._owner.on_slot_refused(sample, rejected.failure)
         else:
+            if rejected.failure.code == _INTERNAL:
+                self._owner.on_slot_failed(sample.request.resolved.request_id)
             sample.on_rejected(rejected.failure)
 
     def on_frame(self, frame: engine_pb.StepFrame) -> None:
@@ -160,7 +182,9 @@ class Multiplexer:
         ):
             sample = slots.get(slot)
             if sample is None:
-                if slot not in slots:
+                if slot in slots:
+                    counters.late_tokens += 1
+                else:
                     counters.dropped_slot += 1
             elif position == len(sample.token_ids):
                 try:
@@ -187,9 +211,13 @@ class Multiplexer:
         is_cut = has_hole or finished.reason == pb.FINISH_REASON_CANCELLED
         if is_cut and not sample.is_cancelled:
             sample.link = None
-            self._on_lost(sample)
-        else:
-            sample.on_finished(finished)
+            self._owner.on_slot_lost(sample)
+            return
+        if finished.failure.code == _INTERNAL:
+            self._owner.on_slot_failed(sample.request.resolved.request_id)
+        elif not finished.failure.code:
+            self._owner.on_slot_worked()
+        sample.on_finished(finished)
 
     @staticmethod
     def _fail(sample: LiveSample, error: Exception) -> None:
@@ -202,7 +230,7 @@ class Multiplexer:
         self._counters.holes += 1
         self.detach(sample)
         sample.link = None
-        self._on_lost(sample)
+        self._owner.on_slot_lost(sample)
 
     def _is_ours(self, epoch: int) -> bool:
         if epoch != self.epoch:
@@ -213,6 +241,7 @@ class Multiplexer:
     def _release(self, slot: int) -> LiveSample | None:
         sample = self._slots.pop(slot)
         self._free.append(slot)
+        self._owner.on_slot_free()
         return sample
 
     def _new_slot(self) -> int:

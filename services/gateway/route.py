@@ -19,5 +19,7 @@ class Route:
     lost_at: float | None = None
     # Of the deterministic engine that began it; None: another engine could not go on bit for bit anyway.
     numerics_id: str | None = None
+    # Its engine died: the next start is one of the retries that the whole gateway has only so many of.
+    is_charged: bool = False
     # Engines that had no room for it, since it last ran.
     refused_by: tuple[str, ...] = ()

@@ -13,11 +13,11 @@ from typing import Any
 import grpc
 
 from services.gateway.client_streams import ClientStreams
-from services.gateway.engine_client import EngineLink
 from services.gateway.events import responses, started
 from services.gateway.gateway import Gateway
 from services.gateway.permissions import check_model
 from services.gateway.resolution import not_offered, refuse_unknown_fields, tokenize
+from services.gateway.served import Served
 from weft.rpc.errors import StatusError, invalid_argument
 from weft.rpc.interceptor import current_caller
 from weft.sampling import validate_token_ids
@@ -107,8 +107,8 @@ class GatewayServicer(GatewayServiceServicer):
                 )
         return response
 
-    def _find(self, model: str) -> EngineLink:
-        """The link of a model that the caller may use. Raises StatusError."""
+    def _find(self, model: str) -> Served:
+        """The artifact of a model that the caller may use. Raises StatusError."""
         caller = current_caller.get()
         link = self._gateway.router.find(self._gateway.model_for(caller, model))
         if link.info is not None:

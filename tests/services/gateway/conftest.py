@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 
 from services.gateway.application import GatewayApplication
 from services.gateway.config import GatewayConfig
-from services.gateway.engine_client import LinkTimes
+from services.gateway.link_terms import LinkTimes
 from services.gateway.gateway import RequestCounters
 from weft.rpc.address import Address, parse_address
 from weft.rpc.auth import Authenticator

@@ -13,7 +13,7 @@ def beat(elapsed_ms: int, bound_ms: int) -> engine_pb.Heartbeat:
 def test_silence_is_death_after_its_time() -> None:
     watchdog = Watchdog(dead_s=1.0, hung_s=1.0)
     watchdog.start(100.0)
-    assert watchdog.problem(101.0) is None
+    assert watchdog.problem(100.99) is None
     assert "dead" in str(watchdog.problem(101.01))
     watchdog.hear(101.5)
     assert watchdog.problem(102.4) is None
