@@ -37,7 +37,6 @@ class Entry(Generic[T]):
     number: int
     arrival: float
     rank: int
-    cost: float
     is_queued: bool = True
 
 
@@ -115,14 +114,12 @@ class FairQueue(Generic[T]):
         """Add service to a key."""
         queue.counter += amount / queue.weight
 
-    def push(self, item: T, queue: KeyQueue[T], *, rank: int, cost: float, now: float) -> Entry[T]:
-        """Queue `item` for a key. `cost` is charged when it is popped. `now` is in seconds and never goes
-        back.
-        """
+    def push(self, item: T, queue: KeyQueue[T], *, rank: int, now: float) -> Entry[T]:
+        """Queue `item` for a key. `now` is in seconds and never goes back."""
         lane = queue.lanes[rank]
         if not lane.num_queued:
             self._lift(queue, rank)
-        entry = Entry(item, queue, self._next_number, now, rank, cost)
+        entry = Entry(item, queue, self._next_number, now, rank)
         self._next_number += 1
         lane.add(entry)
         self._classes[rank].add(entry)
@@ -130,7 +127,9 @@ class FairQueue(Generic[T]):
         return entry
 
     def pop(self, now: float) -> Entry[T] | None:
-        """Take out who is next and charge its cost; None only when nobody waits."""
+        """Take out who is next; None only when nobody waits. What it costs is for the caller to charge before
+        the next `pop`.
+        """
         best = next((rank for rank, lane in enumerate(self._classes) if lane.num_queued), None)
         if best is None:
             return None
@@ -144,12 +143,11 @@ class FairQueue(Generic[T]):
             raise RuntimeError("a class with entries has no key in its order")
         entry = queue.lanes[best].entries[0]
         self.remove(entry)
-        self.charge(queue, entry.cost)
         self._last_served = queue
         return entry
 
     def remove(self, entry: Entry[T]) -> None:
-        """Take an entry out, uncharged. May come twice."""
+        """Take an entry out. May come twice."""
         if not entry.is_queued:
             return
         entry.is_queued = False

@@ -3,7 +3,7 @@ requests.
 
 The rule of tokens: a request is charged its prompt, once, and for each of its samples the output that it may
 draw; when it ends, what it did not draw is given back. It passes when all of that fits, or when the bucket is
-full. A request that was refused for whatever reason of quota costs nothing.
+full. A request that no engine was given costs no tokens, and one refused for its quota costs nothing at all.
 """
 
 from __future__ import annotations
@@ -182,6 +182,14 @@ class Quotas:
         fresh = [name for name in idle if self._accounts[name].is_fresh(now)]
         for name in fresh or idle[: max(1, len(idle) // 8)]:
             del self._accounts[name]
+
+
+def charge_at_the_door(num_prompt_tokens: int, max_tokens: int | None, num_samples: int) -> int:
+    """The tokens that a request is charged before it has drawn any; `max_tokens` None: the client left it
+    open.
+    """
+    per_sample = ASSUMED_OUTPUT_TOKENS if max_tokens is None else max_tokens
+    return num_prompt_tokens + max(1, num_samples) * per_sample
 
 
 def over_quota(name: str, limit: float | None, wait_s: float) -> StatusError:

@@ -81,16 +81,20 @@ def test_the_order_is_that_of_the_plain_queue(actions: list[tuple[str, str, int,
     plain = PlainQueue()
     entries: dict[int, Entry[int]] = {}
     numbers = itertools.count()
+    costs: dict[int, int] = {}
     now = 0.0
     for action, key, which, amount in actions:
         if action == "push":
             number = next(numbers)
             plain.push(number, key, which, amount, now)
-            entries[number] = queue.push(number, queue.key(key), rank=which, cost=amount, now=now)
+            costs[number] = amount
+            entries[number] = queue.push(number, queue.key(key), rank=which, now=now)
         elif action == "pop":
             expected = plain.pop(now)
             found = queue.pop(now)
             assert (found.item if found is not None else None) == expected
+            if found is not None:
+                queue.charge(found.key, costs[found.item])
         elif action == "remove" and entries:
             number = sorted(entries)[which % len(entries)]
             queue.remove(entries[number])
@@ -107,13 +111,14 @@ def test_the_order_is_that_of_the_plain_queue(actions: list[tuple[str, str, int,
         found = queue.pop(now)
         assert found is not None
         assert found.item == expected
+        queue.charge(found.key, costs[found.item])
     assert queue.pop(now) is None
 
 
 def test_ties_go_by_arrival() -> None:
     queue: FairQueue[int] = FairQueue()
     for number, key in enumerate("cabcab"):
-        queue.push(number, queue.key(key), rank=1, cost=0, now=0.0)
+        queue.push(number, queue.key(key), rank=1, now=0.0)
     order = [queue.pop(0.0) for _ in range(6)]
     assert [entry.item for entry in order if entry is not None] == list(range(6))
 
@@ -142,6 +147,7 @@ class Server:
     def fill(self) -> None:
         while len(self.running) < self.num_slots and (entry := self.queue.pop(self.now)) is not None:
             name, cost, length = entry.item
+            self.queue.charge(entry.key, cost)
             self.service[name] = self.service.get(name, 0.0) + cost
             self.running.append((entry.key, [length, 0]))
             self.started.append(entry)
@@ -177,7 +183,7 @@ def test_the_service_of_two_keys_that_keep_waiting_stays_within_the_papers_bound
             while key.lanes[1].num_queued <= num_slots:
                 cost = draw.randint(1, longest_prompt)
                 item = (name, cost, draw.randint(1, longest_output))
-                queue.push(item, key, rank=1, cost=cost, now=server.now)
+                queue.push(item, key, rank=1, now=server.now)
         server.fill()
         assert len(server.running) == num_slots, "a slot stood empty while requests waited"
         server.step()
@@ -193,7 +199,7 @@ def test_ten_times_the_load_gets_no_more_than_its_share() -> None:
         for name, load in (("heavy", 10), ("light", 1)):
             for _ in range(load if draw.random() < 0.35 else 0):
                 item = (name, draw.randint(1, 30), draw.randint(5, 15))
-                queue.push(item, queue.key(name), rank=1, cost=item[1], now=server.now)
+                queue.push(item, queue.key(name), rank=1, now=server.now)
         server.fill()
         server.step()
     heavy, light = server.service["heavy"], server.service["light"]
@@ -206,25 +212,28 @@ def test_ten_times_the_load_gets_no_more_than_its_share() -> None:
 def test_a_key_that_was_idle_has_saved_nothing_up() -> None:
     queue: FairQueue[str] = FairQueue()
     busy, idle = queue.key("busy"), queue.key("idle")
-    queue.push("first", busy, rank=1, cost=1, now=0.0)
+    queue.push("first", busy, rank=1, now=0.0)
     queue.pop(0.0)
     queue.charge(busy, 1000)
     for number in range(6):
-        queue.push(f"busy{number}", busy, rank=1, cost=10, now=0.0)
+        queue.push(f"busy{number}", busy, rank=1, now=0.0)
     for number in range(6):
-        queue.push(f"idle{number}", idle, rank=1, cost=10, now=0.0)
-    order = [entry.item for _ in range(12) if (entry := queue.pop(0.0)) is not None]
+        queue.push(f"idle{number}", idle, rank=1, now=0.0)
+    order = []
+    while (entry := queue.pop(0.0)) is not None:
+        order.append(entry.item)
+        queue.charge(entry.key, 10)
     assert [item.rstrip("012345") for item in order] == ["busy", "idle"] * 6
 
 
 def test_a_class_gets_its_part_while_better_ones_never_end() -> None:
     queue: FairQueue[str] = FairQueue(ageing_s=AGEING_S)
-    batch = [queue.push("batch", queue.key("b"), rank=2, cost=1, now=0.0) for _ in range(20)]
-    normal = queue.push("normal", queue.key("n"), rank=1, cost=1, now=1.0)
+    batch = [queue.push("batch", queue.key("b"), rank=2, now=0.0) for _ in range(20)]
+    normal = queue.push("normal", queue.key("n"), rank=1, now=1.0)
     now, started = 1.0, 0
     while batch[-1].is_queued or normal.is_queued:
         while queue.num_queued(0) < 3:
-            queue.push("interactive", queue.key("i"), rank=0, cost=1, now=now)
+            queue.push("interactive", queue.key("i"), rank=0, now=now)
         now += 0.1
         entry = queue.pop(now)
         assert entry is not None
@@ -239,23 +248,25 @@ def test_one_key_in_a_crowd_of_newcomers_is_served() -> None:
     queue: FairQueue[str] = FairQueue()
     old = queue.key("old")
     queue.charge(old, 500)
-    entry = queue.push("old", old, rank=1, cost=1, now=0.0)
+    entry = queue.push("old", old, rank=1, now=0.0)
     for number in itertools.count():
         for _ in range(2):
             name = f"k{random.Random(number).randrange(100)}"
-            queue.push(name, queue.key(name), rank=1, cost=10, now=0.0)
-        queue.pop(0.0)
-        if not entry.is_queued:
+            queue.push(name, queue.key(name), rank=1, now=0.0)
+        popped = queue.pop(0.0)
+        assert popped is not None
+        if popped is entry:
             break
+        queue.charge(popped.key, 10)
         assert number < 20_000, "it starves"
 
 
 def test_memory_is_bounded_by_who_waits() -> None:
     queue: FairQueue[int] = FairQueue()
-    stays = queue.push(0, queue.key("stays"), rank=2, cost=1, now=0.0)
+    stays = queue.push(0, queue.key("stays"), rank=2, now=0.0)
     for number in range(5 * MAX_IDLE_KEYS):
         key = queue.key("stays" if number % 2 else f"k{number}")
-        queue.remove(queue.push(number, key, rank=2, cost=1, now=0.0))
+        queue.remove(queue.push(number, key, rank=2, now=0.0))
     assert len(queue) == 1
     assert len(queue._keys) <= MAX_IDLE_KEYS
     assert len(stays.key.lanes[2].entries) < 100
@@ -269,7 +280,7 @@ def test_how_many_are_before() -> None:
     queue: FairQueue[int] = FairQueue()
     heavy, light = queue.key("heavy"), queue.key("light")
     for number in range(50):
-        queue.push(number, heavy, rank=1, cost=1, now=0.0)
+        queue.push(number, heavy, rank=1, now=0.0)
     assert queue.num_before(light, 1) == 1
     assert queue.num_before(heavy, 1) == 50
     assert queue.num_before(light, 0) == 0
@@ -279,11 +290,11 @@ def test_how_many_are_before() -> None:
 def test_a_start_costs_microseconds_with_hundreds_of_keys_waiting() -> None:
     queue: FairQueue[int] = FairQueue()
     for number in range(512):
-        queue.push(number, queue.key(f"k{number % 256}"), rank=1, cost=1, now=0.0)
+        queue.push(number, queue.key(f"k{number % 256}"), rank=1, now=0.0)
     begin = time.perf_counter()
     for number in range(2000):
         entry = queue.pop(0.0)
         assert entry is not None
         queue.charge(entry.key, number % 50)
-        queue.push(number, entry.key, rank=1, cost=1, now=0.0)
+        queue.push(number, entry.key, rank=1, now=0.0)
     assert (time.perf_counter() - begin) / 2000 < 500e-6

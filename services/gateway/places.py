@@ -1,0 +1,54 @@
+"""How many more sequences may be sent to the engines of one artifact. Knows links and their loads; holds
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Protocol
+
+from weft.v1 import engine_service_pb2 as engine_pb
+
+# An engine gets this part of its batch on top, and one sequence at least, so that what comes free at one step
+# is taken at the next one without a round trip to here. What is sent ahead waits in the engine's own order.
+AHEAD_PART = 1 / 16
+
+
+class Load(Protocol):
+    """How busy an engine is."""
+
+    @property
+    def max_batch_size(self) -> int:
+        """Sequences that run at once."""
+
+    def num_sequences(self, num_live: int) -> int:
+        """Sequences there, when `num_live` are this gateway's."""
+
+
+class Engine(Protocol):
+    """What is asked of a link."""
+
+    @property
+    def info(self) -> engine_pb.GetInfoResponse | None:
+        """What the engine said of itself."""
+
+    @property
+    def load(self) -> Load:
+        """How busy it is."""
+
+    @property
+    def num_live(self) -> int:
+        """Sequences of this gateway on it."""
+
+
+def num_places(engines: Iterable[Engine], info: engine_pb.GetInfoResponse) -> int | None:
+    """Sequences that engines of this artifact could take now; None when there is no such engine."""
+    found: int | None = None
+    for engine in engines:
+        own = engine.info
+        if own is None or (own.artifact_digest, own.model_name) != (info.artifact_digest, info.model_name):
+            continue
+        size = engine.load.max_batch_size
+        ahead = max(1, int(size * AHEAD_PART))
+        found = (found or 0) + max(0, size + ahead - engine.load.num_sequences(engine.num_live))
+    return found
