@@ -1,0 +1,291 @@
+"""Sessions: conversations whose exact tokens the gateway keeps, so that a client sends only the new turn.
+
+A turn is kept when its request is over, prompt and output at once: those output tokens that were given to the
+client, and nothing at all when none was. One turn of a session is live at a time. A session belongs to its
+key and to one artifact. Knows neither the service's messages, but for the request, nor SQL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, TypeVar
+
+import grpc
+
+from services.gateway.assets import ModelAssets
+from services.gateway.session_database import (
+    LoadedSession,
+    NoRoom,
+    SessionExists,
+    SessionLimits,
+    StoredSession,
+)
+from services.gateway.session_store import SessionStore
+from services.gateway.turn_prompt import Kept, TurnPrompt, turn_prompt
+from weft import logs
+from weft.rpc.errors import StatusError, invalid_argument
+from weft.v1 import engine_service_pb2 as engine_pb
+from weft.v1 import gateway_service_pb2 as gateway_pb
+
+MAX_ID_CHARS = 128
+MAX_SWEEP_INTERVAL_S = 60.0
+NO_ROOM_RETRY_S = 60.0
+_SESSION_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_ID_CHARS}}}")
+_Key = tuple[str, str]
+log = logs.get_logger("gateway.sessions")
+
+
+class HasInfo(Protocol):
+    """What a router finds for a model."""
+
+    @property
+    def info(self) -> engine_pb.GetInfoResponse | None:
+        """What its engine says of itself."""
+
+
+Found = TypeVar("Found", bound=HasInfo)
+
+
+class Turn:
+    """One turn of one session, from `Sessions.begin` to `close`; nobody else has the session meanwhile."""
+
+    def __init__(self, sessions: Sessions, session: StoredSession, kept: Kept) -> None:
+        self.session = session
+        self._sessions = sessions
+        self._kept = kept
+        self._prompt: TurnPrompt | None = None
+        self.saving: asyncio.Task[None] | None = None
+
+    @property
+    def affinity(self) -> str:
+        """Names the session among those of all keys: its engine may still hold what was computed."""
+        return f"{self.session.owner}/{self.session.session_id}"
+
+    @property
+    def retain_seconds(self) -> int:
+        """How long the engine is asked to keep what it computed."""
+        return self._sessions.retain_seconds
+
+    async def find(
+        self, find_soon: Callable[[str, float | None], Awaitable[Found]], deadline: float | None
+    ) -> Found:
+        """What the router finds for the session's artifact. Raises StatusError: FAILED_PRECONDITION when that
+        artifact is not served any more.
+        """
+        session = self.session
+        try:
+            found = await find_soon(_full_name(session), deadline)
+        except StatusError as error:
+            if error.code is grpc.StatusCode.NOT_FOUND:
+                raise _version_gone(session) from error
+            raise
+        if found.info is not None and found.info.artifact_digest != session.artifact_digest:
+            raise _version_gone(session)
+        return found
+
+    async def prompt(
+        self, request: gateway_pb.GenerateRequest, assets: ModelAssets, info: engine_pb.GetInfoResponse
+    ) -> list[int]:
+        """All tokens to go on from: what is kept and what `request` adds. Raises StatusError."""
+        self._prompt = await turn_prompt(request, self._kept, assets, info)
+        return self._kept.token_ids + self._prompt.token_ids
+
+    def close(self, output_token_ids: Sequence[int]) -> None:
+        """The turn is over: keep it if it brought a token. May come twice; never fails. It is kept in the
+        background, and the session's next turn waits for that.
+        """
+        if self.saving is None:
+            self.saving = asyncio.get_running_loop().create_task(self._save(list(output_token_ids)))
+            self.saving.add_done_callback(lambda task: self._sessions.forget(self, task))
+
+    async def saved(self) -> None:
+        """After `close`: return when the turn is kept. Raises StatusError when it could not be: then the
+        session is as before.
+        """
+        if self.saving is not None:
+            await asyncio.shield(self.saving)
+
+    async def _save(self, output: list[int]) -> None:
+        prompt = self._prompt
+        if prompt is None or not output:
+            return
+        now_ms = self._sessions.now_ms()
+        await self._sessions.store.run(
+            lambda database: database.append(self.session, prompt.token_ids, output, prompt.roles, now_ms)
+        )
+
+
+class Sessions:
+    """All sessions of this process. `now_ms` is wall time, in milliseconds: a session outlives restarts."""
+
+    def __init__(
+        self,
+        store: SessionStore,
+        *,
+        retain_seconds: int = 300,
+        now_ms: Callable[[], int] = lambda: int(time.time() * 1000),
+    ) -> None:
+        self.store = store
+        self.retain_seconds = retain_seconds
+        self.now_ms = now_ms
+        # None: a turn that is still being looked up.
+        self._live: dict[_Key, Turn | None] = {}
+
+    @property
+    def limits(self) -> SessionLimits:
+        """What is refused, and when a session expires."""
+        return self.store.limits
+
+    @property
+    def num_live(self) -> int:
+        """Turns that are live or being kept."""
+        return len(self._live)
+
+    async def create(
+        self, owner: str | None, session_id: str, info: engine_pb.GetInfoResponse
+    ) -> StoredSession:
+        """A new, empty session of the artifact that `info` names; an empty id is chosen here. Raises
+        StatusError.
+        """
+        new = StoredSession(
+            number=0,
+            owner=owner or "",
+            session_id=_checked(session_id) if session_id else uuid.uuid4().hex,
+            model=info.model_name,
+            version=info.artifact_version,
+            artifact_digest=info.artifact_digest,
+            used_ms=self.now_ms(),
+            num_tokens=0,
+            num_turns=0,
+            roles=(),
+        )
+        busy = self._busy()
+        try:
+            return await self.store.run(lambda database: database.create(new, busy))
+        except SessionExists:
+            raise StatusError(
+                grpc.StatusCode.ALREADY_EXISTS, "this key has a session of this id", reason="SESSION_EXISTS"
+            ) from None
+        except NoRoom as error:
+            raise _no_room(str(error)) from None
+
+    async def get(self, owner: str | None, session_id: str) -> tuple[StoredSession, list[int]]:
+        """A session and its tokens, as its last kept turn left it. Raises StatusError."""
+        key = (owner or "", _checked(session_id))
+        await self._settled(key)
+        found = await self._load(key)
+        return found.session, found.token_ids
+
+    async def delete(self, owner: str | None, session_id: str) -> None:
+        """Forget a session. Raises StatusError, also while a turn is live."""
+        key = (owner or "", _checked(session_id))
+        await self._claim(key)
+        try:
+            if not await asyncio.shield(self.store.run(lambda database: database.delete(*key))):
+                raise _unknown()
+        finally:
+            del self._live[key]
+
+    async def begin(self, request: gateway_pb.GenerateRequest, owner: str | None) -> Turn:
+        """Begin a turn; `close` must follow. Raises StatusError."""
+        key = (owner or "", _checked(request.session_id))
+        if request.sampling.n > 1:
+            raise invalid_argument([("sampling.n", "must be 1 in a session")])
+        await self._claim(key)
+        turn: Turn | None = None
+        try:
+            found = await self._load(key)
+            session = found.session
+            if request.model not in ("", session.model, _full_name(session)):
+                raise invalid_argument([("model", f"the session belongs to {_full_name(session)[:80]}")])
+            if not found.has_room:
+                raise _no_room(f"all sessions hold {self.limits.max_tokens} tokens, which is the limit")
+            kept = Kept(found.token_ids, found.num_output, session.roles)
+            self._live[key] = turn = Turn(self, session, kept)
+            return turn
+        finally:
+            if turn is None:
+                del self._live[key]
+
+    def forget(self, turn: Turn, saving: asyncio.Task[None]) -> None:
+        """The turn is over and kept, or could not be kept: its session is free."""
+        del self._live[turn.session.owner, turn.session.session_id]
+        if not saving.cancelled() and (error := saving.exception()) is not None:
+            log.warning("a turn was not kept", session=turn.session.session_id, reason=str(error))
+
+    async def sweep(self) -> None:
+        """Forget what has expired. Runs until cancelled."""
+        while True:
+            await asyncio.sleep(min(MAX_SWEEP_INTERVAL_S, self.limits.ttl_s / 4))
+            now_ms, busy = self.now_ms(), self._busy()
+            try:
+                num_gone = await self.store.run(lambda database: database.sweep(now_ms, busy))  # noqa: B023
+            except StatusError:
+                continue  # logged; the next round tries again
+            if num_gone:
+                log.info("sessions expired", sessions=num_gone)
+
+    async def close(self) -> None:
+        """Keep what is over, then let the file go. No turn may begin any more."""
+        saving = [turn.saving for turn in self._live.values() if turn is not None and turn.saving is not None]
+        await asyncio.gather(*saving, return_exceptions=True)
+        await self.store.close()
+
+    async def _claim(self, key: _Key) -> None:
+        """Take the session for oneself: it is in `_live` after this."""
+        await self._settled(key)
+        if key in self._live:
+            raise StatusError(
+                grpc.StatusCode.ABORTED, "a turn of this session is live", reason="SESSION_BUSY"
+            )
+        self._live[key] = None
+
+    async def _settled(self, key: _Key) -> None:
+        """Wait for a turn that is over to be kept."""
+        turn = self._live.get(key)
+        if turn is not None and turn.saving is not None:
+            await asyncio.wait([turn.saving])
+
+    async def _load(self, key: _Key) -> LoadedSession:
+        found = await self.store.run(lambda database: database.load(*key))
+        # A live turn keeps its session from expiring.
+        if found is None or (
+            found.session.used_ms < self.limits.horizon(self.now_ms()) and self._live.get(key) is None
+        ):
+            raise _unknown()
+        return found
+
+    def _busy(self) -> frozenset[int]:
+        return frozenset(turn.session.number for turn in self._live.values() if turn is not None)
+
+
+def _checked(session_id: str) -> str:
+    if not _SESSION_ID.fullmatch(session_id):
+        raise invalid_argument([("session_id", f"must be 1 to {MAX_ID_CHARS} of A-Z a-z 0-9 . _ -")])
+    return session_id
+
+
+def _full_name(session: StoredSession) -> str:
+    return f"{session.model}@{session.version}" if session.version else session.model
+
+
+def _unknown() -> StatusError:
+    return StatusError(grpc.StatusCode.NOT_FOUND, "this key has no such session", reason="SESSION_NOT_FOUND")
+
+
+def _no_room(text: str) -> StatusError:
+    return StatusError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, text, retry_after_s=NO_ROOM_RETRY_S, reason="SESSION_LIMIT"
+    )
+
+
+def _version_gone(session: StoredSession) -> StatusError:
+    return StatusError(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        f"the session's tokens belong to {_full_name(session)[:80]!r}, which is not served any more",
+        reason="SESSION_VERSION_GONE",
+    )
