@@ -175,6 +175,7 @@ class EngineLink:
 
     def _up(self, hello: engine_pb.EngineHello, assets: ModelAssets) -> None:
         self.info, self.assets = hello.info, assets
+        self.last_problem = ""  # the same again is news again
         self.is_draining = False
         self.load = EngineLoad(hello.info)
         self._up_at = self._now()
