@@ -37,7 +37,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
 
 async def run_mock(arguments: argparse.Namespace, logs: Path) -> Report:
     """The run over mock engines."""
-    flags = ["--step-ms", arguments.step_ms, "--num-blocks", arguments.num_blocks, "--hang-seconds", 4]
+    flags = ["--step-ms", arguments.step_ms, "--num-blocks", arguments.num_blocks, "--hang-seconds", 5]
     command = mock_command(*flags, "--drain-seconds", 1, "--tokenizer", DEMO_MODEL)
     vocabulary = load_vocabulary(DEMO_MODEL)
     expect = mock_expect(vocabulary)

@@ -19,6 +19,8 @@ KILL, STOP, PARTITION, RESET, HANG, DRAIN, TERMINATE, SLICE = (
     "kill -9", "SIGSTOP", "partition", "reset", "hung step", "drain", "SIGTERM", "slices",
 )  # fmt: skip
 WEIGHTS = {KILL: 4, STOP: 3, PARTITION: 3, RESET: 2, HANG: 1, DRAIN: 1, TERMINATE: 2, SLICE: 1}
+# No step counts as hung before two seconds and its grace of one.
+MIN_HANG_S = 2.5
 WITHOUT_HANG = {kind: weight for kind, weight in WEIGHTS.items() if kind != HANG}
 
 
@@ -123,9 +125,9 @@ class Schedule:
         engine.proxy.reset()
 
     async def _hang(self, engine: Engine, away_s: float) -> None:
-        """The process itself decides how long its step hangs: its --hang-seconds."""
         engine.signal(signal.SIGUSR2)
-        await asyncio.sleep(away_s)
+        await asyncio.sleep(MIN_HANG_S + away_s)
+        engine.signal(signal.SIGUSR2)
 
     async def _drain(self, engine: Engine, away_s: float) -> None:
         """A drained engine takes nothing more until it is started again."""

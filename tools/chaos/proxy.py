@@ -33,8 +33,8 @@ class Proxy:
         self.delay_s = 0.0
         self.cut_after_bytes: int | None = None
         self.num_connections = 0
-        self._is_open = asyncio.Event()
-        self._is_open.set()
+        self._up, self._down = asyncio.Event(), asyncio.Event()
+        self.heal()
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -55,20 +55,25 @@ class Proxy:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         self._server = None
 
-    def black_hole(self) -> None:
-        """Nothing goes through any more, in either direction, and nobody is told. New connections are made,
-        by the system, and stay silent.
+    def black_hole(self, *, up: bool = True, down: bool = True) -> None:
+        """Nothing goes up to the target, or down from it, any more, and nobody is told. New connections are
+        made, by the system, and stay silent.
         """
-        self._is_open.clear()
+        if up:
+            self._up.clear()
+        if down:
+            self._down.clear()
 
     def heal(self) -> None:
         """Everything goes through again, what was held back first."""
-        self._is_open.set()
+        self._up.set()
+        self._down.set()
 
-    @property
-    def is_black_hole(self) -> bool:
-        """Whether nothing goes through."""
-        return not self._is_open.is_set()
+    def make_well(self) -> None:
+        """As at the start: nothing is held back, sliced, delayed or cut."""
+        self.slice_bytes = self.cut_after_bytes = None
+        self.delay_s = 0.0
+        self.heal()
 
     def reset(self) -> None:
         """Break off every connection with a reset."""
@@ -93,7 +98,7 @@ class Proxy:
         self._writers.add(writer)
         far_writer: asyncio.StreamWriter | None = None
         try:
-            await self._is_open.wait()
+            await self._up.wait()
             far_reader, far_writer = await asyncio.open_connection(*self.target)
             self._writers.add(far_writer)
             left = self.cut_after_bytes
@@ -108,8 +113,8 @@ class Proxy:
                 return passed
 
             ways = [
-                asyncio.ensure_future(self._pump(reader, far_writer, lambda _: None)),
-                asyncio.ensure_future(self._pump(far_reader, writer, count)),
+                asyncio.ensure_future(self._pump(reader, far_writer, self._up, lambda _: None)),
+                asyncio.ensure_future(self._pump(far_reader, writer, self._down, count)),
             ]
             try:
                 await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
@@ -129,6 +134,7 @@ class Proxy:
         self,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        is_open: asyncio.Event,
         allowed: Callable[[int], int | None],
     ) -> None:
         with contextlib.suppress(OSError):
@@ -139,7 +145,7 @@ class Proxy:
                 size = self.slice_bytes or len(data)
                 whole = data if passed is None else data[:passed]
                 for start in range(0, len(whole), size):
-                    await self._is_open.wait()
+                    await is_open.wait()
                     writer.write(whole[start : start + size])
                     await writer.drain()
                     if size < len(whole):

@@ -50,12 +50,18 @@ class HashRunner:
         self.vocabulary = vocabulary
         self.memory = [array(oracle.TYPECODE, [POISON]) * block_size for _ in range(num_blocks)]
         self._will_hang = False
+        self._hangs = False
         self._is_released = threading.Event()
 
     def hang_next(self) -> None:
         """The next step takes `hang_s`, or until `release`. From any thread or signal handler."""
         self._is_released.clear()
         self._will_hang = True
+
+    @property
+    def is_hanging(self) -> bool:
+        """Whether a step hangs, or the next one will."""
+        return self._will_hang or self._hangs
 
     def release(self) -> None:
         """End the hanging step."""
@@ -77,8 +83,9 @@ class HashRunner:
     def forward(self, chunks: SequenceABC[Chunk]) -> list[bytes]:
         """Write every chunk's tokens, then read the history of those that draw."""
         if self._will_hang:
-            self._will_hang = False
+            self._will_hang, self._hangs = False, True
             self._is_released.wait(self.hang_s)
+            self._hangs = False
         duration_s = self.step_s
         if self.token_s:
             duration_s += self.token_s * sum(chunk.length for chunk in chunks)
