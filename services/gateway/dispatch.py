@@ -42,14 +42,16 @@ class Waiting(NamedTuple):
 class Turn:
     """One request, from when it asks to start until it is over. `leave` may come twice."""
 
-    __slots__ = ("charged", "entry", "has_waited", "key", "live", "pool", "queued_at", "timer")
+    __slots__ = ("charged", "entry", "has_begun", "has_waited", "key", "live", "pool", "queued_at", "timer")
 
     def __init__(self, pool: Pool, key: KeyQueue[Turn], live: LiveRequest, now: float) -> None:
         self.pool = pool
         self.key = key
         self.live = live
         self.queued_at = now
-        self.charged = 0
+        # What it had drawn before, if it goes on with a request that had ended, was charged then.
+        self.charged = num_drawn(live)
+        self.has_begun = False
         self.has_waited = False
         self.entry: Entry[Turn] | None = None
         self.timer: asyncio.TimerHandle | None = None
@@ -214,9 +216,10 @@ class Dispatcher:
             pool.note_start(now)
             self.observe_wait(CLASSES[class_of(live.resolved.priority)], now - turn.queued_at)
         pool.queue.charge(turn.key, PROMPT_WEIGHT * len(live.resolved.prompt_token_ids))
+        turn.has_begun = True
         pool.running.add(turn)
         for sample in live.samples:
-            if sample.end is None and not self._place(sample):
+            if not sample.finish_without_engine() and not self._place(sample):
                 live.fail(no_engine())
                 return
 

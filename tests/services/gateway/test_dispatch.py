@@ -23,6 +23,18 @@ def info_of(model: str = "demo", digest: str = "d") -> engine_pb.GetInfoResponse
     return engine_pb.GetInfoResponse(model_name=model, artifact_digest=digest)
 
 
+class FakeSample:
+    """What the dispatcher sees of a sample."""
+
+    def __init__(self, request: FakeLive) -> None:
+        self.request = request
+        self.token_ids: list[int] = []
+        self.end: Any = None
+
+    def finish_without_engine(self) -> bool:
+        return self.end is not None
+
+
 class FakeLive:
     """What the dispatcher sees of a request."""
 
@@ -43,7 +55,7 @@ class FakeLive:
             deadline=None if deadline_s is None else self.now() + deadline_s,
             prompt_token_ids=[0] * prompt,
         )
-        self.samples = [SimpleNamespace(token_ids=[], end=None, request=self) for _ in range(num_samples)]
+        self.samples = [FakeSample(self) for _ in range(num_samples)]
         self.is_closed = False
         self.failure: StatusError | None = None
         self.has_failed = asyncio.Event()
@@ -200,7 +212,7 @@ async def test_who_is_over_before_its_turn_is_not_started(how: str) -> None:
     elif how == "failed":
         live.failure = StatusError(grpc.StatusCode.INTERNAL, "x")
     else:
-        live.samples[0].end = cast(Any, object())
+        live.samples[0].end = object()
     engines.free()
     assert engines.started == ["b"]
 
