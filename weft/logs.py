@@ -236,6 +236,21 @@ def start(level: str = "info", *, stream: TextIO | None = None, is_human: bool |
     return writer
 
 
+def set_level(level: str) -> None:
+    """Log from another level on; one of LEVELS."""
+    number = getattr(logging, level.upper())
+    if _writer is not None:
+        _writer.handler.setLevel(number)
+    logging.getLogger().setLevel(max(number, logging.WARNING))
+    logging.getLogger("weft").setLevel(number)
+
+
+def state() -> tuple[str, int]:
+    """The level, and how many records were dropped because whoever reads them was too slow."""
+    level = logging.getLevelName(logging.getLogger("weft").getEffectiveLevel()).lower()
+    return level, _writer.num_dropped if _writer is not None else 0
+
+
 def stop() -> None:
     """Write what is queued. The last thing a process does."""
     global _writer

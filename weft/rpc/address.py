@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
+import socket
 from typing import NamedTuple
 
 LOOPBACK = "127.0.0.1"
@@ -48,3 +50,30 @@ def parse_address(text: str) -> Address:
     ):
         raise ValueError(f"{text!r}: expected HOST:PORT with a port from 0 to 65535")
     return Address(host or LOOPBACK, int(port_text))
+
+
+def why_not_bound(address: Address) -> str | None:
+    """The system's reason why an address cannot be listened on, or None when it can.
+
+    A name may stand for addresses that this machine does not have, `localhost` without IPv6 for one: one that
+    it has is enough.
+    """
+    missing: str | None = None
+    is_bound = False
+    try:
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
+        for family, kind, protocol, _, target in found:
+            try:
+                with socket.socket(family, kind, protocol) as probe:
+                    # As the library does: an address whose connections are still closing may be taken again.
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(target)
+                    probe.listen(1)
+                is_bound = True
+            except OSError as error:
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error.strerror
+    except OSError as error:
+        return error.strerror or str(error)
+    return None if is_bound else missing

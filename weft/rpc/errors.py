@@ -29,6 +29,9 @@ MAX_DESCRIPTION_CHARS = 200
 ERROR_DOMAIN = "weft.v1"
 STATUS_DETAILS_KEY = "grpc-status-details-bin"
 PUSHBACK_KEY = "grpc-retry-pushback-ms"
+# In ErrorInfo.metadata, and as a trailer that any client can read.
+RESUME_TOKEN = "resume_token"
+RESUME_TOKEN_KEY = "x-resume-token"
 
 _CODES: dict[int, grpc.StatusCode] = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -154,6 +157,8 @@ def trailers(error: StatusError) -> tuple[tuple[str, str | bytes], ...]:
         found.append((STATUS_DETAILS_KEY, status.SerializeToString()))
     if error.retry_after_s is not None:
         found.append((PUSHBACK_KEY, str(retry_after_ms(error))))
+    if token := error.metadata.get(RESUME_TOKEN):
+        found.append((RESUME_TOKEN_KEY, token))
     return tuple(found)
 
 
@@ -164,6 +169,8 @@ def failure_from(error: StatusError) -> pb.Failure:
         message=status_message(error),
         retry_after_ms=retry_after_ms(error),
         error_id=error.error_id or "",
+        reason=error.reason or "",
+        resume_token=error.metadata.get(RESUME_TOKEN, ""),
     )
     for field, description in error.field_violations[:MAX_FIELD_VIOLATIONS]:
         failure.field_violations.add(
@@ -188,6 +195,8 @@ def error_from_failure(failure: pb.Failure) -> StatusError:
         field_violations=[(v.field, v.description) for v in failure.field_violations],
         retry_after_s=failure.retry_after_ms / 1000 if failure.retry_after_ms else None,
         error_id=failure.error_id or None,
+        reason=failure.reason or None,
+        metadata={RESUME_TOKEN: failure.resume_token} if failure.resume_token else None,
     )
 
 

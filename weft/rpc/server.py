@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import faulthandler
 import os
 import signal
-import socket
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -26,12 +24,14 @@ from grpc_reflection.v1alpha import reflection
 
 from weft import logs
 from weft.limits import RequestLimits
-from weft.rpc.address import Address
+from weft.rpc.address import Address, why_not_bound
 from weft.rpc.auth import Authenticator
 from weft.rpc.errors import StatusError
+from weft.rpc.guard import Guard
 from weft.rpc.health import HEALTH_SERVICE, HealthServicer
 from weft.rpc.interceptor import Interceptor, RpcCounters
 from weft.rpc.options import server_options
+from weft.rpc.reload import watch
 from weft.rpc.tls import ServerTls
 
 STOP_GRACE_S = 2.0
@@ -170,33 +170,6 @@ class Server:
         await self.grpc.stop(grace_s)
 
 
-def why_not_bound(address: Address) -> str | None:
-    """The system's reason why an address cannot be listened on, or None when it can.
-
-    A name may stand for addresses that this machine does not have, `localhost` without IPv6 for one: one that
-    it has is enough.
-    """
-    missing: str | None = None
-    is_bound = False
-    try:
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)
-        for family, kind, protocol, _, target in found:
-            try:
-                with socket.socket(family, kind, protocol) as probe:
-                    # As the library does: an address whose connections are still closing may be taken again.
-                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                    probe.bind(target)
-                    probe.listen(1)
-                is_bound = True
-            except OSError as error:
-                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                missing = error.strerror
-    except OSError as error:
-        return error.strerror or str(error)
-    return None if is_bound else missing
-
-
 @contextlib.contextmanager
 def _signals(server: Server) -> Any:
     """SIGTERM and SIGINT ask the server to stop; a second one ends the process at once with code 1."""
@@ -228,34 +201,67 @@ async def serve(
     *,
     is_public: bool = False,
     authenticator: Authenticator | None = None,
+    guard: Guard | None = None,
 ) -> int:
-    """Run a service until a signal, and return the exit code of the process.
+    """Run a service until a signal, and return the exit code of the process. `guard` brings keys of its own.
 
     0 after a signal and a drain; what `Server.request_stop` was given otherwise. Raises BindError, and
     whatever `application.load` raises.
     """
-    server = Server(application.service_names, is_public=is_public, authenticator=authenticator)
+    guard = guard or Guard(authenticator)
+    server = Server(
+        application.service_names,
+        is_public=is_public,
+        authenticator=guard.authenticator,
+        tls=guard.tls,
+        limits=guard.limits,
+    )
     with _signals(server):
+        async with _beside(server, guard):
+            return await _run(application, server, address)
+
+
+@contextlib.asynccontextmanager
+async def _beside(server: Server, guard: Guard) -> AsyncIterator[None]:
+    """What lives as long as the server: its admin port, and the watch over its files."""
+    tasks = [asyncio.create_task(watch(guard.watched, guard.reload_s))] if guard.watched else []
+    admin: Server | None = None
+    try:
+        if guard.admin is not None:
+            from weft.rpc.admin import admin_server
+
+            admin = admin_server(server, guard)
+            await admin.start(guard.admin)
+            log.info("admin port", address=str(admin.address))
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if admin is not None:
+            await admin.stop()
+
+
+async def _run(application: Application, server: Server, address: Address) -> int:
+    """From binding to the last log line."""
+    try:
+        await server.start(address)
         try:
-            await server.start(address)
-            try:
-                await _load(application, server)
-            except StoppedError:
-                log.info("stopped while loading")
-                return server.exit_code
-            server.set_serving()
-            log.info("serving", address=str(server.address))
-            await server.wait_for_stop()
-            server.set_not_serving()
-            if not server.exit_code:
-                await application.drain()
+            await _load(application, server)
+        except StoppedError:
+            log.info("stopped while loading")
             return server.exit_code
-        finally:
-            await server.stop()
-            await application.close()
-            log.info(
-                "stopped", code=server.exit_code, begun=server.counters.begun, ended=server.counters.ended
-            )
+        server.set_serving()
+        log.info("serving", address=str(server.address))
+        await server.wait_for_stop()
+        server.set_not_serving()
+        if not server.exit_code:
+            await application.drain()
+        return server.exit_code
+    finally:
+        await server.stop()
+        await application.close()
+        log.info("stopped", code=server.exit_code, begun=server.counters.begun, ended=server.counters.ended)
 
 
 async def _load(application: Application, server: Server) -> None:

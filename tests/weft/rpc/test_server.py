@@ -19,10 +19,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from tests.weft.rpc.probe_service import Probe, call_kind, eventually
 from weft.rpc import healthcheck
-from weft.rpc.address import Address, parse_address
+from weft.rpc.address import Address, parse_address, why_not_bound
 from weft.rpc.channel import open_channel
 from weft.rpc.options import channel_options, server_options
-from weft.rpc.server import BindError, Server, why_not_bound
+from weft.rpc.server import BindError, Server
 
 SERVICE = Path(__file__).with_name("fake_service.py")
 NAME = "test.v1.FakeService"
