@@ -1,4 +1,4 @@
-"""`python -m tools.chaos`: a fault run from the command line. Exit code 1 when anything was lost, doubled,
+"""`python -m tools.chaos`: fault runs from the command line. Exit code 1 when anything was lost, doubled,
 wrong or not given back; then the seed and the trace of the faults are printed.
 """
 
@@ -10,62 +10,61 @@ import sys
 import tempfile
 from pathlib import Path
 
-from tools.chaos.faults import Schedule
-from tools.chaos.run import Report, run
-from tools.chaos.stack import Stack, mock_command
-from tools.chaos.workload import Mix, Workload, load_vocabulary, mock_expect
-from tools.demo.processes import ROOT, ServiceError
+from tools.chaos.plans import Plan, run_demo, run_mock
+from tools.chaos.run import Report
+from tools.demo.processes import ServiceError
 
-DEMO_MODEL = ROOT / "models" / "demo"
+RUNS = {"mock": run_mock, "demo": run_demo}
+NUM_ENGINES = {"mock": 3, "demo": 2}
+WHAT = {"mock": "mock engines", "demo": "engines with the demo model in float32"}
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     """The command line."""
+    default = Plan()
     parser = argparse.ArgumentParser(prog="python -m tools.chaos", description=__doc__)
     parser.add_argument(
-        "--engines", choices=("mock", "demo"), default="mock", help="what is behind the gateway"
+        "--engines", choices=("mock", "demo", "both"), default="both", help="both unless given"
     )
-    parser.add_argument("--num-engines", type=int, default=3, help="how many of them (3)")
-    parser.add_argument("--seed", type=int, default=1, help="of requests and faults (1)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="how long faults come (60)")
-    parser.add_argument("--streams", type=int, default=64, help="requests at once (64)")
-    parser.add_argument("--step-ms", type=float, default=20.0, help="a step of a mock engine (20)")
-    parser.add_argument("--num-blocks", type=int, default=2048, help="blocks of a mock engine (2048)")
+    parser.add_argument("--num-engines", type=int, help="how many (3 mock, 2 demo)")
+    parser.add_argument("--seed", type=int, default=default.seed, help="of requests and faults (1)")
+    parser.add_argument("--seconds", type=float, default=default.seconds, help="how long faults come (60)")
+    parser.add_argument("--streams", type=int, default=default.num_streams, help="requests at once (64)")
+    parser.add_argument("--step-ms", type=float, default=default.step_ms, help="a mock engine's step (20)")
+    parser.add_argument("--num-blocks", type=int, default=default.num_blocks, help="of a mock engine (2048)")
     parser.add_argument("--logs", type=Path, help="where the processes log; a temporary directory")
     return parser.parse_args(argv)
 
 
-async def run_mock(arguments: argparse.Namespace, logs: Path) -> Report:
-    """The run over mock engines."""
-    flags = ["--step-ms", arguments.step_ms, "--num-blocks", arguments.num_blocks, "--hang-seconds", 5]
-    command = mock_command(*flags, "--drain-seconds", 1, "--tokenizer", DEMO_MODEL)
-    vocabulary = load_vocabulary(DEMO_MODEL)
-    expect = mock_expect(vocabulary)
-    gateway_flags = ["--tokenizer", DEMO_MODEL, "--log-level", "info"]
-    async with Stack([command] * arguments.num_engines, logs, gateway_flags=gateway_flags) as stack:
-        workloads = [
-            Workload(arguments.seed, worker, Mix(), vocabulary, expect) for worker in range(arguments.streams)
-        ]
-        schedule = Schedule(stack.engines, arguments.seed)
-        report = await run(stack, schedule, workloads, arguments.seconds, checks_logprobs=True)
-        if report.problems:
-            report.problems.append(stack.tails())
-        report.problems += await stack.stop()
-    return report
+def run_one(name: str, arguments: argparse.Namespace, logs: Path) -> list[str]:
+    """Run one of the two and print its report; what went wrong."""
+    plan = Plan(
+        seed=arguments.seed,
+        seconds=arguments.seconds,
+        num_streams=arguments.streams,
+        num_engines=arguments.num_engines or NUM_ENGINES[name],
+        step_ms=arguments.step_ms,
+        num_blocks=arguments.num_blocks,
+    )
+    print(f"{plan.num_engines} {WHAT[name]}", flush=True)
+    try:
+        report: Report = asyncio.run(RUNS[name](plan, logs / name))
+    except (ServiceError, TimeoutError, ExceptionGroup) as error:
+        print(f"chaos: seed {plan.seed}: {error!r}", file=sys.stderr)
+        return [str(error)]
+    print("\n".join(f"  {line}" for line in report.lines()), flush=True)
+    return report.problems
 
 
 def main(argv: list[str]) -> int:
     """Run; 0 when nothing was lost, doubled or wrong and everything is given back."""
     arguments = parse(argv)
+    names = list(RUNS) if arguments.engines == "both" else [arguments.engines]
+    problems: list[str] = []
     with tempfile.TemporaryDirectory(prefix="weft-chaos-") as temporary:
-        logs = arguments.logs or Path(temporary)
-        try:
-            report = asyncio.run(run_mock(arguments, logs))
-        except (ServiceError, ExceptionGroup) as error:
-            print(f"chaos: seed {arguments.seed}: {error}", file=sys.stderr)
-            return 1
-    print("\n".join(report.lines()))
-    return 1 if report.problems else 0
+        for name in names:
+            problems += run_one(name, arguments, arguments.logs or Path(temporary))
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

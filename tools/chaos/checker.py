@@ -45,6 +45,8 @@ class StreamCheck:
         self.name = name
         self.samples = [SampleCheck(one) for one in expected]
         self.gaps_s: list[float] = []
+        self.worst_gap: tuple[float, float] = (0.0, 0.0)
+        """The longest wait for a token, and when it was over."""
         self.num_lost = 0
         self.num_doubled = 0
         self.num_wrong = 0
@@ -139,7 +141,9 @@ class StreamCheck:
 
     def _on_wait(self, sample: SampleCheck, now: float, counts_gap: bool) -> None:
         if counts_gap and sample.last_at is not None:
-            self.gaps_s.append(now - sample.last_at)
+            gap_s = now - sample.last_at
+            self.gaps_s.append(gap_s)
+            self.worst_gap = max(self.worst_gap, (gap_s, now))
         sample.last_at = now
 
     def _check_token(self, index: int, sample: SampleCheck, token_id: int) -> None:

@@ -63,6 +63,8 @@ class Schedule:
         self._random = random.Random(self.seed)
         self._hurt: set[str] = set()
         self._began = time.monotonic()
+        # Each kind once, in any order; then by weight.
+        self._first = self._random.sample(list(self.weights), len(self.weights))
         self._actions: dict[str, Callable[[Engine, float], Awaitable[None]]] = {
             KILL: self._kill,
             STOP: self._stop,
@@ -86,13 +88,17 @@ class Schedule:
             while (left := self._began + seconds - time.monotonic()) > 0:
                 pause_s = min(left, self._random.expovariate(1 / self.times.between))
                 await asyncio.sleep(pause_s)
-                kind = self._random.choices(list(self.weights), list(self.weights.values()))[0]
                 away_s = self._random.uniform(*self.times.away)
                 order = self._random.sample(list(self.engines), len(self.engines))
                 well = [engine for engine in order if engine.name not in self._hurt]
                 if len(well) > 1 and time.monotonic() < self._began + seconds:
                     self._hurt.add(well[0].name)
-                    group.create_task(self._one(kind, well[0], away_s))
+                    group.create_task(self._one(self._next_kind(), well[0], away_s))
+
+    def _next_kind(self) -> str:
+        if self._first:
+            return self._first.pop()
+        return self._random.choices(list(self.weights), list(self.weights.values()))[0]
 
     async def _one(self, kind: str, engine: Engine, away_s: float) -> None:
         began = time.monotonic()

@@ -6,16 +6,24 @@ import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
-from tools.chaos.checker import StreamCheck, percentile
+from tools.chaos.checker import Expected, StreamCheck, percentile
 from tools.chaos.clients import Clients, Counts
 from tools.chaos.faults import Schedule
 from tools.chaos.stack import Stack
-from tools.chaos.workload import Workload
+from tools.chaos.workload import Spec
 
 # Streams that were begun get so long to end after the last fault.
 END_S = 60.0
 MAX_SHOWN = 20
+
+
+class Requests(Protocol):
+    """Where a client's requests come from."""
+
+    def next(self) -> tuple[Spec, list[Expected]]:
+        """The next request, and what it must get."""
 
 
 @dataclass
@@ -33,7 +41,9 @@ class Report:
     num_wrong: int = 0
     num_replays: int = 0
     num_preemptions: int = 0
+    began: float = 0.0
     gaps_s: list[float] = field(default_factory=list)
+    worst_gap: tuple[float, float] = (0.0, 0.0)
     clients: Counts = field(default_factory=Counts)
     schedule: Schedule | None = None
     problems: list[str] = field(default_factory=list)
@@ -47,6 +57,7 @@ class Report:
         self.num_doubled += check.num_doubled
         self.num_wrong += check.num_wrong
         self.gaps_s += check.gaps_s
+        self.worst_gap = max(self.worst_gap, check.worst_gap)
         self.problems += check.problems
 
     def lines(self) -> list[str]:
@@ -54,7 +65,8 @@ class Report:
         faults = self.schedule.counts if self.schedule is not None else {}
         told = ", ".join(f"{count} {kind}" for kind, count in sorted(faults.items())) or "none"
         gaps = self.gaps_s
-        shown = [f"{1000 * percentile(gaps, p):.0f} ms" for p in (50, 99)]
+        p50, p99 = (1000 * percentile(gaps, p) for p in (50, 99))
+        worst_s, worst_at = self.worst_gap
         clients = self.clients
         lines = [
             f"seed {self.seed}: {self.num_streams} streams at once for {self.seconds:.1f} s",
@@ -64,7 +76,8 @@ class Report:
             f"taken up again by a resume token: {clients.resumed} requests",
             f"moved to another engine: {self.num_replays} samples",
             f"preempted, on the engines that live at the end: {self.num_preemptions}",
-            f"gap between tokens: p50 {shown[0]}, p99 {shown[1]}, worst {1000 * max(gaps, default=0):.0f} ms",
+            f"gap between tokens: p50 {p50:.0f} ms, p99 {p99:.0f} ms",
+            f"worst gap: {1000 * worst_s:.0f} ms, over {worst_at - self.began:.2f} s after the start",
             f"tokens: {self.num_lost} lost, {self.num_doubled} doubled, {self.num_wrong} wrong",
         ]
         if self.problems:
@@ -76,17 +89,17 @@ class Report:
 
 
 async def run(
-    stack: Stack, schedule: Schedule, workloads: Sequence[Workload], seconds: float, *, checks_logprobs: bool
+    stack: Stack, schedule: Schedule, workloads: Sequence[Requests], seconds: float, *, checks_logprobs: bool
 ) -> Report:
     """Run clients, one for each workload, under the schedule. The stack is up before and after."""
     report = Report(schedule.seed, num_streams=len(workloads), schedule=schedule)
-    began = time.monotonic()
+    report.began = began = time.monotonic()
     until = began + seconds
     checks: list[StreamCheck] = []
     async with Clients(stack.target, stack.http, checks_logprobs=checks_logprobs) as clients:
         report.clients = clients.counts
 
-        async def work(workload: Workload) -> None:
+        async def work(workload: Requests) -> None:
             while time.monotonic() < until:
                 spec, expected = workload.next()
                 check = StreamCheck(spec.name, expected)

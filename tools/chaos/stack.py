@@ -43,7 +43,7 @@ class Engine:
         self._command = list(command)
         self._logs = logs
         self.services: list[Service] = []
-        self._address = ""
+        self.address = ""
 
     @property
     def service(self) -> Service:
@@ -62,8 +62,8 @@ class Engine:
         name = f"{self.name}-{len(self.services) + 1}"
         self.services.append(Service(name, self._command, self._logs))
         event = await asyncio.to_thread(self.service.wait_for, "serving", READY_S)
-        self._address = event["address"]
-        host, port = self._address.rsplit(":", 1)
+        self.address = event["address"]
+        host, port = self.address.rsplit(":", 1)
         self.proxy.target = self.proxy.target._replace(host=host, port=int(port))
         if not self.proxy.address.port:
             await self.proxy.start()
@@ -85,7 +85,7 @@ class Engine:
 
     async def drain(self, deadline_s: float) -> None:
         """The Drain call: nothing new is admitted, what is left after `deadline_s` is cut."""
-        async with grpc.aio.insecure_channel(self._address, options=LOCAL) as channel:
+        async with grpc.aio.insecure_channel(self.address, options=LOCAL) as channel:
             call = EngineServiceStub(channel).Drain(
                 engine_pb.DrainRequest(deadline_ms=int(1000 * deadline_s)), timeout=deadline_s + CALL_S
             )
@@ -97,13 +97,13 @@ class Engine:
 
     async def load(self) -> engine_pb.GetLoadResponse:
         """Its counters, asked past the proxy."""
-        async with grpc.aio.insecure_channel(self._address, options=LOCAL) as channel:
+        async with grpc.aio.insecure_channel(self.address, options=LOCAL) as channel:
             stub = EngineServiceStub(channel)
             return await stub.GetLoad(engine_pb.GetLoadRequest(), timeout=CALL_S)  # type: ignore[no-any-return]
 
     async def info(self) -> engine_pb.GetInfoResponse:
         """What it is, asked past the proxy."""
-        async with grpc.aio.insecure_channel(self._address, options=LOCAL) as channel:
+        async with grpc.aio.insecure_channel(self.address, options=LOCAL) as channel:
             stub = EngineServiceStub(channel)
             return await stub.GetInfo(engine_pb.GetInfoRequest(), timeout=CALL_S)  # type: ignore[no-any-return]
 

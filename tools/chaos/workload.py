@@ -19,6 +19,8 @@ from weft.v1 import generation_pb2
 
 GENERATE, MULTIPLEX, HTTP = "generate", "multiplex", "http"
 STEADY, CANCELS, SLOW = "steady", "cancels", "slow"
+# Named in each request, so that no model's own defaults come into play.
+TOP_P = 0.95
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +48,8 @@ class Spec:
             max_tokens=self.max_tokens,
             seed=self.seed,
             temperature=self.temperature,
+            top_p=TOP_P,
+            top_k=0,
             n=self.num_samples,
             ignore_eos=True,
         )
@@ -65,6 +69,8 @@ class Spec:
             "max_tokens": self.max_tokens,
             "seed": self.seed,
             "temperature": self.temperature,
+            "top_p": TOP_P,
+            "top_k": 0,
             "n": self.num_samples,
             "ignore_eos": True,
             "stream": True,
@@ -111,6 +117,11 @@ class Workload:
 
     def next(self) -> tuple[Spec, list[Expected]]:
         """The next request, and what it must get."""
+        spec = self.draw()
+        return self.finish(spec, list(self._expect(spec)))
+
+    def draw(self) -> Spec:
+        """The next request, before a stop string is chosen from what it gets."""
         draw, mix = self._random, self._mix
         self._num_made += 1
         shared = draw.randint(0, mix.prompt_lengths[1]) if draw.random() < 0.4 else 0
@@ -121,7 +132,7 @@ class Workload:
         if behaviour == SLOW:
             way = GENERATE  # on a connection of its own, where it holds nobody else up
         max_tokens = draw.randint(*mix.output_lengths)
-        spec = Spec(
+        return Spec(
             name=f"c{self._worker}-{self._num_made}",
             prompt_ids=tuple(prompt),
             seed=draw.getrandbits(53),
@@ -134,21 +145,32 @@ class Workload:
             cancel_after=draw.randint(0, max_tokens),
             read_delay_s=draw.uniform(0.005, 0.03),
         )
-        expected = list(self._expect(spec))
-        if draw.random() < mix.stops:
-            return self._with_stop(spec, expected, draw)
-        return spec, expected
 
-    def _with_stop(
-        self, spec: Spec, expected: list[Expected], draw: random.Random
-    ) -> tuple[Spec, list[Expected]]:
-        """The request with a stop string that its first sample meets; others may."""
+    def finish(self, spec: Spec, expected: list[Expected]) -> tuple[Spec, list[Expected]]:
+        """The request as it is, or with a stop string that its first sample meets; others may."""
+        draw = self._random
+        if draw.random() >= self._mix.stops:
+            return spec, expected
         tokens = expected[0].token_ids
-        stop = self._vocabulary.decode(tokens[draw.randrange(len(tokens)) :][:3]).replace("\ufffd", "")[:12]
+        start = draw.randrange(len(tokens))
+        stop = self._vocabulary.decode(tokens[start:][:3]).replace("\ufffd", "")[:12]
         if not stop.strip():
             return spec, expected
-        cut = [stop_early(sample, stop, self._vocabulary) for sample in expected]
-        return replace(spec, stop=stop), cut
+        return replace(spec, stop=stop), [stop_early(one, stop, self._vocabulary) for one in expected]
+
+
+class Repeated:
+    """Requests whose outputs are known, again and again, each time under another name."""
+
+    def __init__(self, known: Sequence[tuple[Spec, list[Expected]]]) -> None:
+        self._known = known
+        self._num_made = 0
+
+    def next(self) -> tuple[Spec, list[Expected]]:
+        """As of `Workload`."""
+        spec, expected = self._known[self._num_made % len(self._known)]
+        self._num_made += 1
+        return replace(spec, name=f"{spec.name}-{self._num_made}"), expected
 
 
 def _one_of(draw: random.Random, parts: dict[str, float], other: str) -> str:
