@@ -62,9 +62,6 @@ class RequestLimits:
     )
     max_connections: int = _limit(4096, "connections at once, gRPC and HTTP each", high=1 << 20)
     max_body_bytes: int = _size(8 << 20, "body of an HTTP request", low=1 << 10)
-    max_body_seconds: float = _limit(
-        30.0, "how long the body of an HTTP request may take", low=0.01, high=1e6
-    )
     max_header_bytes: int = _size(32 << 10, "headers of an HTTP request", low=1 << 10, high=1 << 20)
     max_prompts: int = _limit(64, "prompts of an HTTP request", high=1 << 16)
 
@@ -116,6 +113,5 @@ class TextLimitFlags(SamplingLimitFlags):
     max_streams_per_connection: int = limit_flag("max_streams_per_connection")
     max_idle_seconds: float = limit_flag("max_idle_seconds")
     max_body_bytes: int = limit_flag("max_body_bytes")
-    max_body_seconds: float = limit_flag("max_body_seconds")
     max_header_bytes: int = limit_flag("max_header_bytes")
     max_prompts: int = limit_flag("max_prompts")

@@ -31,6 +31,7 @@ from services.engine.rpc.servicer import SERVICE_NAME, EngineServicer
 from services.engine.runner.config import RunnerConfig, RunnerInfo
 from weft import __version__, logs
 from weft.artifact.store import ArtifactStore
+from weft.limits import limits_of
 from weft.rpc.errors import StatusError
 from weft.rpc.server import Server, in_daemon_thread
 from weft.v1.engine_service_pb2_grpc import add_EngineServiceServicer_to_server
@@ -168,7 +169,9 @@ class EngineApplication:
             has_prefix_cache=config.prefix_cache,
             weft_version=__version__,
         )
-        self._servicer = EngineServicer(loop, response, on_drain=server.set_not_serving)
+        self._servicer = EngineServicer(
+            loop, response, on_drain=server.set_not_serving, limits=limits_of(config)
+        )
         add_EngineServiceServicer_to_server(self._servicer, server.grpc)
         # What was loaded stays: no collection needs to look through it again.
         gc.collect()

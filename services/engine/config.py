@@ -11,8 +11,10 @@ from pathlib import Path
 
 from services.engine.runner.config import BLOCK_SIZES, DTYPES, KV_DTYPES
 from weft.config import ConfigError, load_config, option, parse_size
+from weft.limits import SamplingLimitFlags, limit_flag
 from weft.logs import LEVELS
 from weft.rpc.address import Address, parse_address
+from weft.rpc.guard import ServerFlags, check_server_flags
 
 PROG = "python -m services.engine serve"
 ENV_PREFIX = "WEFT_ENGINE_"
@@ -27,7 +29,7 @@ def parse_gpu_memory(text: str) -> float | int:
 
 
 @dataclass(frozen=True)
-class EngineConfig:
+class EngineConfig(ServerFlags, SamplingLimitFlags):
     """Flags of `serve`; WEFT_ENGINE_* variables stand in for them."""
 
     artifacts: Path | None = option(None, "artifact root; needs --model", metavar="DIR")
@@ -80,11 +82,14 @@ class EngineConfig:
     api_key_file: Path | None = option(
         None, "file of hashed API keys; without it everybody may call", metavar="FILE"
     )
+    # What gateways send is larger than what their clients do: prompts as token ids, with what was emitted.
+    max_message_bytes: int = limit_flag("max_message_bytes", 64 << 20)
     drain_seconds: float = option(30.0, "how long running sequences may go on after a signal", metavar="S")
     log_level: str = option("info", "what is logged", choices=LEVELS)
 
     def __post_init__(self) -> None:
         self._check_source()
+        check_server_flags(self)
         if self.block_size not in BLOCK_SIZES:
             sizes = ", ".join(map(str, BLOCK_SIZES))
             raise ConfigError("--block-size", f"{self.block_size} is none of {sizes}")

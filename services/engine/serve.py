@@ -10,7 +10,7 @@ from services.engine.config import EngineConfig, load
 from weft import logs
 from weft.artifact.manifest import ArtifactError, DigestMismatch
 from weft.config import effective, let_waiting_threads_sleep
-from weft.rpc.auth import Authenticator
+from weft.rpc.guard import guard_of
 from weft.rpc.server import BindError, serve
 
 log = logs.get_logger("engine")
@@ -18,8 +18,7 @@ USAGE = "usage: python -m services.engine serve [--help | OPTIONS]"
 
 
 async def _run(config: EngineConfig) -> int:
-    authenticator = Authenticator.from_file(config.api_key_file) if config.api_key_file else None
-    return await serve(EngineApplication(config), config.listen, authenticator=authenticator)
+    return await serve(EngineApplication(config), config.listen, guard=guard_of(config))
 
 
 def main(argv: list[str]) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import sys
 
+from weft.config import keep_grpc_quiet
 from weft.rpc.early import leave_on_signals
 
 if __name__ == "__main__":
     leave_on_signals()
+    keep_grpc_quiet()
 
     from services.gateway.serve import main
     from weft.rpc.server import exit_process

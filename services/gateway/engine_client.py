@@ -27,6 +27,7 @@ from services.gateway.reconnect import keep_up
 from services.gateway.watchdog import Watchdog
 from weft import logs
 from weft.rpc.channel import open_channel
+from weft.rpc.tls import ChannelTls, TlsError
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1 import generation_pb2 as pb
 from weft.v1.engine_service_pb2_grpc import EngineServiceStub
@@ -49,6 +50,7 @@ class EngineLink:
         gateway_id: str,
         load_assets: Callable[[engine_pb.GetInfoResponse], Awaitable[ModelAssets]],
         api_key: str | None = None,
+        tls: ChannelTls | None = None,
         times: LinkTimes | None = None,
         credit_bytes: int = 4 << 20,
     ) -> None:
@@ -66,6 +68,7 @@ class EngineLink:
         self._gateway_id = gateway_id
         self._load_assets = load_assets
         self._api_key = api_key
+        self._tls = tls
         self._times = times or LinkTimes()
         self._credit_bytes = credit_bytes
         self._up_at = 0.0
@@ -151,7 +154,10 @@ class EngineLink:
 
     async def session(self) -> None:
         """One epoch, from connect to loss. Every way out cancels the call and hands back the samples."""
-        channel = open_channel(self.target, self._api_key)
+        try:
+            channel = open_channel(self.target, self._api_key, tls=self._tls)
+        except TlsError as error:
+            raise LinkLost(str(error)) from error
         tasks: list[asyncio.Task[None]] = []
         call = EngineServiceStub(channel).Connect()
         try:

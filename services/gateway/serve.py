@@ -9,7 +9,7 @@ from services.gateway.application import GatewayApplication
 from services.gateway.config import GatewayConfig, load
 from weft import logs
 from weft.config import effective
-from weft.rpc.auth import Authenticator, KeyFileError
+from weft.rpc.guard import guard_of
 from weft.rpc.server import BindError, serve
 
 log = logs.get_logger("gateway")
@@ -17,12 +17,14 @@ USAGE = "usage: python -m services.gateway serve [--help | OPTIONS]"
 
 
 async def _run(config: GatewayConfig) -> int:
-    authenticator = Authenticator.from_file(config.api_key_file) if config.api_key_file else None
+    guard = guard_of(config)
     engine_key = None
     if config.engine_api_key_file is not None:
         engine_key = config.engine_api_key_file.read_text(encoding="ascii").strip()
-    application = GatewayApplication(config, authenticator=authenticator, engine_api_key=engine_key)
-    return await serve(application, config.listen, is_public=True, authenticator=authenticator)
+    application = GatewayApplication(
+        config, authenticator=guard.authenticator, engine_api_key=engine_key, tls=guard.tls
+    )
+    return await serve(application, config.listen, is_public=True, guard=guard)
 
 
 def main(argv: list[str]) -> int:
@@ -35,6 +37,6 @@ def main(argv: list[str]) -> int:
     log.info("configuration", **effective(config))
     try:
         return asyncio.run(_run(config))
-    except (BindError, KeyFileError, OSError, ValueError) as error:
+    except (BindError, OSError, ValueError) as error:
         log.error("cannot start", reason=str(error))
         return 1

@@ -12,6 +12,7 @@ import grpc
 
 from weft.rpc.auth import auth_metadata
 from weft.rpc.options import MAX_INTERNAL_MESSAGE_BYTES, channel_options
+from weft.rpc.tls import ChannelTls
 
 __all__ = ["channel_options", "open_channel"]
 
@@ -58,13 +59,23 @@ class _KeyedChannel:
 
 
 def open_channel(
-    target: str, api_key: str | None = None, *, max_message_bytes: int = MAX_INTERNAL_MESSAGE_BYTES
+    target: str,
+    api_key: str | None = None,
+    *,
+    tls: ChannelTls | None = None,
+    max_message_bytes: int = MAX_INTERNAL_MESSAGE_BYTES,
 ) -> grpc.aio.Channel:
     """A channel to HOST:PORT (or another gRPC target) that sends `api_key`, if any, with each call.
+
+    `tls` reads its files now; without it everything goes in plain text. Raises TlsError.
 
     Nothing connects before the first call. The caller closes it, after cancelling its calls: an abandoned
     call stays alive on the server.
     """
-    channel = grpc.aio.insecure_channel(target, options=channel_options(max_message_bytes=max_message_bytes))
+    options: list[tuple[str, int | str]] = [*channel_options(max_message_bytes=max_message_bytes)]
+    if tls is None:
+        channel = grpc.aio.insecure_channel(target, options=options)
+    else:
+        channel = grpc.aio.secure_channel(target, tls.credentials(), options=[*options, *tls.options()])
     metadata = auth_metadata(api_key)
     return cast(grpc.aio.Channel, _KeyedChannel(channel, metadata)) if metadata else channel
