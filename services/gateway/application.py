@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from services.gateway.admission import Admission, AdmissionLimits
 from services.gateway.assets import AssetSource
-from services.gateway.config import GatewayConfig
 from services.gateway.engine_client import EngineLink
 from services.gateway.gateway import Gateway
 from services.gateway.link_terms import LinkTimes
@@ -18,9 +17,14 @@ from services.gateway.metrics import GatewayMetrics
 from services.gateway.router import Router
 from services.gateway.servicer import GatewayServicer
 from weft import logs
+from weft.limits import limits_of
 from weft.rpc.address import Address
 from weft.rpc.auth import Authenticator
+from weft.rpc.guard import engine_tls_of
+from weft.rpc.tls import ServerTls
 from weft.v1.gateway_service_pb2_grpc import add_GatewayServiceServicer_to_server
+
+from services.gateway.config import GatewayConfig
 
 if TYPE_CHECKING:
     from services.gateway.http.server import HttpServer
@@ -41,10 +45,12 @@ class GatewayApplication:
         *,
         authenticator: Authenticator | None = None,
         engine_api_key: str | None = None,
+        tls: ServerTls | None = None,
         times: LinkTimes | None = None,
     ) -> None:
         self.config = config
         self.authenticator = authenticator
+        self.tls = tls
         self.router = Router(wait_s=config.engine_wait_seconds, on_change=self._on_change)
         self.source = AssetSource(
             artifacts=config.artifacts,
@@ -59,6 +65,7 @@ class GatewayApplication:
                 gateway_id=gateway_id,
                 load_assets=self.source.load,
                 api_key=engine_api_key,
+                tls=engine_tls_of(config),
                 times=times or LinkTimes(dead_s=config.engine_dead_seconds),
             )
             for target in config.engine
@@ -73,6 +80,7 @@ class GatewayApplication:
             Admission(limits),
             max_request_s=config.max_request_seconds,
             slow_client_s=config.slow_client_seconds,
+            limits=limits_of(config),
         )
         if authenticator is not None:
             self.gateway.renew = authenticator.renew

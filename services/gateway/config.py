@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from weft.config import ConfigError, load_config, option
+from weft.limits import TextLimitFlags
 from weft.logs import LEVELS
 from weft.rpc.address import Address, parse_address
+from weft.rpc.guard import EngineTlsFlags, ServerFlags, check_server_flags, engine_tls_of
 
 PROG = "python -m services.gateway serve"
 ENV_PREFIX = "WEFT_GATEWAY_"
@@ -22,7 +24,7 @@ def parse_engines(text: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class GatewayConfig:
+class GatewayConfig(ServerFlags, EngineTlsFlags, TextLimitFlags):
     """Flags of `serve`; WEFT_GATEWAY_* variables stand in for them."""
 
     listen: Address = option(
@@ -55,7 +57,6 @@ class GatewayConfig:
     max_waiting_requests: int = option(512, "requests that may wait for their first token")
     max_waiting_tokens: int = option(4 << 20, "prompt tokens that may wait")
     max_live_requests: int = option(4096, "requests in flight")
-    max_request_seconds: float = option(1800.0, "the longest a request may take")
     slow_client_seconds: float = option(60.0, "how long a client may leave its output unread")
     engine_wait_seconds: float = option(15.0, "how long a request whose engine is lost waits for another")
     engine_dead_seconds: float = option(1.0, "silence after which a busy engine counts as dead")
@@ -63,6 +64,8 @@ class GatewayConfig:
     log_level: str = option("info", "what is logged", choices=LEVELS)
 
     def __post_init__(self) -> None:
+        check_server_flags(self)
+        engine_tls_of(self)
         if (self.artifacts is None) == (self.tokenizer is None):
             raise ConfigError("--artifacts", "either it or --tokenizer must be given, and not both")
         if not self.engine:
