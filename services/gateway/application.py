@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from services.gateway.admission import Admission, AdmissionLimits
 from services.gateway.assets import AssetSource
+from services.gateway.config import GatewayConfig
 from services.gateway.engine_client import EngineLink
 from services.gateway.gateway import Gateway
 from services.gateway.link_terms import LinkTimes
 from services.gateway.metrics import GatewayMetrics
+from services.gateway.orphans import RetentionLimits
 from services.gateway.router import Router
 from services.gateway.servicer import GatewayServicer
 from weft import logs
@@ -23,8 +25,6 @@ from weft.rpc.auth import Authenticator
 from weft.rpc.guard import engine_tls_of
 from weft.rpc.tls import ServerTls
 from weft.v1.gateway_service_pb2_grpc import add_GatewayServiceServicer_to_server
-
-from services.gateway.config import GatewayConfig
 
 if TYPE_CHECKING:
     from services.gateway.http.server import HttpServer
@@ -81,6 +81,11 @@ class GatewayApplication:
             max_request_s=config.max_request_seconds,
             slow_client_s=config.slow_client_seconds,
             limits=limits_of(config),
+            retention=RetentionLimits(
+                ttl_s=config.orphan_ttl,
+                max_items=config.max_retained_requests,
+                max_bytes=config.max_retained_bytes,
+            ),
         )
         if authenticator is not None:
             self.gateway.renew = authenticator.renew
@@ -110,6 +115,7 @@ class GatewayApplication:
         """Stop HTTP, links and template processes."""
         if self.http is not None:
             await self.http.stop()
+        await self.gateway.close()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -118,7 +124,13 @@ class GatewayApplication:
     async def _start_http(self, address: Address) -> None:
         from services.gateway.http.server import HttpServer
 
-        self.http = HttpServer(self.gateway, self.metrics, self.authenticator)
+        self.http = HttpServer(
+            self.gateway,
+            self.metrics,
+            self.authenticator,
+            headers_s=self.config.http_header_seconds,
+            body_s=self.config.http_body_seconds,
+        )
         await self.http.start(address)
 
     def _on_change(self) -> None:

@@ -1,4 +1,8 @@
-"""Many logical requests on one client connection: the Multiplex call. Each fails or ends on its own."""
+"""Many logical requests on one client connection: the Multiplex call. Each fails or ends on its own.
+
+A client that does not read holds up its call and nothing else: its requests are given up in their time, and
+only their short ends wait to be written.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,8 @@ import grpc
 
 from services.gateway.events import responses, started
 from services.gateway.gateway import Gateway
-from services.gateway.live import LiveRequest
+from services.gateway.mailbox import Mailbox
+from services.gateway.reader import Reader
 from services.gateway.resolution import refuse_unknown_fields
 from weft import logs
 from weft.rpc.auth import Caller
@@ -23,35 +28,35 @@ Write = Callable[[pb.MultiplexResponse], Awaitable[None]]
 
 
 class _Stream:
-    """One logical request, and the live request once there is one."""
+    """One logical request, and its reader once there is one."""
 
     def __init__(self) -> None:
-        self.live: LiveRequest | None = None
+        self.reader: Reader | None = None
         self.is_cancelled = False
 
 
 class ClientStreams:
-    """The logical requests of one Multiplex call. Writes are in one order: a lock keeps messages whole."""
+    """The logical requests of one Multiplex call."""
 
     def __init__(self, gateway: Gateway, write: Write, *, caller: Caller, budget_s: float | None) -> None:
         self._gateway = gateway
-        self._write = write
+        self._mailbox: Mailbox[pb.MultiplexResponse] = Mailbox(write)
         self._caller = caller
         self._until = None if budget_s is None else gateway.now() + budget_s
         self._streams: dict[int, _Stream] = {}
         # A task is here until its `end` is written, which is after its id has come free.
         self._tasks: set[asyncio.Task[None]] = set()
-        self._lock = asyncio.Lock()
 
     async def run(self, requests: AsyncIterator[pb.MultiplexRequest]) -> None:
         """Serve until the client sends no more and every request has ended. Leaving cancels the rest."""
+        writing = asyncio.create_task(self._mailbox.run())
         try:
             async for request in requests:
                 await self._command(request)
             if self._tasks:
                 await asyncio.wait(self._tasks)
         finally:
-            tasks = list(self._tasks)
+            tasks = [*self._tasks, writing]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -71,8 +76,8 @@ class ClientStreams:
             # An unknown id is a cancel that crossed the end of its request.
             if stream is not None:
                 stream.is_cancelled = True
-                if stream.live is not None:
-                    stream.live.cancel()
+                if stream.reader is not None:
+                    stream.reader.cancel()
             return
         stream = self._streams[stream_id] = _Stream()
         task = asyncio.create_task(self._serve(stream_id, stream, request))
@@ -121,21 +126,25 @@ class ClientStreams:
 
     async def _generate(self, stream_id: int, stream: _Stream, request: pb.MultiplexRequest) -> None:
         budget_s = self._budget_s(request)
-        async with self._gateway.open(request.generate, caller=self._caller, budget_s=budget_s) as live:
-            stream.live = live
+        opened = self._gateway.open(request.generate, caller=self._caller, budget_s=budget_s)
+        async with opened as reader:
+            stream.reader = reader
             if stream.is_cancelled:
-                live.cancel()
-            await live.admitted()
-            await self._send(stream_id, started(live.resolved))
-            while (updates := await live.next_updates()) is not None:
-                for response in responses(live, updates):
-                    await self._send(stream_id, response)
+                reader.cancel()
+            await reader.admitted()
+            resolved = reader.resolved
+            await self._send(stream_id, started(resolved))
+            while (updates := await reader.take_updates()) is not None:
+                for update in updates:
+                    first, *rest = responses(resolved, update)
+                    await self._send(stream_id, first)
+                    reader.sending(update)
+                    for response in rest:
+                        await self._send(stream_id, response)
 
     async def _send(self, stream_id: int, response: pb.GenerateResponse) -> None:
-        async with self._lock:
-            await self._write(pb.MultiplexResponse(stream_id=stream_id, response=response))
+        await self._mailbox.put(pb.MultiplexResponse(stream_id=stream_id, response=response))
 
     async def _end(self, stream_id: int, failure: StatusError | None) -> None:
         end = pb.StreamEnd(failure=failure_from(failure) if failure is not None else None)
-        async with self._lock:
-            await self._write(pb.MultiplexResponse(stream_id=stream_id, end=end))
+        await self._mailbox.put_last(pb.MultiplexResponse(stream_id=stream_id, end=end))

@@ -16,6 +16,7 @@ from weft.rpc.guard import EngineTlsFlags, ServerFlags, check_server_flags, engi
 
 PROG = "python -m services.gateway serve"
 ENV_PREFIX = "WEFT_GATEWAY_"
+MAX_ORPHAN_TTL_S = 86_400
 
 
 def parse_engines(text: str) -> tuple[str, ...]:
@@ -48,6 +49,8 @@ class GatewayConfig(ServerFlags, EngineTlsFlags, TextLimitFlags):
     http: Address | None = option(
         None, "address to listen on for OpenAI-compatible HTTP", parse=parse_address, metavar="HOST:PORT"
     )
+    http_header_seconds: float = option(10.0, "how long the headers of an HTTP request may take to come")
+    http_body_seconds: float = option(10.0, "how long the body of an HTTP request may take to come")
     api_key_file: Path | None = option(
         None, "file of hashed API keys; without it everybody may call", metavar="FILE"
     )
@@ -58,6 +61,9 @@ class GatewayConfig(ServerFlags, EngineTlsFlags, TextLimitFlags):
     max_waiting_tokens: int = option(4 << 20, "prompt tokens that may wait")
     max_live_requests: int = option(4096, "requests in flight")
     slow_client_seconds: float = option(60.0, "how long a client may leave its output unread")
+    orphan_ttl: float = option(30.0, "seconds for which a request is kept for a client that may come back")
+    max_retained_requests: int = option(1024, "requests kept for clients that may come back")
+    max_retained_bytes: int = option(256 << 20, "about the memory that those may take")
     engine_wait_seconds: float = option(15.0, "how long a request whose engine is lost waits for another")
     engine_dead_seconds: float = option(1.0, "silence after which a busy engine counts as dead")
     drain_seconds: float = option(30.0, "how long running requests may go on after a signal")
@@ -73,9 +79,20 @@ class GatewayConfig(ServerFlags, EngineTlsFlags, TextLimitFlags):
         for name in ("max_waiting_requests", "max_waiting_tokens", "max_live_requests"):
             if getattr(self, name) < 1:
                 raise ConfigError("--" + name.replace("_", "-"), "must be at least 1")
-        for name in ("max_request_seconds", "slow_client_seconds", "engine_dead_seconds"):
+        for name in (
+            "http_header_seconds",
+            "http_body_seconds",
+            "max_request_seconds",
+            "slow_client_seconds",
+            "engine_dead_seconds",
+        ):
             if getattr(self, name) <= 0:
                 raise ConfigError("--" + name.replace("_", "-"), "must be above 0")
+        for name in ("max_retained_requests", "max_retained_bytes"):
+            if getattr(self, name) < 0:
+                raise ConfigError("--" + name.replace("_", "-"), "must not be negative")
+        if not 0 <= self.orphan_ttl <= MAX_ORPHAN_TTL_S:
+            raise ConfigError("--orphan-ttl", f"must be 0 to {MAX_ORPHAN_TTL_S}")
         for name in ("engine_wait_seconds", "drain_seconds"):
             if getattr(self, name) < 0:
                 raise ConfigError("--" + name.replace("_", "-"), "must not be negative")

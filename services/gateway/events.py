@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from services.gateway.live import LiveRequest
 from services.gateway.request import ResolvedRequest, SampleUpdate
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2
@@ -20,38 +19,37 @@ def started(resolved: ResolvedRequest) -> pb.GenerateResponse:
     )
 
 
-def responses(live: LiveRequest, updates: list[SampleUpdate]) -> list[pb.GenerateResponse]:
-    """The events of some updates: a delta where there is text or a token, then the end."""
+def responses(resolved: ResolvedRequest, update: SampleUpdate) -> list[pb.GenerateResponse]:
+    """The events of an update: a delta where there is text or a token, then the end."""
     found = []
-    for update in updates:
-        if update.text or update.token_ids:
-            delta = pb.Delta(
-                sample_index=update.sample_index,
-                text=update.text,
-                token_ids=update.token_ids,
-                next_offset=update.next_offset,
-            )
-            if update.logprobs:
-                _add_logprobs(delta, live, update)
-            found.append(pb.GenerateResponse(delta=delta))
-        if update.end is not None:
-            end = update.end
-            found.append(
-                pb.GenerateResponse(
-                    finish=pb.Finish(
-                        sample_index=update.sample_index,
-                        reason=end.reason,
-                        stop_string=end.stop_string,
-                        usage=end.usage,
-                        receipt=end.receipt,
-                    )
+    if update.text or update.token_ids:
+        delta = pb.Delta(
+            sample_index=update.sample_index,
+            text=update.text,
+            token_ids=update.token_ids,
+            next_offset=update.next_offset,
+        )
+        if update.logprobs:
+            _add_logprobs(delta, resolved, update)
+        found.append(pb.GenerateResponse(delta=delta))
+    if update.end is not None:
+        end = update.end
+        found.append(
+            pb.GenerateResponse(
+                finish=pb.Finish(
+                    sample_index=update.sample_index,
+                    reason=end.reason,
+                    stop_string=end.stop_string,
+                    usage=end.usage,
+                    receipt=end.receipt,
                 )
             )
+        )
     return found
 
 
-def _add_logprobs(delta: pb.Delta, live: LiveRequest, update: SampleUpdate) -> None:
-    vocabulary = live.resolved.assets.vocabulary
+def _add_logprobs(delta: pb.Delta, resolved: ResolvedRequest, update: SampleUpdate) -> None:
+    vocabulary = resolved.assets.vocabulary
 
     def token(token_id: int, logprob: float) -> generation_pb2.TokenLogprob:
         text = vocabulary.piece(token_id).decode("utf-8", "replace")

@@ -1,18 +1,21 @@
 """A request in flight: its samples between the engine's tokens and the client's reading.
 
-Tokens are taken in as frames come, at the engine's pace; updates are given out at the client's. Between the
-two the text is coalesced, and a client that falls behind pauses its own slots and nobody else's. Knows
-neither gRPC nor HTTP.
+Tokens are taken in as frames come, at the engine's pace; updates are given out at the reader's. Between the
+two the text is coalesced, and a reader that falls behind pauses its own slots and nobody else's. A request
+may have no reader for a while: what it draws then is in its journals. Knows neither gRPC nor HTTP.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import grpc
 
+from services.gateway.journal import Journal, Replay
+from services.gateway.reader import Reader, superseded
 from services.gateway.request import ResolvedRequest, SampleEnd, SampleUpdate
 from services.gateway.route import Route
 from services.gateway.sample_output import SampleOutput
@@ -44,20 +47,18 @@ class Link(Protocol):
 
 
 class LiveSample:
-    """One sample of a request. `link` and `slot` are set while an engine works on it."""
+    """One sample of a request. `link` and `slot` are set while an engine works on it. With `before`, it goes
+    on where that one, which has failed, stopped.
+    """
 
-    def __init__(self, request: LiveRequest, index: int) -> None:
-        resolved = request.resolved
+    def __init__(self, request: LiveRequest, index: int, before: LiveSample | None = None) -> None:
         self.request = request
         self.index = index
-        self.output = SampleOutput(
-            resolved.assets.vocabulary,
-            stops=resolved.stops,
-            min_tokens=resolved.sampling.min_tokens,
-            terminal_ids=resolved.terminal_ids,
-            skip_special_tokens=resolved.skip_special_tokens,
+        self.output = self._new_output()
+        self.journal: Journal = (
+            Journal(keeps_offsets=request.is_resumable) if before is None else before.journal.copy()
         )
-        self.token_ids: list[int] = []
+        self.token_ids: array[int] = self.journal.token_ids
         self.link: Link | None = None
         self.slot = -1
         self.route = Route()
@@ -66,7 +67,24 @@ class LiveSample:
         self.paused_at: float | None = None
         self.end: SampleEnd | None = None
         self._is_end_given = False
-        self._logprobs: list[engine_pb.EntryLogprobs] = []
+        self._num_taken = 0
+        # What a reader that came back has not read again yet.
+        self._replay: Replay | None = None
+        if before is not None:
+            for token_id in self.token_ids:
+                self.output.push(token_id)
+            self.end, self.is_cancelled = before.end, before.is_cancelled
+            self.is_accepted = True
+
+    def _new_output(self) -> SampleOutput:
+        resolved = self.request.resolved
+        return SampleOutput(
+            resolved.assets.vocabulary,
+            stops=resolved.stops,
+            min_tokens=resolved.sampling.min_tokens,
+            terminal_ids=resolved.terminal_ids,
+            skip_special_tokens=resolved.skip_special_tokens,
+        )
 
     def submit(self, slot: int, budget_ms: int | None) -> engine_pb.Submit:
         """The message that starts, or goes on with, this sample."""
@@ -110,15 +128,14 @@ class LiveSample:
         output = self.output
         is_stopped = output.push(token_id)
         if logprobs is not None and output.num_discarded == 0:
-            self._logprobs.append(logprobs)
+            self.journal.add_logprobs(logprobs)
         if self.link is not None:
             if is_stopped:
                 if not self.is_cancelled:
                     self.is_cancelled = True
                     self.link.cancel(self)
-            elif output.num_pending >= MAX_PENDING_TOKENS and self.paused_at is None:
-                self.paused_at = self.request.now()
-                self.link.pause(self)
+            elif output.num_pending >= MAX_PENDING_TOKENS:
+                self._hold_back()
         self.request.wake()
 
     def on_finished(self, finished: engine_pb.Finished) -> None:
@@ -172,21 +189,61 @@ class LiveSample:
             self.link.detach(self)
             self.link = None
 
-    def take(self) -> SampleUpdate | None:
-        """What is new since the last call, or None. Taking lets a paused sample go on."""
-        if self._is_end_given:
-            return None
-        is_ended = self.end is not None
-        if not is_ended and not self.output.num_pending:
-            return None
-        text, token_ids = self.output.finish() if is_ended else self.output.take()
-        logprobs, self._logprobs = self._logprobs, []
-        self._is_end_given = is_ended
+    def _hold_back(self) -> None:
+        """Much waits for the reader: pause the slot. What nobody reads now is in the journal."""
+        if self.request.reader is None or self._replay is not None:
+            self.output.take()
+        elif self.paused_at is None and self.link is not None:
+            self.paused_at = self.request.now()
+            self.link.pause(self)
+
+    def go_on(self) -> None:
+        """Let a paused slot go on."""
         if self.paused_at is not None:
             self.paused_at = None
             if self.link is not None:
                 self.link.resume(self)
+
+    def rewind(self, num_tokens: int, offset: int) -> None:
+        """The next `take` begins at this place of the journal."""
+        self.journal.rewind(num_tokens, offset)
+        self._replay = Replay(self._new_output(), self.token_ids, num_tokens, offset)
+        self._is_end_given = False
+        self.go_on()
+
+    def take(self) -> SampleUpdate | None:
+        """What is new since the last call, or None. Taking lets a paused sample go on."""
+        if self._is_end_given:
+            return None
+        if self._replay is not None and (update := self._take_again(self._replay)) is not None:
+            return update
+        is_ended = self.end is not None
+        if not is_ended and not self.output.num_pending:
+            return None
+        text, token_ids = self.output.finish() if is_ended else self.output.take()
+        start = self._num_taken
+        self._num_taken += len(token_ids)
+        logprobs = self.journal.logprobs(start, self._num_taken)
+        self._is_end_given = is_ended
+        if self.paused_at is not None:
+            self.go_on()
         return SampleUpdate(self.index, text, token_ids, logprobs, self.output.num_bytes, self.end)
+
+    def _take_again(self, replay: Replay) -> SampleUpdate | None:
+        """The next part of the journal. None at its end: the output itself is at that place then."""
+        output, start = self.output, replay.num_tokens
+        text, token_ids, offset = replay.take(output.num_tokens, is_ended=self.end is not None)
+        end = None
+        if replay.num_tokens == output.num_tokens:
+            self._replay = None
+            output.take()
+            self._num_taken = replay.num_tokens
+            end = self.end
+            self._is_end_given = end is not None
+        if not text and not token_ids and end is None:
+            return None
+        logprobs = self.journal.logprobs(start, replay.num_tokens)
+        return SampleUpdate(self.index, text, token_ids, logprobs, offset, end)
 
     @property
     def is_done(self) -> bool:
@@ -204,39 +261,79 @@ class LiveSample:
             cached_tokens=finished.usage.cached_tokens,
         )
         self.end = SampleEnd(reason, output.stop or "", usage, receipt)
-        self.request.wake()
+        self.request.on_sample_end()
 
 
 class LiveRequest:
-    """All samples of one request. One consumer calls `admitted`, then `next_updates` until None."""
+    """All samples of one request, and the one reader that it has, or has not.
+
+    With `is_resumable` every offset that was sent is a place to go on from. `on_failure` may replace the
+    error that ends the request. `over` is set when nothing is left to be done for it: it failed, or every
+    sample has ended and no reader is at it. With `before` it goes on where a request that failed stopped.
+    """
 
     def __init__(
         self,
         resolved: ResolvedRequest,
         now: Callable[[], float],
         on_first_token: Callable[[], None] = lambda: None,
+        *,
+        is_resumable: bool = False,
+        on_failure: Callable[[StatusError], StatusError] = lambda error: error,
+        before: LiveRequest | None = None,
     ) -> None:
         self.resolved = resolved
         self.now = now
         self.on_first_token = on_first_token
-        self.samples = [LiveSample(self, index) for index in range(resolved.num_samples)]
+        self.is_resumable = is_resumable
+        olds: Sequence[LiveSample | None] = before.samples if before else [None] * resolved.num_samples
+        self.samples: list[LiveSample] = [LiveSample(self, index, old) for index, old in enumerate(olds)]
         self.failure: StatusError | None = None
         self.is_closed = False
         self.has_tokens = False
-        self._wake = asyncio.Event()
+        self.reader: Reader | None = None
+        self.over = asyncio.Event()
+        self._on_failure = on_failure
+
+    @property
+    def has_output(self) -> bool:
+        """Whether a token has come, for this request or the one that it goes on with."""
+        return any(sample.token_ids for sample in self.samples)
+
+    @property
+    def is_ended(self) -> bool:
+        """Whether every sample has its end."""
+        return all(sample.end is not None for sample in self.samples)
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much memory this takes."""
+        prompt = 36 * len(self.resolved.prompt_token_ids)
+        return 2048 + prompt + sum(sample.journal.num_bytes for sample in self.samples)
 
     def wake(self) -> None:
-        """Something is new for the consumer."""
-        self._wake.set()
+        """Something is new for the reader."""
+        if self.reader is not None:
+            self.reader.wake()
+
+    def on_sample_end(self) -> None:
+        """One sample has its end."""
+        self.wake()
+        self._look_if_over()
 
     def fail(self, error: StatusError) -> None:
         """End the request with `error`, once what its samples have so far is delivered. The first error
         stays.
         """
         if self.failure is None and not self.is_closed:
-            self.failure = error
+            self.failure = self._on_failure(error)
             self._detach()
+            self.over.set()
             self.wake()
+
+    def supersede(self) -> None:
+        """End the request because another one goes on in its place."""
+        self.fail(superseded())
 
     def cancel(self) -> None:
         """End every sample on the client's wish, with FINISH_REASON_CANCELLED."""
@@ -244,33 +341,35 @@ class LiveRequest:
             sample.cancel()
 
     def close(self) -> None:
-        """The consumer is gone or done. What still runs is cancelled. May come twice."""
+        """Nothing more is wanted of the engine: what still runs is cancelled. May come twice."""
         self.is_closed = True
         self._detach()
+        self.over.set()
 
-    async def admitted(self) -> None:
-        """Return when the engine has taken every sample. Raises StatusError."""
-        while not all(sample.is_accepted or sample.end is not None for sample in self.samples):
-            if self.failure is not None:
-                raise self.failure
-            self._wake.clear()
-            await self._wake.wait()
-        self.wake()
-
-    async def next_updates(self) -> list[SampleUpdate] | None:
-        """Wait for news: at most one update a sample, everything that came meanwhile in it. None when every
-        sample has ended. Raises StatusError when the request failed.
+    def attach(self, places: Sequence[tuple[int, int]] | None = None) -> Reader:
+        """A reader from the beginning, or at one place of each sample's journal: tokens, and offset. It takes
+        the place of one that was there before.
         """
-        while True:
-            updates = [update for sample in self.samples if (update := sample.take()) is not None]
-            if updates:
-                return updates
-            if self.failure is not None:
-                raise self.failure
-            if all(sample.is_done for sample in self.samples):
-                return None
-            self._wake.clear()
-            await self._wake.wait()
+        if self.reader is not None:
+            self.reader.supersede()
+        self.reader = Reader(self)
+        for sample, (num_tokens, offset) in zip(self.samples, places or (), strict=False):
+            sample.rewind(num_tokens, offset)
+        return self.reader
+
+    def leave(self, reader: Reader) -> bool:
+        """A reader has gone; samples that it had paused go on. False: another has taken its place."""
+        if self.reader is not reader:
+            return False
+        self.reader = None
+        for sample in self.samples:
+            sample.go_on()
+        self._look_if_over()
+        return True
+
+    def _look_if_over(self) -> None:
+        if self.reader is None and self.is_ended:
+            self.over.set()
 
     def _detach(self) -> None:
         for sample in self.samples:

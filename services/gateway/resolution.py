@@ -80,9 +80,6 @@ def check_fields(
     """Every check that needs no tokenizer, in one refusal. Raises StatusError."""
     if request.session_id:
         raise not_offered("session_id", "sessions are not offered yet")
-    if request.resumable or request.HasField("resume_offset"):
-        field = "resumable" if request.resumable else "resume_offset"
-        raise not_offered(field, "resuming after a disconnect is not offered yet")
     violations: list[tuple[str, str]] = []
     violations += validate_labels(
         request_id=request.request_id, priority=request.priority, cache_salt=request.cache_salt

@@ -16,7 +16,7 @@ from services.gateway.client_streams import ClientStreams
 from services.gateway.events import responses, started
 from services.gateway.gateway import Gateway
 from services.gateway.permissions import check_model
-from services.gateway.resolution import not_offered, refuse_unknown_fields, tokenize
+from services.gateway.resolution import not_offered, oversize, refuse_unknown_fields, tokenize
 from services.gateway.served import Served
 from weft.rpc.errors import StatusError, invalid_argument
 from weft.rpc.interceptor import current_caller
@@ -40,12 +40,15 @@ class GatewayServicer(GatewayServiceServicer):
         gateway = self._gateway
         async with gateway.open(
             request, caller=current_caller.get(), budget_s=context.time_remaining()
-        ) as live:
-            await live.admitted()
-            await context.write(started(live.resolved))
-            while (updates := await live.next_updates()) is not None:
-                for response in responses(live, updates):
-                    await context.write(response)
+        ) as reader:
+            await reader.admitted()
+            resolved = reader.resolved
+            await context.write(started(resolved))
+            while (updates := await reader.take_updates()) is not None:
+                for update in updates:
+                    reader.sending(update)
+                    for response in responses(resolved, update):
+                        await context.write(response)
 
     async def Multiplex(self, request_iterator: AsyncIterator[pb.MultiplexRequest], context: Any) -> None:
         """Carry many requests on one stream."""
@@ -68,6 +71,8 @@ class GatewayServicer(GatewayServiceServicer):
         link = self._find(request.model)
         if link.info is None or link.assets is None:
             raise self._gateway.router.unavailable()
+        if violations := oversize(request, self._gateway.limits):
+            raise invalid_argument(violations)
         return pb.TokenizeResponse(token_ids=await tokenize(request, link.assets, link.info))
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
