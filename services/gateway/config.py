@@ -67,6 +67,14 @@ class GatewayConfig(ServerFlags, EngineTlsFlags, TextLimitFlags):
     engine_wait_seconds: float = option(15.0, "how long a request whose engine is lost waits for another")
     engine_dead_seconds: float = option(1.0, "silence after which a busy engine counts as dead")
     drain_seconds: float = option(30.0, "how long running requests may go on after a signal")
+    max_coalesce: float = option(
+        20.0, "for how long a busy gateway holds tokens of a stream to send them together; 0: never",
+        metavar="MS",
+    )  # fmt: skip
+    processes: int = option(1, "processes that share the ports", metavar="N")
+    process_index: int | None = option(
+        None, "which of them this is; --processes sets it for those it starts", metavar="I"
+    )
     log_level: str = option("info", "what is logged", choices=LEVELS)
 
     def __post_init__(self) -> None:
@@ -93,7 +101,13 @@ class GatewayConfig(ServerFlags, EngineTlsFlags, TextLimitFlags):
                 raise ConfigError("--" + name.replace("_", "-"), "must not be negative")
         if not 0 <= self.orphan_ttl <= MAX_ORPHAN_TTL_S:
             raise ConfigError("--orphan-ttl", f"must be 0 to {MAX_ORPHAN_TTL_S}")
-        for name in ("engine_wait_seconds", "drain_seconds"):
+        if self.processes < 1:
+            raise ConfigError("--processes", "must be at least 1")
+        if self.process_index is not None and not 0 <= self.process_index < self.processes:
+            raise ConfigError("--process-index", "must be at least 0 and below --processes")
+        if self.processes > 1 and self.admin is not None and self.admin.port == 0:
+            raise ConfigError("--admin", "with several processes it needs a port; each takes the next one")
+        for name in ("engine_wait_seconds", "drain_seconds", "max_coalesce"):
             if getattr(self, name) < 0:
                 raise ConfigError("--" + name.replace("_", "-"), "must not be negative")
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import sys
 
 from services.gateway.application import GatewayApplication
 from services.gateway.config import GatewayConfig, load
+from services.gateway.processes import PortTaken, end_with_parent, launch
 from weft import logs
 from weft.config import effective
 from weft.rpc.guard import guard_of
@@ -24,7 +26,17 @@ async def _run(config: GatewayConfig) -> int:
     application = GatewayApplication(
         config, authenticator=guard.authenticator, engine_api_key=engine_key, tls=guard.tls
     )
-    return await serve(application, config.listen, is_public=True, guard=guard)
+    return await serve(
+        application, config.listen, is_public=True, guard=guard, shares_port=config.processes > 1
+    )
+
+
+def _of_process(config: GatewayConfig) -> GatewayConfig:
+    """What differs between the processes of one gateway: the admin port cannot be shared."""
+    admin, index = config.admin, config.process_index
+    if admin is None or not index:
+        return config
+    return dataclasses.replace(config, admin=admin._replace(port=admin.port + index))
 
 
 def main(argv: list[str]) -> int:
@@ -34,9 +46,22 @@ def main(argv: list[str]) -> int:
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     config = load(argv[1:])
     logs.start(config.log_level)
+    if config.processes > 1:
+        if config.process_index is None:
+            return _launch(argv[1:], config)
+        end_with_parent()
+        config = _of_process(config)
     log.info("configuration", **effective(config))
     try:
         return asyncio.run(_run(config))
     except (BindError, OSError, ValueError) as error:
+        log.error("cannot start", reason=str(error))
+        return 1
+
+
+def _launch(argv: list[str], config: GatewayConfig) -> int:
+    try:
+        return launch(argv, config.processes, config.listen, config.http, module="services.gateway")
+    except PortTaken as error:
         log.error("cannot start", reason=str(error))
         return 1

@@ -13,9 +13,11 @@ MAX_INTERNAL_MESSAGE_BYTES = 64 << 20
 INTERNAL_LIMITS = dataclasses.replace(DEFAULT_LIMITS, max_message_bytes=MAX_INTERNAL_MESSAGE_BYTES)
 
 
-def server_options(*, is_public: bool, limits: RequestLimits | None = None) -> list[tuple[str, int]]:
+def server_options(
+    *, is_public: bool, limits: RequestLimits | None = None, shares_port: bool = False
+) -> list[tuple[str, int]]:
     """Channel arguments of a server; `is_public` for one that clients talk to, else between services. Without
-    `limits`, the usual ones of that kind.
+    `limits`, the usual ones of that kind. With `shares_port`, other processes may listen on its port.
 
     `ping_timeout_ms` is what ends a connection whose peer is frozen: `keepalive_timeout_ms` alone lets it
     stay for a minute.
@@ -23,8 +25,8 @@ def server_options(*, is_public: bool, limits: RequestLimits | None = None) -> l
     limits = limits or (DEFAULT_LIMITS if is_public else INTERNAL_LIMITS)
     keepalive_ms, timeout_ms = (30_000, 10_000) if is_public else (10_000, 3_000)
     options = [
-        # Off, or two servers share a port in silence.
-        ("grpc.so_reuseport", 0),
+        # Off unless asked for, or two servers share a port in silence.
+        ("grpc.so_reuseport", int(shares_port)),
         # Soft and hard limit are the same: between two limits the library refuses at random.
         ("grpc.max_metadata_size", limits.max_metadata_bytes),
         ("grpc.absolute_max_metadata_size", limits.max_metadata_bytes),

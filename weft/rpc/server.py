@@ -78,6 +78,7 @@ class Server:
     tls: ServerTls | None = None
     limits: RequestLimits | None = None
     needs_named_methods: bool = False
+    shares_port: bool = False
     address: Address = field(init=False)
     exit_code: int = field(init=False, default=0)
 
@@ -91,7 +92,9 @@ class Server:
         self.counters: RpcCounters = interceptor.counters
         self.grpc = grpc.aio.server(
             interceptors=[interceptor],
-            options=server_options(is_public=self.is_public, limits=self.limits),
+            options=server_options(
+                is_public=self.is_public, limits=self.limits, shares_port=self.shares_port
+            ),
         )
         # Services are added when their load is done, after the start; the library takes these only before it,
         # and finds a method among the generic handlers just as well.
@@ -115,7 +118,8 @@ class Server:
     async def start(self, address: Address) -> None:
         """Bind and answer health checks with NOT_SERVING. Raises BindError."""
         # Tried by hand first: the library says only that it failed, in several lines on standard error.
-        reason = why_not_bound(address)
+        # Whoever shares a port has reserved it.
+        reason = None if self.shares_port else why_not_bound(address)
         if reason is not None:
             raise BindError(f"cannot listen on {address}: {reason}")
         try:
@@ -202,8 +206,10 @@ async def serve(
     is_public: bool = False,
     authenticator: Authenticator | None = None,
     guard: Guard | None = None,
+    shares_port: bool = False,
 ) -> int:
     """Run a service until a signal, and return the exit code of the process. `guard` brings keys of its own.
+    With `shares_port`, other processes may listen on the same port.
 
     0 after a signal and a drain; what `Server.request_stop` was given otherwise. Raises BindError, and
     whatever `application.load` raises.
@@ -215,6 +221,7 @@ async def serve(
         authenticator=guard.authenticator,
         tls=guard.tls,
         limits=guard.limits,
+        shares_port=shares_port,
     )
     with _signals(server):
         async with _beside(server, guard):
