@@ -186,6 +186,25 @@ class SessionDatabase:
             )
             self.num_tokens += num_tokens
 
+    def amend(self, session: StoredSession, output: Sequence[int], num_before: int, now_ms: int) -> None:
+        """The turn that was added to `session` has a longer output now; it had `num_before` tokens. Raises
+        SessionDamaged when that is not the last turn any more.
+        """
+        num_more = len(output) - num_before
+        with self._transaction() as execute:
+            changed = execute(
+                "UPDATE sessions SET num_tokens = num_tokens + ?, used_ms = ?"
+                " WHERE number = ? AND num_turns = ? AND num_tokens >= ?",
+                (num_more, now_ms, session.number, session.num_turns + 1, session.num_tokens + num_before),
+            ).rowcount
+            if changed != 1:
+                raise SessionDamaged("the session was changed while its turn was running")
+            execute(
+                "UPDATE turns SET output = ? WHERE session = ? AND turn = ?",
+                (_pack(output), session.number, session.num_turns),
+            )
+            self.num_tokens += num_more
+
     def delete(self, owner: str, session_id: str) -> bool:
         """Forget a session. False when there was none."""
         with self._transaction() as execute:

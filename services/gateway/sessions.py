@@ -1,8 +1,7 @@
 """Sessions: conversations whose exact tokens the gateway keeps, so that a client sends only the new turn.
 
-A turn is kept when its request is over, prompt and output at once: those output tokens that were given to the
-client, and nothing at all when none was. One turn of a session is live at a time. A session belongs to its
-key and to one artifact. Knows neither the service's messages, but for the request, nor SQL.
+One turn of a session is live at a time. A session belongs to its key and to one artifact. Knows neither text
+nor SQL.
 """
 
 from __future__ import annotations
@@ -11,21 +10,21 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable
 
 import grpc
 
-from services.gateway.assets import ModelAssets
 from services.gateway.session_database import (
     LoadedSession,
     NoRoom,
+    SessionDatabase,
     SessionExists,
     SessionLimits,
     StoredSession,
 )
 from services.gateway.session_store import SessionStore
-from services.gateway.turn_prompt import Kept, TurnPrompt, turn_prompt
+from services.gateway.session_turn import Turn, full_name
+from services.gateway.turn_prompt import Kept
 from weft import logs
 from weft.rpc.errors import StatusError, invalid_argument
 from weft.v1 import engine_service_pb2 as engine_pb
@@ -37,86 +36,6 @@ NO_ROOM_RETRY_S = 60.0
 _SESSION_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_ID_CHARS}}}")
 _Key = tuple[str, str]
 log = logs.get_logger("gateway.sessions")
-
-
-class HasInfo(Protocol):
-    """What a router finds for a model."""
-
-    @property
-    def info(self) -> engine_pb.GetInfoResponse | None:
-        """What its engine says of itself."""
-
-
-Found = TypeVar("Found", bound=HasInfo)
-
-
-class Turn:
-    """One turn of one session, from `Sessions.begin` to `close`; nobody else has the session meanwhile."""
-
-    def __init__(self, sessions: Sessions, session: StoredSession, kept: Kept) -> None:
-        self.session = session
-        self._sessions = sessions
-        self._kept = kept
-        self._prompt: TurnPrompt | None = None
-        self.saving: asyncio.Task[None] | None = None
-
-    @property
-    def affinity(self) -> str:
-        """Names the session among those of all keys: its engine may still hold what was computed."""
-        return f"{self.session.owner}/{self.session.session_id}"
-
-    @property
-    def retain_seconds(self) -> int:
-        """How long the engine is asked to keep what it computed."""
-        return self._sessions.retain_seconds
-
-    async def find(
-        self, find_soon: Callable[[str, float | None], Awaitable[Found]], deadline: float | None
-    ) -> Found:
-        """What the router finds for the session's artifact. Raises StatusError: FAILED_PRECONDITION when that
-        artifact is not served any more.
-        """
-        session = self.session
-        try:
-            found = await find_soon(_full_name(session), deadline)
-        except StatusError as error:
-            if error.code is grpc.StatusCode.NOT_FOUND:
-                raise _version_gone(session) from error
-            raise
-        if found.info is not None and found.info.artifact_digest != session.artifact_digest:
-            raise _version_gone(session)
-        return found
-
-    async def prompt(
-        self, request: gateway_pb.GenerateRequest, assets: ModelAssets, info: engine_pb.GetInfoResponse
-    ) -> list[int]:
-        """All tokens to go on from: what is kept and what `request` adds. Raises StatusError."""
-        self._prompt = await turn_prompt(request, self._kept, assets, info)
-        return self._kept.token_ids + self._prompt.token_ids
-
-    def close(self, output_token_ids: Sequence[int]) -> None:
-        """The turn is over: keep it if it brought a token. May come twice; never fails. It is kept in the
-        background, and the session's next turn waits for that.
-        """
-        if self.saving is None:
-            self.saving = asyncio.get_running_loop().create_task(self._save(list(output_token_ids)))
-            self.saving.add_done_callback(lambda task: self._sessions.forget(self, task))
-
-    async def saved(self) -> None:
-        """After `close`: return when the turn is kept. Raises StatusError when it could not be: then the
-        session is as before.
-        """
-        if self.saving is not None:
-            await asyncio.shield(self.saving)
-
-    async def _save(self, output: list[int]) -> None:
-        prompt = self._prompt
-        if prompt is None or not output:
-            return
-        now_ms = self._sessions.now_ms()
-        await self._sessions.store.run(
-            lambda database: database.append(self.session, prompt.token_ids, output, prompt.roles, now_ms)
-        )
 
 
 class Sessions:
@@ -200,8 +119,8 @@ class Sessions:
         try:
             found = await self._load(key)
             session = found.session
-            if request.model not in ("", session.model, _full_name(session)):
-                raise invalid_argument([("model", f"the session belongs to {_full_name(session)[:80]}")])
+            if request.model not in ("", session.model, full_name(session)):
+                raise invalid_argument([("model", f"the session belongs to {full_name(session)[:80]}")])
             if not found.has_room:
                 raise _no_room(f"all sessions hold {self.limits.max_tokens} tokens, which is the limit")
             kept = Kept(found.token_ids, found.num_output, session.roles)
@@ -211,11 +130,38 @@ class Sessions:
             if turn is None:
                 del self._live[key]
 
-    def forget(self, turn: Turn, saving: asyncio.Task[None]) -> None:
-        """The turn is over and kept, or could not be kept: its session is free."""
-        del self._live[turn.session.owner, turn.session.session_id]
-        if not saving.cancelled() and (error := saving.exception()) is not None:
-            log.warning("a turn was not kept", session=turn.session.session_id, reason=str(error))
+    async def begin_again(self, old: Turn) -> Turn:
+        """Go on with a turn that is over because its request had failed. Raises StatusError when the session
+        has gone on without it.
+        """
+        key = (old.session.owner, old.session.session_id)
+        await self._claim(key)
+        turn: Turn | None = None
+        try:
+            session = (await self._load(key)).session
+            num_turns = old.session.num_turns + old.has_output
+            if (session.number, session.num_turns) != (old.session.number, num_turns):
+                raise StatusError(
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    "the session has gone on without this turn",
+                    reason="SESSION_CHANGED",
+                )
+            self._live[key] = turn = old.again()
+            return turn
+        finally:
+            if turn is None:
+                del self._live[key]
+
+    async def keep(self, change: Callable[[SessionDatabase, int], None]) -> None:
+        """Change the database, as a turn that is over asks for it. Raises StatusError."""
+        now_ms = self.now_ms()
+        await self.store.run(lambda database: change(database, now_ms))
+
+    def forget(self, turn: Turn) -> None:
+        """The turn is over, and kept as far as it can be: its session is free."""
+        key = (turn.session.owner, turn.session.session_id)
+        if self._live.get(key) is turn:
+            del self._live[key]
 
     async def sweep(self) -> None:
         """Forget what has expired. Runs until cancelled."""
@@ -246,8 +192,7 @@ class Sessions:
 
     async def _settled(self, key: _Key) -> None:
         """Wait for a turn that is over to be kept."""
-        turn = self._live.get(key)
-        if turn is not None and turn.saving is not None:
+        while (turn := self._live.get(key)) is not None and turn.saving is not None:
             await asyncio.wait([turn.saving])
 
     async def _load(self, key: _Key) -> LoadedSession:
@@ -269,10 +214,6 @@ def _checked(session_id: str) -> str:
     return session_id
 
 
-def _full_name(session: StoredSession) -> str:
-    return f"{session.model}@{session.version}" if session.version else session.model
-
-
 def _unknown() -> StatusError:
     return StatusError(grpc.StatusCode.NOT_FOUND, "this key has no such session", reason="SESSION_NOT_FOUND")
 
@@ -280,12 +221,4 @@ def _unknown() -> StatusError:
 def _no_room(text: str) -> StatusError:
     return StatusError(
         grpc.StatusCode.RESOURCE_EXHAUSTED, text, retry_after_s=NO_ROOM_RETRY_S, reason="SESSION_LIMIT"
-    )
-
-
-def _version_gone(session: StoredSession) -> StatusError:
-    return StatusError(
-        grpc.StatusCode.FAILED_PRECONDITION,
-        f"the session's tokens belong to {_full_name(session)[:80]!r}, which is not served any more",
-        reason="SESSION_VERSION_GONE",
     )

@@ -1,0 +1,153 @@
+"""One turn of a session: which artifact it needs, which tokens it goes on from, and what is kept of it.
+
+Kept are prompt and output at once when the turn is over: the output's tokens that were given to the client,
+and nothing at all when none was. Knows neither how sessions are found nor how they are stored.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Protocol, TypeVar
+
+import grpc
+
+from services.gateway.assets import ModelAssets
+from services.gateway.session_database import SessionDatabase, StoredSession
+from services.gateway.turn_prompt import Kept, TurnPrompt, turn_prompt
+from weft.rpc.errors import StatusError
+from weft.v1 import engine_service_pb2 as engine_pb
+from weft.v1 import gateway_service_pb2 as gateway_pb
+
+
+class HasInfo(Protocol):
+    """What a router finds for a model."""
+
+    @property
+    def info(self) -> engine_pb.GetInfoResponse | None:
+        """What its engine says of itself."""
+
+
+Found = TypeVar("Found", bound=HasInfo)
+
+
+class Keeper(Protocol):
+    """What a turn asks of the sessions."""
+
+    retain_seconds: int
+
+    async def keep(self, change: Callable[[SessionDatabase, int], None]) -> None:
+        """Change the database; the second argument is the time in milliseconds. Raises StatusError."""
+
+    def forget(self, turn: Turn) -> None:
+        """The turn is over, and kept as far as it can be: its session is free."""
+
+
+class Turn:
+    """One turn, from `Sessions.begin` to `close`; nobody else has the session meanwhile."""
+
+    def __init__(self, keeper: Keeper, session: StoredSession, kept: Kept) -> None:
+        self.session = session
+        self.saving: asyncio.Task[None] | None = None
+        self.is_closed = False
+        self._keeper = keeper
+        self._kept = kept
+        self._prompt: TurnPrompt | None = None
+        # Output tokens that are kept already: the turn was taken up again after its request had failed.
+        self._num_output_kept = 0
+
+    @property
+    def affinity(self) -> str:
+        """Names the session among those of all keys: its engine may still hold what was computed."""
+        return f"{self.session.owner}/{self.session.session_id}"
+
+    @property
+    def retain_seconds(self) -> int:
+        """How long the engine is asked to keep what it computed."""
+        return self._keeper.retain_seconds
+
+    @property
+    def has_output(self) -> bool:
+        """Whether something of this turn is kept."""
+        return self._num_output_kept > 0
+
+    async def find(
+        self, find_soon: Callable[[str, float | None], Awaitable[Found]], deadline: float | None
+    ) -> Found:
+        """What the router finds for the session's artifact. Raises StatusError: FAILED_PRECONDITION when that
+        artifact is not served any more.
+        """
+        session = self.session
+        try:
+            found = await find_soon(f"{session.model}@{session.version}", deadline)
+        except StatusError as error:
+            if error.code is grpc.StatusCode.NOT_FOUND:
+                raise _version_gone(session) from error
+            raise
+        if found.info is not None and found.info.artifact_digest != session.artifact_digest:
+            raise _version_gone(session)
+        return found
+
+    async def prompt(
+        self, request: gateway_pb.GenerateRequest, assets: ModelAssets, info: engine_pb.GetInfoResponse
+    ) -> list[int]:
+        """All tokens to go on from: what is kept and what `request` adds. Raises StatusError."""
+        self._prompt = await turn_prompt(request, self._kept, assets, info)
+        return self._kept.token_ids + self._prompt.token_ids
+
+    def again(self) -> Turn:
+        """The same turn, to be gone on with; its output so far stays."""
+        turn = Turn(self._keeper, self.session, self._kept)
+        turn._prompt = self._prompt
+        turn._num_output_kept = self._num_output_kept
+        return turn
+
+    def close(self, output_token_ids: Sequence[int]) -> None:
+        """The turn is over: keep it if it brought a token. May come twice; never fails. It is kept in the
+        background, and the session's next turn waits for that.
+        """
+        if self.is_closed:
+            return
+        self.is_closed = True
+        prompt = self._prompt
+        if prompt is None or len(output_token_ids) <= self._num_output_kept:
+            self._keeper.forget(self)
+            return
+        self.saving = asyncio.get_running_loop().create_task(self._save(prompt, list(output_token_ids)))
+        # Logged where it happened; nobody need wait for it.
+        self.saving.add_done_callback(lambda saving: saving.cancelled() or saving.exception())
+
+    async def saved(self) -> None:
+        """After `close`: return when the turn is kept. Raises StatusError when it could not be: then the
+        session is as before.
+        """
+        if self.saving is not None:
+            await asyncio.shield(self.saving)
+
+    async def _save(self, prompt: TurnPrompt, output: list[int]) -> None:
+        session, num_before = self.session, self._num_output_kept
+
+        def change(database: SessionDatabase, now_ms: int) -> None:
+            if num_before:
+                database.amend(session, output, num_before, now_ms)
+            else:
+                database.append(session, prompt.token_ids, output, prompt.roles, now_ms)
+
+        try:
+            await self._keeper.keep(change)
+            self._num_output_kept = len(output)
+        finally:
+            self._keeper.forget(self)
+
+
+def full_name(session: StoredSession) -> str:
+    """The artifact that a session belongs to, for people."""
+    return f"{session.model}@{session.version}" if session.version else session.model
+
+
+def _version_gone(session: StoredSession) -> StatusError:
+    return StatusError(
+        grpc.StatusCode.FAILED_PRECONDITION,
+        f"the session's tokens belong to {full_name(session)[:80]!r}, which is not served any more",
+        reason="SESSION_VERSION_GONE",
+    )
