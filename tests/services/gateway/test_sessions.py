@@ -1,4 +1,4 @@
-"""Whose a session is, who has it now, what a turn leaves in it, when it is gone: without gateway or engine."""
+"""Whose a session is, who has it now, what a turn leaves in it, when it is gone: no gateway, no engine."""
 
 from __future__ import annotations
 
