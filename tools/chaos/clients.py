@@ -28,9 +28,10 @@ _EOF: Any = vars(grpc.aio)["EOF"]
 CALL_TIMEOUT_S = 120.0
 MAX_RESUMES = 10
 NUM_CHANNELS = 8
+LOCAL = [("grpc.use_local_subchannel_pool", 1)]
 # Small windows, as those of a client that wants to be pushed back on: a slow reader is slow at once.
 SLOW_OPTIONS = [
-    ("grpc.use_local_subchannel_pool", 1),
+    *LOCAL,
     ("grpc.http2.bdp_probe", 0),
     ("grpc.http2.lookahead_bytes", 4096),
 ]
@@ -62,10 +63,7 @@ class Clients:
         self._next = 0
 
     async def __aenter__(self) -> Clients:
-        options = [("grpc.use_local_subchannel_pool", 1)]
-        self._channels = [
-            grpc.aio.insecure_channel(self._target, options=options) for _ in range(NUM_CHANNELS)
-        ]
+        self._channels = [grpc.aio.insecure_channel(self._target, options=LOCAL) for _ in range(NUM_CHANNELS)]
         self._streams = [MultiplexClient(GatewayServiceStub(channel)) for channel in self._channels]
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=16)
         self._http = httpx.AsyncClient(timeout=CALL_TIMEOUT_S, limits=limits, trust_env=False)
@@ -102,12 +100,11 @@ class Clients:
     async def _run_events(self, spec: Spec, check: StreamCheck, open_events: Any) -> bool:
         """Read the events of a request; True when the client has broken it off."""
         request = spec.request()
-        offsets = [0] * spec.num_samples
         for _ in range(MAX_RESUMES):
             try:
                 async with contextlib.aclosing(open_events(request)) as events:
                     async for response in events:
-                        self._take(spec, check, response, offsets)
+                        self._take(spec, check, response)
                         if spec.behaviour == CANCELS and check.num_tokens >= spec.cancel_after:
                             return True
                         if spec.behaviour == SLOW:
@@ -119,14 +116,12 @@ class Clients:
                     check.on_error(f"{error.code.name} {error.reason}: {error.message}")
                     return False
                 self.counts.resumed += 1
-                request = resumed(spec, token, offsets)
+                request = resumed(spec, token)
                 await asyncio.sleep(error.retry_after_s or 0.1)
         check.on_error("resumed too often")
         return False
 
-    def _take(
-        self, spec: Spec, check: StreamCheck, response: pb.GenerateResponse, offsets: list[int]
-    ) -> None:
+    def _take(self, spec: Spec, check: StreamCheck, response: pb.GenerateResponse) -> None:
         kind = response.WhichOneof("event")
         if kind == "finish":
             finish = response.finish
@@ -142,8 +137,6 @@ class Clients:
                 text=delta.text,
                 counts_gap=steady,
             )
-            if delta.sample_index < len(offsets):
-                offsets[delta.sample_index] = delta.next_offset
             if spec.logprobs is not None and self._checks_logprobs:
                 check_logprobs(check, delta, spec.logprobs)
 
@@ -176,15 +169,11 @@ class Clients:
         return False
 
 
-def resumed(spec: Spec, token: str, offsets: list[int]) -> pb.GenerateRequest:
-    """The request that takes up what a resume token stands for, from where this client stopped."""
+def resumed(spec: Spec, token: str) -> pb.GenerateRequest:
+    """The request that goes on after the last event that came before the error with this token."""
     request = spec.request()
     request.ClearField("request_id")
     request.resume_token = token
-    if len(offsets) == 1:
-        request.resume_offset = offsets[0]
-    else:
-        request.resume_offsets.extend(offsets)
     return request
 
 

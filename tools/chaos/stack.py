@@ -129,7 +129,7 @@ class Engine:
 
 class Stack:
     """`async with Stack(...) as stack:` with everything serving. Leaving kills what still runs; `stop` ends
-    it in order and tells what went wrong.
+    it in order and tells what went wrong. `also` are addresses of more engines that the gateway is told of.
     """
 
     def __init__(
@@ -138,6 +138,7 @@ class Stack:
         logs: Path,
         *,
         gateway_flags: Sequence[object] = (),
+        also: Sequence[str] = (),
     ) -> None:
         self.engines = [
             Engine(f"engine{index}", command, logs) for index, command in enumerate(engine_commands)
@@ -145,6 +146,7 @@ class Stack:
         self.target = ""
         self.http = ""
         self._logs = logs
+        self._also = list(also)
         self._gateway_flags = [str(flag) for flag in gateway_flags]
         self._gateway: Service | None = None
 
@@ -158,7 +160,7 @@ class Stack:
     async def start(self) -> None:
         """Start the engines side by side, then the gateway. Raises ServiceError."""
         await asyncio.gather(*(engine.start() for engine in self.engines))
-        addresses = ",".join(str(engine.proxy.address) for engine in self.engines)
+        addresses = ",".join([*(str(engine.proxy.address) for engine in self.engines), *self._also])
         flags = ["--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--engine", addresses]
         command = command_of("gateway", ["serve", *flags, *self._gateway_flags])
         self._gateway = Service("gateway", command, self._logs)
