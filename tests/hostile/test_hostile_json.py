@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
-import pytest_asyncio
 
 from tests.hostile.hostile_stack import Stack
 from tests.hostile.http_cases import HTTP, HttpCase
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 JSON = {"content-type": "application/json"}
-
-
-@pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def http(stack: Stack) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=stack.url, timeout=20) as client:
-        yield client
 
 
 def check_error(answer: httpx.Response, status: int, param: str | None, code: str | None) -> None:

@@ -10,7 +10,7 @@ from services.gateway import strict_json
 from services.gateway.http.errors import HttpError
 
 MAX_BODY_BYTES = 8 << 20
-MAX_BODY_S = 30.0
+BODY_S = 10.0
 # Above it, parsing would hold the event loop for more than a few milliseconds.
 INLINE_BYTES = 128 << 10
 Scope = MutableMapping[str, Any]
@@ -21,14 +21,14 @@ class Disconnected(Exception):
     """The client is gone."""
 
 
-async def read_object(scope: Scope, receive: Receive) -> dict[str, Any]:
-    """The JSON object that the client sent. Raises HttpError, and Disconnected."""
+async def read_object(scope: Scope, receive: Receive, *, body_s: float = BODY_S) -> dict[str, Any]:
+    """The JSON object that the client sent within `body_s` seconds. Raises HttpError, and Disconnected."""
     _check_headers(scope)
     try:
-        async with asyncio.timeout(MAX_BODY_S):
+        async with asyncio.timeout(body_s):
             data = await _read(receive)
     except TimeoutError:
-        raise HttpError(408, f"the body did not come within {MAX_BODY_S:g} s") from None
+        raise HttpError(408, f"the body did not come within {body_s:g} s") from None
     try:
         if len(data) <= INLINE_BYTES:
             document = strict_json.parse(data)

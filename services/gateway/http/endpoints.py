@@ -10,10 +10,10 @@ from typing import Any, ClassVar
 
 from services.gateway.gateway import Gateway
 from services.gateway.http.answers import AnswerWriter
-from services.gateway.http.body import Disconnected, Receive, Scope, read_object
+from services.gateway.http.body import BODY_S, Disconnected, Receive, Scope, read_object
 from services.gateway.http.errors import HttpError, body_of, encode, headers_of, status_of
 from services.gateway.http.parameters import HttpRequest, parse_request
-from services.gateway.live import LiveRequest
+from services.gateway.reader import Reader
 from weft import logs
 from weft.rpc.auth import ANYBODY, Authenticator, Caller, check_method
 from weft.rpc.errors import StatusError, internal_error, new_error_id
@@ -106,13 +106,22 @@ class Completions(Endpoint):
 
     method = "Generate"
 
-    def __init__(self, gateway: Gateway, authenticator: Authenticator | None, *, is_chat: bool) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        authenticator: Authenticator | None,
+        *,
+        is_chat: bool,
+        body_s: float = BODY_S,
+    ) -> None:
         super().__init__(gateway, authenticator)
         self._is_chat = is_chat
+        self._body_s = body_s
 
     async def respond(self, scope: Scope, receive: Receive, out: Output, caller: Caller) -> None:
         """Generate, while watching for the client's leave."""
-        request = parse_request(await read_object(scope, receive), is_chat=self._is_chat)
+        document = await read_object(scope, receive, body_s=self._body_s)
+        request = parse_request(document, is_chat=self._is_chat)
         work = asyncio.create_task(self._generate(request, out, caller))
         watch = asyncio.create_task(_wait_for_disconnect(receive))
         try:
@@ -129,7 +138,7 @@ class Completions(Endpoint):
         request_id = request.generates[0].request_id or uuid.uuid4().hex
         headers = [(b"x-request-id", request_id.encode("ascii", "replace"))]
         async with contextlib.AsyncExitStack() as stack:
-            lives: list[LiveRequest] = []
+            lives: list[Reader] = []
             for index, generate in enumerate(request.generates):
                 generate.request_id = request_id if len(request.generates) == 1 else f"{request_id}-{index}"
                 opened = self.gateway.open(generate, caller=caller, budget_s=None)
@@ -145,9 +154,9 @@ class Completions(Endpoint):
 
     @staticmethod
     async def _stream(
-        lives: list[LiveRequest], writer: AnswerWriter, out: Output, headers: list[tuple[bytes, bytes]]
+        lives: list[Reader], writer: AnswerWriter, out: Output, headers: list[tuple[bytes, bytes]]
     ) -> None:
-        async def send(index: int, live: LiveRequest) -> None:
+        async def send(index: int, live: Reader) -> None:
             while (updates := await live.next_updates()) is not None:
                 await out.events(writer.chunks(index, updates))
 
@@ -159,7 +168,7 @@ class Completions(Endpoint):
         await out.end_stream(b"data: [DONE]\n\n")
 
 
-async def _gather(index: int, live: LiveRequest, writer: AnswerWriter) -> None:
+async def _gather(index: int, live: Reader, writer: AnswerWriter) -> None:
     while (updates := await live.next_updates()) is not None:
         writer.add(index, updates)
 
@@ -222,7 +231,8 @@ class Health(Endpoint):
             "status": "ok" if is_ready else "not ready",
             "engines_up": sum(link.is_up for link in self.gateway.router.links),
         }
-        await out.whole(200 if is_ready else 503, encode(document), _JSON)
+        headers = _JSON if is_ready else [*_JSON, (b"retry-after", b"1")]
+        await out.whole(200 if is_ready else 503, encode(document), headers)
 
 
 class Metrics(Endpoint):

@@ -56,8 +56,8 @@ def parameter_of(field: str) -> str:
     return _PREFIXES.sub("", field)
 
 
-def body_of(error: StatusError | HttpError) -> dict[str, object]:
-    """The `error` object."""
+def body_of(error: StatusError | HttpError) -> dict[str, dict[str, object]]:
+    """The `error` object. One that a client can take up again has a `resume_token`."""
     if isinstance(error, HttpError):
         kind = "invalid_request_error" if error.status < 500 else "server_error"
         return _body(error.message, kind, error.param, error.code)
@@ -70,10 +70,13 @@ def body_of(error: StatusError | HttpError) -> dict[str, object]:
         message = f"{param}: {description}" + (f" (and {more} more)" if more else "")
     if error.reason == "CONTEXT_LENGTH_EXCEEDED":
         code = "context_length_exceeded"
-    return _body(message, kind, param, code)
+    body = _body(message, kind, param, code)
+    if token := error.metadata.get("resume_token"):
+        body["error"]["resume_token"] = token
+    return body
 
 
-def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, object]:
+def _body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, dict[str, object]]:
     return {"error": {"message": message[:1000], "type": kind, "param": param, "code": code}}
 
 
@@ -90,11 +93,12 @@ def headers_of(error: StatusError | HttpError) -> list[tuple[bytes, bytes]]:
     """Headers beside the body."""
     headers = [(b"content-type", b"application/json")]
     if isinstance(error, HttpError):
-        if error.status in (408, 413, 415):
-            headers.append((b"connection", b"close"))  # what is left of the body is not read
-    elif error.retry_after_s is not None:
-        headers.append((b"retry-after", str(max(1, math.ceil(error.retry_after_s))).encode()))
-        headers.append((b"retry-after-ms", str(max(1, round(error.retry_after_s * 1000))).encode()))
+        if error.status == 408:
+            headers.append((b"connection", b"close"))  # what is left of the body is not waited for
+    elif status_of(error) in (429, 503) or error.retry_after_s is not None:
+        wait_s = 1.0 if error.retry_after_s is None else error.retry_after_s
+        headers.append((b"retry-after", str(max(1, math.ceil(wait_s))).encode()))
+        headers.append((b"retry-after-ms", str(max(1, round(wait_s * 1000))).encode()))
     if status_of(error) == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     return headers

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -19,9 +20,11 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from services.gateway.gateway import Gateway
+from services.gateway.http.body import BODY_S
 from services.gateway.http.endpoints import Completions, Health, Metrics, Models
 from services.gateway.http.errors import HttpError, body_of, encode
-from services.gateway.http.protocol import Http11
+from services.gateway.http.guard import Guard
+from services.gateway.http.protocol import HEADERS_S, Http11
 from services.gateway.metrics import CONTENT_TYPE, GatewayMetrics
 from weft import logs
 from weft.rpc.address import Address
@@ -47,19 +50,24 @@ class HttpServer:
     """The OpenAI-compatible face. `start` binds, `stop` lets open answers end for a moment."""
 
     def __init__(
-        self, gateway: Gateway, metrics: GatewayMetrics, authenticator: Authenticator | None
+        self,
+        gateway: Gateway,
+        metrics: GatewayMetrics,
+        authenticator: Authenticator | None,
+        *,
+        headers_s: float = HEADERS_S,
+        body_s: float = BODY_S,
     ) -> None:
+        """`headers_s` and `body_s` are for how long the headers and the body of a request may take."""
         self.address = Address("127.0.0.1", 0)
+        self._headers_s = headers_s
+        text, chat = (
+            Completions(gateway, authenticator, is_chat=is_chat, body_s=body_s) for is_chat in (False, True)
+        )
         self.app = Starlette(
             routes=[
-                Route(
-                    "/v1/completions", Completions(gateway, authenticator, is_chat=False), methods=["POST"]
-                ),
-                Route(
-                    "/v1/chat/completions",
-                    Completions(gateway, authenticator, is_chat=True),
-                    methods=["POST"],
-                ),
+                Route("/v1/completions", text, methods=["POST"]),
+                Route("/v1/chat/completions", chat, methods=["POST"]),
                 Route("/v1/models", Models(gateway, authenticator), methods=["GET"]),
                 Route("/v1/models/{name}", Models(gateway, authenticator), methods=["GET"]),
                 Route("/healthz", Health(gateway, authenticator, is_open=True), methods=["GET"]),
@@ -82,8 +90,8 @@ class HttpServer:
             raise BindError(f"cannot listen on {address}: {error.strerror or error}") from None
         self.address = address._replace(port=listener.getsockname()[1])
         config = uvicorn.Config(
-            self.app,
-            http=Http11,
+            Guard(self.app),
+            http=functools.partial(Http11, headers_s=self._headers_s),
             ws="none",
             lifespan="off",
             log_config=None,

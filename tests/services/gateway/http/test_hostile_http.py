@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import gzip
 import json
 from collections.abc import AsyncIterator
@@ -12,7 +11,6 @@ from typing import Any
 import httpx
 import pytest
 
-from services.gateway.http import protocol
 from weft.rpc.address import parse_address
 
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}
@@ -274,72 +272,6 @@ async def test_a_reader_that_stops_pauses_its_slots(
     await settle(lambda: link.num_live == 0)
 
 
-async def test_headers_that_never_end_do_end(
-    http: httpx.AsyncClient, gateway: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(protocol, "HEADERS_S", 0.4)
-    address = gateway.application.http.address
-    for first in (
-        b"",
-        b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n",
-    ):  # also on a connection that was used before
-        reader, writer = await asyncio.open_connection(address.host, address.port)
-        writer.write(first)
-        if first:
-            assert b" 200 " in await reader.readline()
-        with contextlib.suppress(ConnectionError):
-            for _ in range(20):
-                writer.write(b"G")
-                await asyncio.sleep(0.05)
-        async with asyncio.timeout(2):
-            with contextlib.suppress(ConnectionError):
-                await reader.read()
-        writer.close()
-
-
-@pytest.mark.parametrize("path", [b"/v1/nothing", b"/v1/completions"])
-async def test_a_refused_body_that_never_ends_does_end(
-    http: httpx.AsyncClient, gateway: Any, monkeypatch: pytest.MonkeyPatch, path: bytes
-) -> None:
-    monkeypatch.setattr(protocol, "HEADERS_S", 0.4)
-    address = gateway.application.http.address
-    reader, writer = await asyncio.open_connection(address.host, address.port)
-    writer.write(
-        b"POST "
-        + path
-        + b" HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\nContent-Type: text/plain\r\n\r\n"
-    )
-    assert (await reader.readline()).split()[1] in (b"404", b"415")
-    async with asyncio.timeout(3):
-        with contextlib.suppress(ConnectionError):
-            while not reader.at_eof():
-                writer.write(b"x")
-                await asyncio.sleep(0.05)
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(reader.read(4096), 0.01)
-    writer.close()
-
-
-async def test_pipelined_requests_are_answered_in_order(http: httpx.AsyncClient, gateway: Any) -> None:
-    address = gateway.application.http.address
-    reader, writer = await asyncio.open_connection(address.host, address.port)
-    request = b""
-    for seed in range(3):
-        body = json.dumps({**TEXT, "seed": seed, "request_id": f"p{seed}"}).encode()
-        request += (
-            b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-        )
-    writer.write(request + b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-    async with asyncio.timeout(10):
-        answers = (await reader.read()).split(b"HTTP/1.1 ")[1:]
-    assert [answer[:3] for answer in answers] == [b"200"] * 4
-    for seed in range(3):
-        assert b'"id":"cmpl-p%d"' % seed in answers[seed]
-    assert b'"status":"ok"' in answers[3]
-    writer.close()
-
-
 async def test_head_and_options(http: httpx.AsyncClient) -> None:
     for method, path, status in (
         ("HEAD", "/healthz", 200),
@@ -354,42 +286,3 @@ async def test_head_and_options(http: httpx.AsyncClient) -> None:
             assert answer.content == b""
         if status == 405:
             assert answer.headers["allow"] == "POST"
-
-
-@pytest.mark.parametrize(
-    "headers",
-    [
-        b"Content-Length: 10\r\nContent-Length: 11\r\n",
-        b"Content-Length: -1\r\n",
-        b"Content-Length: ten\r\n",
-        b"Content-Length: " + b"9" * 5000 + b"\r\n",
-        b"Content-Length: 10\r\nTransfer-Encoding: chunked\r\n",
-        b"Transfer-Encoding: gzip, chunked\r\n",
-        b"X: " + b"a" * 100_000 + b"\r\n",
-        b"".join(b"X%d: 1\r\n" % i for i in range(5000)),
-        b"Host: y\r\n",
-    ],
-)
-async def test_headers_that_lie(http: httpx.AsyncClient, gateway: Any, headers: bytes) -> None:
-    address = gateway.application.http.address
-    reader, writer = await asyncio.open_connection(address.host, address.port)
-    writer.write(
-        b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        + headers
-        + b"\r\n0\r\n\r\n"
-    )
-    async with asyncio.timeout(5):
-        status = (await reader.readline()).split()[1]
-    assert 400 <= int(status) < 500 or status == b"501", status
-    writer.close()
-
-
-async def test_a_slow_answer_is_not_on_the_clock(
-    http: httpx.AsyncClient, engine: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(protocol, "HEADERS_S", 0.2)
-    engine.step_s = 0.2
-    for _ in range(2):
-        answer = await http.post("/v1/completions", json={**TEXT, "max_tokens": 4})
-        assert answer.status_code == 200
-    engine.step_s = 0.002
