@@ -42,11 +42,19 @@ class LinkEvents:
 
 
 class Heartbeat(NamedTuple):
-    """The newest step begun, how long it has been running (0 between steps) and how long it may run."""
+    """The newest step begun, how long it has been running (0 between steps) and how long it may run; and how
+    busy the engine is: sequences, tokens to compute before they draw, the pace of that (0 while nothing is
+    known), and blocks that are free or hold nothing but cached tokens.
+    """
 
     step: int
     step_elapsed_s: float
     step_bound_s: float
+    num_running: int = 0
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
+    tokens_per_second: float = 0.0
+    num_free_blocks: int = 0
 
 
 class EngineUnavailable(RequestError):
@@ -162,9 +170,18 @@ class EngineLoop:
 
     def heartbeat(self) -> Heartbeat:
         """Where the step loop stands."""
-        started = self._core.step_started_at
-        elapsed = 0.0 if started is None else max(0.0, self.now() - started)
-        return Heartbeat(self._report.step + (started is not None), elapsed, self._core.step_bound_s)
+        core, report = self._core, self._report
+        started = core.step_started_at
+        return Heartbeat(
+            step=report.step + (started is not None),
+            step_elapsed_s=0.0 if started is None else max(0.0, self.now() - started),
+            step_bound_s=core.step_bound_s,
+            num_running=report.num_running,
+            num_waiting=report.num_waiting,
+            num_waiting_tokens=core.scheduler.num_tokens_to_prefill(),
+            tokens_per_second=core.costs.tokens_per_second(),
+            num_free_blocks=report.blocks.free + report.blocks.cached,
+        )
 
     # -- the engine's thread ------------------------------------------------------------
 

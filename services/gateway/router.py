@@ -75,6 +75,11 @@ class Router:
         return any(link.is_usable for link in self.links)
 
     @property
+    def wait_s(self) -> float:
+        """How long what has lost its engine waits for another."""
+        return self._wait_s
+
+    @property
     def num_replays(self) -> int:
         """Samples that were started again."""
         return self.counters["replays"]

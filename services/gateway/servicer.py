@@ -99,16 +99,16 @@ class GatewayServicer(GatewayServiceServicer):
         refuse_unknown_fields(request)
         caller = current_caller.get()
         response = pb.ListModelsResponse()
-        for name, link in sorted(self._gateway.router.by_model().items()):
-            if link.info is not None and caller.may_use(name, link.info.artifact_version):
+        for served in self._gateway.router.served():
+            if caller.may_use(served.name, served.version):
                 response.models.add(
-                    name=name,
-                    version=link.info.artifact_version,
-                    artifact_digest=link.info.artifact_digest,
-                    max_model_len=link.info.max_model_len,
-                    is_deterministic=link.info.is_deterministic,
-                    numerics_id=link.info.numerics_id,
-                    vocab_size=link.info.vocab_size,
+                    name=served.name,
+                    version=served.version,
+                    artifact_digest=served.info.artifact_digest,
+                    max_model_len=served.info.max_model_len,
+                    is_deterministic=served.info.is_deterministic,
+                    numerics_id=served.info.numerics_id,
+                    vocab_size=served.info.vocab_size,
                 )
         return response
 

@@ -44,6 +44,11 @@ class CostModel:
         """The time to compute this many prompt tokens."""
         return num_tokens * self._prefill_s / max(self._prefill_tokens, MIN_LEARNED_TOKENS)
 
+    def tokens_per_second(self) -> float:
+        """The pace of prefill; 0 before any was seen."""
+        prefill_s = self.prefill_s(MIN_LEARNED_TOKENS)
+        return MIN_LEARNED_TOKENS / prefill_s if prefill_s > 0 else 0.0
+
     def step_bound_s(self, num_tokens: int) -> float:
         """After this long a step of `num_tokens` tokens counts as hung."""
         if self._decode_s is None or not self._prefill_tokens:

@@ -94,6 +94,15 @@ class Scheduler:
             if not s.is_paused and _aged_rank(s, now, self.config) <= rank
         )
 
+    def num_tokens_to_prefill(self) -> int:
+        """Tokens to compute before those who wait or prefill draw their next one. Any thread may ask: the answer
+        may be one step old.
+        """
+        waiting = sum(s.num_uncomputed_tokens for s in self.waiting.copy())
+        # One that decodes has at most its newest token, and the one in flight, to compute.
+        running = (s.num_uncomputed_tokens for s in self.running.copy())
+        return waiting + sum(num_tokens for num_tokens in running if num_tokens > 2)
+
     def schedule(self, now: float) -> Batch:
         """Choose the next step's work and get its blocks. `now` in seconds of the core's clock."""
         batch = Batch()

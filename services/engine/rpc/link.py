@@ -27,6 +27,8 @@ from weft.sampling import validate_labels
 from weft.v1 import engine_service_pb2 as pb
 
 HEARTBEAT_INTERVAL_S = 0.2
+# With nothing live there is a beat once in so many intervals: it says how busy others keep the engine.
+IDLE_INTERVALS = 5
 HELLO_TIMEOUT_S = 10.0
 MAX_GATEWAY_ID_CHARS = 128
 # What is for ever; a longer one may round up to more than the field holds.
@@ -192,10 +194,13 @@ class Link:
             await self._wake.wait()
 
     async def _beat(self) -> None:
+        num_silent = 0
         while True:
             await asyncio.sleep(HEARTBEAT_INTERVAL_S)
+            num_silent += 1
             # Until the last end is sent: a gateway that waits for it takes silence for death.
-            if self.num_live:
+            if self.num_live or num_silent >= IDLE_INTERVALS:
+                num_silent = 0
                 self._outbox.beat(self._loop.heartbeat())
                 self._wake.set()
 

@@ -97,6 +97,11 @@ class Outbox:
                 step=beat.step,
                 step_elapsed_ms=int(1000 * beat.step_elapsed_s),
                 step_bound_ms=int(1000 * beat.step_bound_s),
+                running=beat.num_running,
+                waiting=beat.num_waiting,
+                waiting_tokens=beat.num_waiting_tokens,
+                tokens_per_second=beat.tokens_per_second,
+                free_blocks=beat.num_free_blocks,
             )
         )
 

@@ -204,10 +204,10 @@ class Models(Endpoint):
                 "object": "model",
                 "created": 0,
                 "owned_by": "weft",
-                "max_model_len": link.info.max_model_len if link.info else 0,
+                "max_model_len": served.info.max_model_len,
             }
-            for name, link in sorted(self.gateway.router.by_model().items())
-            if caller.may_use(name, link.info.artifact_version if link.info else "")
+            for name, served in sorted(self.gateway.router.by_model().items())
+            if caller.may_use(served.name, served.version)
         }
         name = scope.get("path_params", {}).get("name")
         if name is None:

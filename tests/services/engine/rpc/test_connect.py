@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import grpc
 import pytest
@@ -161,10 +162,27 @@ async def test_pause_stops_a_slot_and_resume_goes_on():
         assert gateway.tokens[0] == expected(PROMPT, 600)
 
 
-async def test_heartbeats_come_while_something_is_live_and_only_then():
+async def test_an_idle_engine_beats_every_second_and_says_what_it_has():
     async with running_engine() as engine, linked(engine) as gateway:
-        with pytest.raises(TimeoutError):
-            await gateway.read_until(lambda: gateway.heartbeats, within_s=0.5)
+        begin = time.monotonic()
+        await gateway.read_until(lambda: len(gateway.heartbeats) == 2, within_s=10)
+        assert time.monotonic() - begin > 1.5
+        beat = gateway.heartbeats[-1]
+        assert (beat.running, beat.waiting, beat.waiting_tokens) == (0, 0, 0)
+        assert beat.free_blocks == engine.core.blocks.num_blocks
+
+
+async def test_heartbeats_say_what_is_to_be_computed():
+    async with running_engine() as engine, linked(engine) as gateway:
+        engine.runner.step_s = 0.7
+        for slot in range(3):
+            await gateway.call.write(submit(slot, PROMPT, 4))
+        await gateway.read_until(lambda: any(beat.running + beat.waiting for beat in gateway.heartbeats))
+        await gateway.read_until(lambda: len(gateway.finished) == 3, within_s=20)
+        beats = gateway.heartbeats
+        assert max(beat.running + beat.waiting for beat in beats) == 3
+        assert max(beat.waiting_tokens for beat in beats) >= len(PROMPT)
+        assert beats[-1].tokens_per_second > 0
 
 
 async def test_heartbeats_come_while_a_step_hangs():

@@ -167,7 +167,7 @@ async def test_logprobs(client: openai.AsyncOpenAI) -> None:
 
 async def test_models(client: openai.AsyncOpenAI) -> None:
     models = await client.models.list()
-    assert [model.id for model in models.data] == ["demo"]
+    assert [model.id for model in models.data] == ["demo", "demo@v1"]
     assert (await client.models.retrieve("demo")).owned_by == "weft"
     with pytest.raises(openai.NotFoundError):
         await client.models.retrieve("../../etc/passwd")
