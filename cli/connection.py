@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import grpc
@@ -18,7 +19,8 @@ from grpc_status import rpc_status
 
 from weft.config import variable
 from weft.rpc.auth import auth_metadata
-from weft.rpc.channel import channel_options
+from weft.rpc.channel import blocking_channel, channel_options
+from weft.rpc.tls import ChannelTls, TlsError
 from weft.v1 import gateway_service_pb2_grpc as gateway_grpc
 from weft.v1 import quantizer_service_pb2_grpc as quantizer_grpc
 
@@ -27,6 +29,22 @@ EXIT_INTERRUPTED = 130
 CONNECTION = "Connection"
 SERVER = "127.0.0.1:50052"
 JOB_SERVER = "127.0.0.1:50053"
+_TLS_CA = typer.Option(
+    metavar="FILE",
+    help="Authority of the gateway's certificate, PEM: use TLS; else WEFT_TLS_CA.",
+    rich_help_panel=CONNECTION,
+)
+_TLS_CERT = typer.Option(
+    metavar="FILE", help="Certificate to show; else WEFT_TLS_CERT.", rich_help_panel=CONNECTION
+)
+_TLS_KEY = typer.Option(
+    metavar="FILE", help="Key of that certificate; else WEFT_TLS_KEY.", rich_help_panel=CONNECTION
+)
+_TLS_NAME = typer.Option(
+    metavar="NAME",
+    help="Name in the gateway's certificate, where it is not the address; else WEFT_TLS_NAME.",
+    rich_help_panel=CONNECTION,
+)
 
 
 @dataclass(frozen=True)
@@ -47,6 +65,10 @@ class ConnectionOptions:
             metavar="KEY", help="Sent as a bearer token; else WEFT_API_KEY.", rich_help_panel=CONNECTION
         ),
     ] = None
+    tls_ca: Annotated[Path | None, _TLS_CA] = None
+    tls_cert: Annotated[Path | None, _TLS_CERT] = None
+    tls_key: Annotated[Path | None, _TLS_KEY] = None
+    tls_name: Annotated[str | None, _TLS_NAME] = None
     timeout: Annotated[
         float | None,
         typer.Option(help="Deadline in seconds; output ends shortly before it.", rich_help_panel=CONNECTION),
@@ -61,6 +83,28 @@ class ConnectionOptions:
     def metadata(self) -> tuple[tuple[str, str], ...]:
         """The call's metadata. Raises typer.BadParameter for a key that no header can hold."""
         return _key_metadata(self.api_key or variable("WEFT_API_KEY"))
+
+    @property
+    def tls(self) -> ChannelTls | None:
+        """How the gateway is known, each part from its flag or its variable; None without an authority.
+        Raises typer.BadParameter.
+        """
+        ca, cert, key, name = (
+            given or variable(f"WEFT_TLS_{part}")
+            for given, part in (
+                (self.tls_ca, "CA"),
+                (self.tls_cert, "CERT"),
+                (self.tls_key, "KEY"),
+                (self.tls_name, "NAME"),
+            )
+        )
+        if ca is None:
+            if cert or key or name:
+                raise typer.BadParameter("--tls-cert, --tls-key and --tls-name need --tls-ca")
+            return None
+        return ChannelTls(
+            Path(ca), Path(cert) if cert else None, Path(key) if key else None, str(name) if name else None
+        )
 
 
 @dataclass(frozen=True)
@@ -113,11 +157,18 @@ def usage_errors() -> Iterator[None]:
 @contextlib.contextmanager
 def gateway(options: ConnectionOptions) -> Iterator[gateway_grpc.GatewayServiceStub]:
     """A stub on a channel that is closed at the end; a failed call ends the command with its one line."""
-    with grpc.insecure_channel(options.target, options=channel_options()) as channel:
+    with _channel(options) as channel:
         try:
             yield gateway_grpc.GatewayServiceStub(channel)
         except grpc.RpcError as error:
             fail(describe(error))
+
+
+def _channel(options: ConnectionOptions) -> grpc.Channel:
+    try:
+        return blocking_channel(options.target, options.tls, channel_options())
+    except TlsError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 @contextlib.contextmanager

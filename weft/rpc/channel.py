@@ -5,7 +5,7 @@ The options make a dead or frozen peer show within seconds; retries are explicit
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import grpc
@@ -14,7 +14,7 @@ from weft.rpc.auth import auth_metadata
 from weft.rpc.options import MAX_INTERNAL_MESSAGE_BYTES, channel_options
 from weft.rpc.tls import ChannelTls
 
-__all__ = ["channel_options", "open_channel"]
+__all__ = ["blocking_channel", "channel_options", "open_channel"]
 
 
 class _KeyedChannel:
@@ -56,6 +56,15 @@ class _KeyedChannel:
     def stream_stream(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         """As of the channel."""
         return self._keyed(self._channel.stream_stream, *args, **kwargs)
+
+
+def blocking_channel(
+    target: str, tls: ChannelTls | None, options: Sequence[tuple[str, int | str]]
+) -> grpc.Channel:
+    """A channel for calls that block, as commands make them. Raises TlsError."""
+    if tls is None:
+        return grpc.insecure_channel(target, options=options)
+    return grpc.secure_channel(target, tls.credentials(), options=[*options, *tls.options()])
 
 
 def open_channel(

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 MAX_PEM_BYTES = 1 << 20
-# The proof that no session is taken up again that began under another certificate or authority.
+# A session that could be taken up again would outlive the authority that let its client in.
 _OPTIONS = ssl.OP_NO_TICKET | ssl.OP_NO_COMPRESSION
 
 
