@@ -95,8 +95,8 @@ class Scheduler:
         )
 
     def num_tokens_to_prefill(self) -> int:
-        """Tokens to compute before those who wait or prefill draw their next one. Any thread may ask: the answer
-        may be one step old.
+        """Tokens to compute before those who wait or prefill draw their next one. Any thread may ask; the
+        answer may be one step old.
         """
         waiting = sum(s.num_uncomputed_tokens for s in self.waiting.copy())
         # One that decodes has at most its newest token, and the one in flight, to compute.
