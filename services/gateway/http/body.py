@@ -8,8 +8,8 @@ from typing import Any
 
 from services.gateway import strict_json
 from services.gateway.http.errors import HttpError
+from weft.limits import DEFAULT_LIMITS
 
-MAX_BODY_BYTES = 8 << 20
 BODY_S = 10.0
 # Above it, parsing would hold the event loop for more than a few milliseconds.
 INLINE_BYTES = 128 << 10
@@ -21,12 +21,14 @@ class Disconnected(Exception):
     """The client is gone."""
 
 
-async def read_object(scope: Scope, receive: Receive, *, body_s: float = BODY_S) -> dict[str, Any]:
+async def read_object(
+    scope: Scope, receive: Receive, *, body_s: float = BODY_S, max_bytes: int = DEFAULT_LIMITS.max_body_bytes
+) -> dict[str, Any]:
     """The JSON object that the client sent within `body_s` seconds. Raises HttpError, and Disconnected."""
-    _check_headers(scope)
+    _check_headers(scope, max_bytes)
     try:
         async with asyncio.timeout(body_s):
-            data = await _read(receive)
+            data = await _read(receive, max_bytes)
     except TimeoutError:
         raise HttpError(408, f"the body did not come within {body_s:g} s") from None
     try:
@@ -43,7 +45,7 @@ async def read_object(scope: Scope, receive: Receive, *, body_s: float = BODY_S)
     return document
 
 
-def _check_headers(scope: Scope) -> None:
+def _check_headers(scope: Scope, max_bytes: int) -> None:
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     for name, value in headers:
         if name == b"content-encoding" and value.strip().lower() != b"identity":
@@ -53,11 +55,11 @@ def _check_headers(scope: Scope) -> None:
             charset = parameters.strip().removeprefix("charset=").strip('"')
             if kind.strip() != "application/json" or charset not in ("", "utf-8", "utf8"):
                 raise HttpError(415, "the content type must be application/json", code="unsupported_type")
-        if name == b"content-length" and int(value) > MAX_BODY_BYTES:
-            raise _too_large()
+        if name == b"content-length" and int(value) > max_bytes:
+            raise _too_large(max_bytes)
 
 
-async def _read(receive: Receive) -> bytes:
+async def _read(receive: Receive, max_bytes: int) -> bytes:
     chunks: list[bytes] = []
     size = 0
     while True:
@@ -66,12 +68,12 @@ async def _read(receive: Receive) -> bytes:
             raise Disconnected
         chunk: bytes = message.get("body", b"")
         size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise _too_large()
+        if size > max_bytes:
+            raise _too_large(max_bytes)
         chunks.append(chunk)
         if not message.get("more_body", False):
             return b"".join(chunks)
 
 
-def _too_large() -> HttpError:
-    return HttpError(413, f"the body is larger than {MAX_BODY_BYTES} bytes", code="request_too_large")
+def _too_large(max_bytes: int) -> HttpError:
+    return HttpError(413, f"the body is larger than {max_bytes} bytes", code="request_too_large")

@@ -120,8 +120,9 @@ class Completions(Endpoint):
 
     async def respond(self, scope: Scope, receive: Receive, out: Output, caller: Caller) -> None:
         """Generate, while watching for the client's leave."""
-        document = await read_object(scope, receive, body_s=self._body_s)
-        request = parse_request(document, is_chat=self._is_chat)
+        limits = self.gateway.limits
+        document = await read_object(scope, receive, body_s=self._body_s, max_bytes=limits.max_body_bytes)
+        request = parse_request(document, is_chat=self._is_chat, max_prompts=limits.max_prompts)
         work = asyncio.create_task(self._generate(request, out, caller))
         watch = asyncio.create_task(_wait_for_disconnect(receive))
         try:

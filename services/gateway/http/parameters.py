@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from services.gateway.http.errors import HttpError, bad_request
 from services.gateway.http.prompts import add_messages, prompts_of
+from weft.limits import DEFAULT_LIMITS
 from weft.v1 import gateway_service_pb2 as pb
 
 # /v1/completions has always stopped after 16 tokens unless told otherwise.
@@ -72,7 +73,9 @@ class HttpRequest:
     has_logprobs: bool
 
 
-def parse_request(document: dict[str, Any], *, is_chat: bool) -> HttpRequest:
+def parse_request(
+    document: dict[str, Any], *, is_chat: bool, max_prompts: int = DEFAULT_LIMITS.max_prompts
+) -> HttpRequest:
     """Read a body. Raises HttpError naming the parameter."""
     fields = {name: value for name, value in document.items() if value is not None}
     request = pb.GenerateRequest()
@@ -85,7 +88,7 @@ def parse_request(document: dict[str, Any], *, is_chat: bool) -> HttpRequest:
     request.model = _typed(take("model"), str, "model") or ""
     if is_chat:
         add_messages(request.chat, take("messages"))
-    prompts = [] if is_chat else prompts_of(take("prompt"))
+    prompts = [] if is_chat else prompts_of(take("prompt"), max_prompts)
     _sampling(request, take)
     _lengths(request, take, is_chat)
     has_logprobs = _logprobs(request, take, is_chat)

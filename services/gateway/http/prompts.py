@@ -5,20 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from services.gateway.http.errors import bad_request
+from weft.limits import DEFAULT_LIMITS
 from weft.v1 import gateway_service_pb2 as pb
 
-MAX_PROMPTS = 64
 
-
-def prompts_of(value: Any) -> list[str | list[int]]:
+def prompts_of(value: Any, max_prompts: int = DEFAULT_LIMITS.max_prompts) -> list[str | list[int]]:
     """The prompts of a body: a string or a list of token ids, or a list of such. Raises HttpError."""
     if isinstance(value, str):
         return [value]
     if not isinstance(value, list) or not value:
         raise bad_request("prompt", "must be a string, token ids, or a list of these", code="invalid_type")
     prompts = [value] if type(value[0]) is int else value
-    if len(prompts) > MAX_PROMPTS:
-        raise bad_request("prompt", f"must have at most {MAX_PROMPTS} prompts", code="invalid_value")
+    if len(prompts) > max_prompts:
+        raise bad_request("prompt", f"must have at most {max_prompts} prompts", code="invalid_value")
     for prompt in prompts:
         if isinstance(prompt, str):
             continue

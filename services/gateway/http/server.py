@@ -30,8 +30,8 @@ from weft import logs
 from weft.rpc.address import Address
 from weft.rpc.auth import Authenticator
 from weft.rpc.server import BindError
+from weft.rpc.tls import ServerTls
 
-MAX_HEADER_BYTES = 32 << 10
 KEEP_ALIVE_S = 30
 STOP_GRACE_S = 2
 log = logs.get_logger("gateway.http")
@@ -57,10 +57,13 @@ class HttpServer:
         *,
         headers_s: float = HEADERS_S,
         body_s: float = BODY_S,
+        tls: ServerTls | None = None,
     ) -> None:
         """`headers_s` and `body_s` are for how long the headers and the body of a request may take."""
         self.address = Address("127.0.0.1", 0)
         self._headers_s = headers_s
+        self._limits = gateway.limits
+        self._tls = tls
         text, chat = (
             Completions(gateway, authenticator, is_chat=is_chat, body_s=body_s) for is_chat in (False, True)
         )
@@ -81,29 +84,36 @@ class HttpServer:
         self._server: _Uvicorn | None = None
         self._task: asyncio.Task[None] | None = None
 
-    async def start(self, address: Address) -> None:
-        """Bind and serve. Raises BindError."""
+    async def start(self, address: Address, *, shares_port: bool = False) -> None:
+        """Bind and serve. With `shares_port`, other processes may listen there, too. Raises BindError."""
         try:
             family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-            listener = socket.create_server((address.host, address.port), family=family, backlog=512)
+            listener = socket.create_server(
+                (address.host, address.port), family=family, backlog=512, reuse_port=shares_port
+            )
         except OSError as error:
             raise BindError(f"cannot listen on {address}: {error.strerror or error}") from None
         self.address = address._replace(port=listener.getsockname()[1])
         config = uvicorn.Config(
             Guard(self.app),
-            http=functools.partial(Http11, headers_s=self._headers_s),
+            http=functools.partial(
+                Http11, headers_s=self._headers_s, max_connections=self._limits.max_connections
+            ),
             ws="none",
             lifespan="off",
             log_config=None,
             access_log=False,
             server_header=False,
-            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
+            h11_max_incomplete_event_size=self._limits.max_header_bytes,
             timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=STOP_GRACE_S,
         )
+        config.load()
+        if self._tls is not None:
+            config.ssl = self._tls.context()
         self._server = _Uvicorn(config)
         self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
-        log.info("http", address=str(self.address))
+        log.info("http", address=str(self.address), tls=self._tls is not None)
 
     async def stop(self) -> None:
         """Take no more connections, let open answers end within `STOP_GRACE_S`, stop. May come twice."""
