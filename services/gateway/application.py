@@ -130,6 +130,7 @@ class GatewayApplication:
             self.authenticator,
             headers_s=self.config.http_header_seconds,
             body_s=self.config.http_body_seconds,
+            tls=self.tls,
         )
         await self.http.start(address)
 
