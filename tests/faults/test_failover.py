@@ -87,7 +87,13 @@ async def test_a_frozen_engine_is_noticed_within_a_second_and_says_nothing_twice
     assert streams.worst_gap_s > 0.5, "the fault has hit nobody"
 
 
-@pytest.mark.parametrize("ways", [{"up": True, "down": True}, {"up": False, "down": True}], ids=str)
+@pytest.mark.parametrize(
+    "ways",
+    [
+        pytest.param({"up": True, "down": True}, id="both-ways"),
+        pytest.param({"up": False, "down": True}, id="one-way", marks=pytest.mark.slow),
+    ],
+)
 async def test_a_black_hole_is_noticed_within_a_second(
     stack: Stack, streams: Streams, ways: dict[str, bool]
 ) -> None:
@@ -157,6 +163,7 @@ async def test_single_bytes_and_delay_change_nothing(stack: Stack, streams: Stre
     assert streams.problems == []
 
 
+@pytest.mark.slow
 async def test_every_engine_freezes_and_comes_back(stack: Stack, streams: Streams) -> None:
     streams.start(*all_kinds())
     await streams.have(10)
