@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from services.gateway.admission import Admission, AdmissionLimits
+from services.gateway.admission_flags import quota_limits_of
 from services.gateway.assets import AssetSource
 from services.gateway.config import GatewayConfig
 from services.gateway.engine_client import EngineLink
@@ -16,6 +17,7 @@ from services.gateway.gateway import Gateway
 from services.gateway.link_terms import LinkTimes
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.orphans import RetentionLimits
+from services.gateway.quotas import Quotas
 from services.gateway.router import Router
 from services.gateway.servicer import GatewayServicer
 from weft import logs
@@ -77,7 +79,8 @@ class GatewayApplication:
         )
         self.gateway = Gateway(
             self.router,
-            Admission(limits),
+            Admission(limits, Quotas(quota_limits_of(config))),
+            ageing_s=config.priority_ageing_seconds,
             max_request_s=config.max_request_seconds,
             slow_client_s=config.slow_client_seconds,
             limits=limits_of(config),

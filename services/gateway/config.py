@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from services.gateway.admission_flags import AdmissionFlags, check_admission_flags
 from weft.config import ConfigError, load_config, option
 from weft.limits import TextLimitFlags
 from weft.logs import LEVELS
@@ -25,7 +26,7 @@ def parse_engines(text: str) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class GatewayConfig(ServerFlags, EngineTlsFlags, TextLimitFlags):
+class GatewayConfig(AdmissionFlags, ServerFlags, EngineTlsFlags, TextLimitFlags):
     """Flags of `serve`; WEFT_GATEWAY_* variables stand in for them."""
 
     listen: Address = option(
@@ -80,6 +81,7 @@ class GatewayConfig(ServerFlags, EngineTlsFlags, TextLimitFlags):
     def __post_init__(self) -> None:
         check_server_flags(self)
         engine_tls_of(self)
+        check_admission_flags(self)
         if (self.artifacts is None) == (self.tokenizer is None):
             raise ConfigError("--artifacts", "either it or --tokenizer must be given, and not both")
         if not self.engine:

@@ -42,7 +42,18 @@ class Waiting(NamedTuple):
 class Turn:
     """One request, from when it asks to start until it is over. `leave` may come twice."""
 
-    __slots__ = ("charged", "entry", "has_begun", "has_waited", "key", "live", "pool", "queued_at", "timer")
+    __slots__ = (
+        "charged",
+        "entry",
+        "has_begun",
+        "has_waited",
+        "key",
+        "live",
+        "num_drawn_before",
+        "pool",
+        "queued_at",
+        "timer",
+    )
 
     def __init__(self, pool: Pool, key: KeyQueue[Turn], live: LiveRequest, now: float) -> None:
         self.pool = pool
@@ -50,11 +61,18 @@ class Turn:
         self.live = live
         self.queued_at = now
         # What it had drawn before, if it goes on with a request that had ended, was charged then.
-        self.charged = num_drawn(live)
+        self.charged = self.num_drawn_before = num_drawn(live)
         self.has_begun = False
         self.has_waited = False
         self.entry: Entry[Turn] | None = None
         self.timer: asyncio.TimerHandle | None = None
+
+    @property
+    def used(self) -> tuple[int, int]:
+        """The prompt tokens that an engine was given, once for all samples, and the output tokens drawn."""
+        if not self.has_begun:
+            return 0, 0
+        return len(self.live.resolved.prompt_token_ids), num_drawn(self.live) - self.num_drawn_before
 
     def leave(self) -> None:
         """The request is over, or no longer wants to start."""

@@ -20,9 +20,12 @@ from typing import ClassVar
 import grpc
 
 from services.gateway.admission import Admission, Ticket
+from services.gateway.dispatch import Dispatcher
 from services.gateway.live import LiveRequest
 from services.gateway.orphans import Retention, RetentionLimits
 from services.gateway.permissions import check_model, meant_model
+from services.gateway.places import num_places
+from services.gateway.quotas import charge_at_the_door
 from services.gateway.reader import Reader
 from services.gateway.resolution import check_fields, resolve
 from services.gateway.resumption import (
@@ -42,6 +45,7 @@ from services.gateway.resumption import (
     with_token,
 )
 from services.gateway.router import Router
+from services.gateway.usage import KeyUsage
 from weft import logs
 from weft.limits import DEFAULT_LIMITS, RequestLimits
 from weft.rpc.auth import Caller
@@ -120,10 +124,19 @@ class Gateway:
         slow_client_s: float = 60.0,
         limits: RequestLimits = DEFAULT_LIMITS,
         retention: RetentionLimits | None = None,
+        ageing_s: float = 10.0,
     ) -> None:
         self.router = router
         self.limits = limits
         self.admission = admission
+        self.dispatcher = Dispatcher(
+            lambda info: num_places(router.usable(), info),
+            router.place,
+            wait_s=router.wait_s,
+            ageing_s=ageing_s,
+        )
+        router.room_listeners.append(self.dispatcher.pump)
+        self.usage = KeyUsage()
         self.counters = RequestCounters()
         self.is_draining = False
         # Seconds since the request's arrival, for whoever measures.
@@ -193,13 +206,13 @@ class Gateway:
         counters.begun += 1
         begun_at = self.now()
         code = "OK"
-        ticket = live = None
+        ticket = live = turn = None
         try:
             if self.is_draining:
                 raise _draining()
             caller = self.renew(caller)
             deadline = self._deadline(budget_s)
-            ticket = self.admission.enter()
+            ticket = self.admission.enter(caller, _charge_at_the_door(request))
 
             def on_first_token(ticket: Ticket = ticket) -> None:
                 ticket.promote()
@@ -210,9 +223,14 @@ class Gateway:
             else:
                 live = await self._resolve(entry, request, caller, deadline, on_first_token)
             resolved = live.resolved
-            ticket.claim_tokens(len(resolved.prompt_token_ids) * resolved.num_samples)
+            num_prompt_tokens = len(resolved.prompt_token_ids)
+            ticket.claim_tokens(
+                num_prompt_tokens * resolved.num_samples, _charge_at_the_door(request, num_prompt_tokens)
+            )
             entry.live = live
-            self._start(entry, live)
+            if entry.is_cancelled:
+                live.cancel()
+            turn = self.dispatcher.start(live, caller)
             yield live
         except StatusError as error:
             code = error.code.name
@@ -229,8 +247,13 @@ class Gateway:
             if self._entries.get(entry.key) is entry:
                 del self._entries[entry.key]
             self.retention.release(entry)
+            used = (0, 0)
+            if turn is not None:
+                turn.leave()
+                used = turn.used
+                self.usage.add(caller.name, *used)
             if ticket is not None:
-                ticket.leave()
+                ticket.leave(sum(used))
             counters.ended += 1
             counters.by_code[code] += 1
             self.observe_request(self.now() - begun_at)
@@ -281,15 +304,6 @@ class Gateway:
             on_failure=lambda error: self._keep_failed(error, entry, before.digest),
             before=old,
         )
-
-    def _start(self, entry: _Entry, live: LiveRequest) -> None:
-        """Give every sample to an engine that has not ended before."""
-        if entry.is_cancelled:
-            live.cancel()
-            return
-        for sample in live.samples:
-            if not sample.finish_without_engine() and not self.router.place(sample):
-                raise self.router.unavailable()
 
     # -- reading, leaving, coming back ------------------------------------------------------------
 
@@ -498,3 +512,13 @@ def _draining() -> StatusError:
     return StatusError(
         grpc.StatusCode.UNAVAILABLE, "the gateway is stopping", retry_after_s=1.0, reason="DRAINING"
     )
+
+
+def _charge_at_the_door(request: gateway_pb.GenerateRequest, num_prompt_tokens: int | None = None) -> int:
+    """The tokens that a request is charged; while its prompt is not tokenized, those that are known."""
+    sampling = request.sampling
+    max_tokens = sampling.max_tokens if sampling.HasField("max_tokens") else None
+    if num_prompt_tokens is None:
+        num_prompt_tokens = max(1, len(request.token_ids.ids))
+        max_tokens = max_tokens or 0
+    return charge_at_the_door(num_prompt_tokens, max_tokens, sampling.n)
