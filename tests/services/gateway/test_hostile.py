@@ -179,7 +179,7 @@ async def test_a_text_without_a_token(gateway: Any, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     "request_",
-    [text(session_id="s"), text(resumable=True, request_id="r"), text(resume_offset=0, request_id="r")],
+    [text(session_id="s")],
 )
 async def test_what_is_not_offered_says_so(gateway: Any, request_: pb.GenerateRequest) -> None:
     error = await refused(gateway, request_)
