@@ -12,7 +12,9 @@ from services.gateway.admission import Admission, AdmissionLimits
 from services.gateway.admission_flags import quota_limits_of
 from services.gateway.assets import AssetSource
 from services.gateway.config import GatewayConfig
+from services.gateway.discovery import Discovery, parse_source
 from services.gateway.engine_client import EngineLink
+from services.gateway.fleet import Fleet
 from services.gateway.gateway import Gateway
 from services.gateway.link_terms import LinkTimes
 from services.gateway.metrics import GatewayMetrics
@@ -53,15 +55,18 @@ class GatewayApplication:
         self.config = config
         self.authenticator = authenticator
         self.tls = tls
-        self.router = Router(wait_s=config.engine_wait_seconds, on_change=self._on_change)
+        self.router = Router(
+            wait_s=config.engine_wait_seconds, weights=config.version_weight, on_change=self._on_change
+        )
         self.source = AssetSource(
             artifacts=config.artifacts,
             directory=config.tokenizer,
             in_use=lambda: [link.assets for link in self.router.links],
         )
         gateway_id = f"{socket.gethostname()}-{uuid.uuid4().hex[:8]}"
-        self.router.links = [
-            EngineLink(
+
+        def make_link(target: str) -> EngineLink:
+            return EngineLink(
                 target,
                 self.router,
                 gateway_id=gateway_id,
@@ -70,8 +75,8 @@ class GatewayApplication:
                 tls=engine_tls_of(config),
                 times=times or LinkTimes(dead_s=config.engine_dead_seconds),
             )
-            for target in config.engine
-        ]
+
+        self.fleet = Fleet(self.router, make_link)
         limits = AdmissionLimits(
             max_live_requests=config.max_live_requests,
             max_waiting_requests=config.max_waiting_requests,
@@ -98,13 +103,15 @@ class GatewayApplication:
         self._is_loaded = False
         self._is_up = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
+        sources = [parse_source(text, dns_period_s=config.engine_resolve_seconds) for text in config.engine]
+        self.discovery = Discovery(sources, self.fleet.set_targets)
 
     async def load(self, server: Server) -> None:
         """Register, connect, and wait for the first engine."""
         self._server = server
         add_GatewayServiceServicer_to_server(GatewayServicer(self.gateway), server.grpc)
-        works = [link.run() for link in self.router.links] + [self.gateway.sweep()]
-        self._tasks = [asyncio.create_task(work) for work in works]
+        self.fleet.start()
+        self._tasks = [asyncio.create_task(work) for work in (self.discovery.run(), self.gateway.sweep())]
         if self.config.http is not None:
             await self._start_http(self.config.http)
         await self._is_up.wait()
@@ -122,6 +129,7 @@ class GatewayApplication:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self.fleet.close()
         await self.source.close()
 
     async def _start_http(self, address: Address) -> None:

@@ -23,7 +23,7 @@ MAX_SESSIONS = 1 << 16
 # Affinity may cost so much more time to the first token than the best other engine, besides what it saves.
 SLACK_S = 0.1
 # Estimates that differ by less, in seconds or as a share, are the same; then the emptier engine is better.
-SAME_S = 0.02
+SAME_S = 0.05
 SAME_SHARE = 0.2
 # While no pace is known: so many sequences more than the other, and twice as many.
 SLACK_SEQUENCES = 8
@@ -107,6 +107,9 @@ class Choice:
         one, other = self._rng.sample(pool, 2)
         one_s = one.load.first_token_s(one.num_live, num_tokens)
         other_s = other.load.first_token_s(other.num_live, num_tokens)
+        if one.load.step_s and other.load.step_s:
+            one_s += one.load.step_s
+            other_s += other.load.step_s
         if abs(one_s - other_s) > max(SAME_S, SAME_SHARE * min(one_s, other_s)):
             return one if one_s < other_s else other
         return one if _occupancy(one) <= _occupancy(other) else other

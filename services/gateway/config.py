@@ -1,4 +1,4 @@
-"""The gateway's configuration. `load` merges repeated `--engine` flags; all else is weft.config's."""
+"""The gateway's configuration. `load` merges flags that may be repeated; all else is weft.config's."""
 
 # ruff: noqa: RUF009 - `option` makes a dataclass field
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from services.gateway.admission_flags import AdmissionFlags, check_admission_flags
+from services.gateway.routing_flags import RoutingFlags, check_routing_flags, merge_repeated, parse_engines
 from weft.config import ConfigError, load_config, option
 from weft.limits import TextLimitFlags
 from weft.logs import LEVELS
@@ -20,13 +21,8 @@ ENV_PREFIX = "WEFT_GATEWAY_"
 MAX_ORPHAN_TTL_S = 86_400
 
 
-def parse_engines(text: str) -> tuple[str, ...]:
-    """HOST:PORT, or several with commas between."""
-    return tuple(str(parse_address(part)) for part in text.split(",") if part.strip())
-
-
 @dataclass(frozen=True)
-class GatewayConfig(AdmissionFlags, ServerFlags, EngineTlsFlags, TextLimitFlags):
+class GatewayConfig(AdmissionFlags, ServerFlags, EngineTlsFlags, TextLimitFlags, RoutingFlags):
     """Flags of `serve`; WEFT_GATEWAY_* variables stand in for them."""
 
     listen: Address = option(
@@ -37,9 +33,9 @@ class GatewayConfig(AdmissionFlags, ServerFlags, EngineTlsFlags, TextLimitFlags)
     )
     engine: tuple[str, ...] = option(
         ("127.0.0.1:50051",),
-        "an engine; may be given several times",
+        "an engine, a name whose every address is one, or a file that lists them; may be given several times",
         parse=parse_engines,
-        metavar="HOST:PORT",
+        metavar="HOST:PORT|dns:NAME:PORT|file:PATH",
     )
     artifacts: Path | None = option(
         None, "artifact root: tokenizers and templates are read below it", metavar="DIR"
@@ -81,6 +77,7 @@ class GatewayConfig(AdmissionFlags, ServerFlags, EngineTlsFlags, TextLimitFlags)
     def __post_init__(self) -> None:
         check_server_flags(self)
         engine_tls_of(self)
+        check_routing_flags(self)
         check_admission_flags(self)
         if (self.artifacts is None) == (self.tokenizer is None):
             raise ConfigError("--artifacts", "either it or --tokenizer must be given, and not both")
@@ -116,19 +113,4 @@ class GatewayConfig(AdmissionFlags, ServerFlags, EngineTlsFlags, TextLimitFlags)
 
 def load(argv: Sequence[str]) -> GatewayConfig:
     """The configuration of one process. Exits with one line on a bad value."""
-    return load_config(GatewayConfig, merge_engines(argv), prog=PROG, env_prefix=ENV_PREFIX)
-
-
-def merge_engines(argv: Sequence[str]) -> list[str]:
-    """Several `--engine X` as one `--engine X,Y`."""
-    engines: list[str] = []
-    rest: list[str] = []
-    arguments = iter(argv)
-    for argument in arguments:
-        if argument == "--engine":
-            engines.append(next(arguments, ""))
-        elif argument.startswith("--engine="):
-            engines.append(argument.removeprefix("--engine="))
-        else:
-            rest.append(argument)
-    return [*rest, "--engine", ",".join(engines)] if engines else rest
+    return load_config(GatewayConfig, merge_repeated(argv), prog=PROG, env_prefix=ENV_PREFIX)

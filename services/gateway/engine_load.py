@@ -29,7 +29,8 @@ class EngineLoad:
         self._waiting_tokens = 0
         self._sent_tokens = 0
         self._num_others = 0
-        self._step_s = 0.0
+        # How long a step took lately; 0 while none was seen.
+        self.step_s = 0.0
         self._frame_at: float | None = None
         self._place_s = GUESSED_PLACE_S
         self._freed_at: float | None = None
@@ -52,7 +53,7 @@ class EngineLoad:
     def frame(self, now: float) -> None:
         """A frame came: the gap to the one before it is about a step."""
         if self._frame_at is not None and 0.0 < (gap_s := now - self._frame_at) < MAX_STEP_S:
-            self._step_s += SMOOTHING * (gap_s - self._step_s) if self._step_s else gap_s
+            self.step_s += SMOOTHING * (gap_s - self.step_s) if self.step_s else gap_s
         self._frame_at = now
 
     def rest(self) -> None:
@@ -79,11 +80,11 @@ class EngineLoad:
 
     def first_token_s(self, num_live: int, num_tokens: int) -> float:
         """The estimated time until a request of `num_tokens` uncomputed tokens has its first one: the prefill
-        before it and its own, the places that must come free, and a step.
+        before it and its own, and the places that must come free. The step comes on top: see `step_s`.
         """
         num_before = max(0, self.num_sequences(num_live) + 1 - self.max_batch_size)
         to_compute = self._waiting_tokens + self._sent_tokens + num_tokens
-        return self.prefill_s(to_compute) + num_before * self._place_s + self._step_s
+        return self.prefill_s(to_compute) + num_before * self._place_s
 
     def prefill_s(self, num_tokens: int) -> float:
         """The time to compute so many prompt tokens; 0 while the pace is not known."""

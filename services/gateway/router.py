@@ -84,6 +84,12 @@ class Router:
         """Samples that were started again."""
         return self.counters["replays"]
 
+    def set_links(self, links: Sequence[EngineLink]) -> None:
+        """These are all links now. One that is no more among them has nothing on it."""
+        self.links = links
+        self._changed.set()
+        self._on_change()
+
     def usable(self) -> Iterable[EngineLink]:
         """Links that take new samples."""
         return (link for link in self.links if link.is_usable)

@@ -15,7 +15,8 @@ import grpc
 import psutil
 import pytest
 
-from services.gateway.config import load, merge_engines
+from services.gateway.config import load
+from services.gateway.routing_flags import merge_repeated
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2 as gen
 from weft.v1.gateway_service_pb2_grpc import GatewayServiceStub
@@ -135,7 +136,7 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
 
 
 def test_engines_may_be_named_again_and_again() -> None:
-    assert merge_engines(["--engine", "a:1", "--listen", "b:2", "--engine=c:3"]) == [
+    assert merge_repeated(["--engine", "a:1", "--listen", "b:2", "--engine=c:3"]) == [
         "--listen",
         "b:2",
         "--engine",
