@@ -14,6 +14,7 @@ from tools.mock_engine.config import MockConfig, load
 from tools.mock_engine.engine import make_application, make_runner
 from weft import logs
 from weft.config import effective
+from weft.rpc.guard import guard_of
 from weft.rpc.server import exit_process, serve
 
 log = logs.get_logger("mock_engine")
@@ -23,7 +24,7 @@ USAGE = "usage: python -m tools.mock_engine serve [--help | OPTIONS]"
 async def _run(config: MockConfig) -> int:
     runner = make_runner(config)
     signal.signal(signal.SIGUSR2, lambda *_: runner.release() if runner.is_hanging else runner.hang_next())
-    return await serve(make_application(config, runner), config.listen)
+    return await serve(make_application(config, runner), config.listen, guard=guard_of(config))
 
 
 def main(argv: list[str]) -> int:

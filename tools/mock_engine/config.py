@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from services.engine.config import EngineConfig
@@ -13,8 +13,10 @@ from services.engine.runner.config import RunnerInfo
 from tools.mock_engine import oracle
 from weft.artifact.manifest import tokenizer_digest
 from weft.config import ConfigError, load_config, option
+from weft.limits import SamplingLimitFlags, limit_flag
 from weft.logs import LEVELS
 from weft.rpc.address import Address, parse_address
+from weft.rpc.guard import ServerFlags
 
 PROG = "python -m tools.mock_engine serve"
 ENV_PREFIX = "WEFT_MOCK_ENGINE_"
@@ -24,7 +26,7 @@ DEMO_BOS_TOKEN_ID, DEMO_EOS_TOKEN_ID = 0, 1
 
 
 @dataclass(frozen=True)
-class MockConfig:
+class MockConfig(ServerFlags, SamplingLimitFlags):
     """Flags of `serve`. What an engine has, too, means the same here."""
 
     listen: Address = option(
@@ -54,6 +56,10 @@ class MockConfig:
     metrics: Address | None = option(
         None, "address to serve Prometheus metrics on", parse=parse_address, metavar="HOST:PORT"
     )
+    api_key_file: Path | None = option(
+        None, "file of hashed API keys; without it everybody may call", metavar="FILE"
+    )
+    max_message_bytes: int = limit_flag("max_message_bytes", 64 << 20)
     drain_seconds: float = option(30.0, "how long running sequences may go on after a signal", metavar="S")
     log_level: str = option("info", "what is logged", choices=LEVELS)
 
@@ -67,7 +73,10 @@ class MockConfig:
 
     def engine(self) -> EngineConfig:
         """The configuration of the real parts. Raises ConfigError, which names the flag."""
+        guarded = [*fields(ServerFlags), *fields(SamplingLimitFlags)]
         return EngineConfig(
+            **{field.name: getattr(self, field.name) for field in guarded},
+            api_key_file=self.api_key_file,
             source=self.tokenizer,
             model=self.model,
             listen=self.listen,

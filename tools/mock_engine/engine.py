@@ -14,6 +14,7 @@ from services.engine.runner.config import RunnerInfo
 from tools.mock_engine.config import MockConfig
 from tools.mock_engine.runner import HashRunner
 from weft.rpc.address import Address
+from weft.rpc.guard import guard_of
 from weft.rpc.server import Server
 
 KILL_TIMEOUT_S = 5.0
@@ -70,7 +71,13 @@ class MockEngine:
         """Serve. Raises BindError."""
         self.runner = make_runner(self.config)
         application = make_application(self.config, self.runner)
-        server = Server(application.service_names)
+        guard = guard_of(self.config)
+        server = Server(
+            application.service_names,
+            authenticator=guard.authenticator,
+            tls=guard.tls,
+            limits=guard.limits,
+        )
         await server.start(self.address)
         self.address = server.address
         thresholds = gc.get_threshold()
