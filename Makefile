@@ -69,7 +69,7 @@ bench-gateway: $(STAMP)  ## what the gateway costs: tokens per CPU second, laten
 bench-quant: $(STAMP)  ## this quantizer beside llm-compressor and plain rounding (BENCH_FLAGS: see --help)
 	$(PY) -m benchmarks.quant $(BENCH_FLAGS)
 
-demo: $(STAMP)  ## quantize the demo model, serve it, stream sixteen completions, stop
+demo: $(STAMP)  ## quantize the demo model, serve it on two engines, stream sixteen completions, kill an engine under them
 	$(PY) -m tools.demo
 
 chaos: $(STAMP)  ## kill, freeze and cut off engines under 64 streams, and check every token (CHAOS_FLAGS: see --help)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import sys
@@ -12,7 +13,8 @@ import pytest
 
 from tools.demo.__main__ import complaints
 from tools.demo.processes import Service, ServiceError, Stack
-from tools.demo.streams import Load, Stream, demo_streams, percentile
+from tools.demo.streams import Fault, Load, Stream, demo_streams, percentile
+from tools.demo.view import fault_rows
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2 as generation
@@ -106,6 +108,35 @@ def test_sixteen_different_requests_with_a_common_opening() -> None:
     assert len({request.request_id for request in requests}) == len(requests) == 16
     assert len({request.text[:200] for request in requests if request.text}) == 1
     assert all(request.sampling.HasField("seed") for request in requests)
+
+
+async def test_the_fault_meets_the_busiest_engine_once_there_are_enough_tokens() -> None:
+    stream, load, struck = Stream("t", pb.GenerateRequest()), Load(), []
+    fault = Fault(2, struck.append)
+    watch = asyncio.create_task(fault.watch([stream], load, time.monotonic()))
+    stream.add(pb.Delta(token_ids=[1]), 1.0)
+    load.running = [1, 3]
+    await asyncio.sleep(0.1)
+    assert not struck
+    assert complaints([], load, fault) == ["the streams ended before an engine was killed"]
+    stream.add(pb.Delta(token_ids=[2, 3]), 1.5)
+    await watch
+    assert struck == [1]
+    assert (fault.num_tokens, stream.worst_gap_s) == (3, 0.5)
+    assert complaints([], load, fault) == ["no stream was on the engine that was killed"]
+    assert complaints([], load, fault, num_moved=4) == []
+    rows = dict(fault_rows([stream], fault, 4))
+    assert rows["moved"] == "4 streams went on at the other engine; worst gap 500 ms"
+
+
+def test_an_engine_that_is_killed_is_not_the_stacks_any_more(tmp_path: Path) -> None:
+    stack = Stack()
+    service = stack.start("engine", fake(tmp_path / "order", "engine"), tmp_path)
+    service.wait_for("serving", 10)
+    stack.kill(service)
+    assert service.exit_code == -9
+    assert not service.is_any_left
+    assert stack.stop() == []
 
 
 def test_complaints_name_what_is_wrong() -> None:

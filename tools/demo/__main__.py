@@ -1,5 +1,6 @@
 """`python -m tools.demo`: the whole path on this machine, from a checkpoint to streamed text.
 
+Two engines serve sixteen streams; in the middle one of the engines is killed, and the streams go on.
 --up leaves the services running in the foreground and prints how to call them. Everything lives in .weft/
 below the repository root; a second run finds the artifact there and skips the quantization.
 """
@@ -11,6 +12,7 @@ import asyncio
 import signal
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,8 +20,8 @@ from typing import Any
 import grpc
 from rich.console import Console
 
-from tools.demo.processes import ROOT, ServiceError, Stack, command_of, run
-from tools.demo.streams import Load, Stream, demo_streams, run_streams
+from tools.demo.processes import ROOT, Service, ServiceError, Stack, command_of, run
+from tools.demo.streams import MAX_TOKENS, Fault, Load, Stream, demo_streams, run_streams
 from tools.demo.view import summary, watching
 from weft.artifact.manifest import ArtifactError
 from weft.artifact.store import ArtifactStore
@@ -27,6 +29,7 @@ from weft.artifact.store import ArtifactStore
 MODEL = "demo"
 SOURCE = ROOT / "models" / MODEL
 READY_TIMEOUT_S = 180.0
+REPLAYS = "weft_gateway_replays_total"
 GRPC_PORT, HTTP_PORT = 50052, 8080
 
 HOW_TO_CALL = """
@@ -92,37 +95,69 @@ def work(console: Console, stack: Stack, arguments: argparse.Namespace) -> list[
     console.rule("quantize")
     run("quantizer", ["run", "--source", str(SOURCE), "--artifacts", str(artifacts), "--name", MODEL])
     console.rule("serve")
-    engine, gateway = start_services(stack, artifacts, arguments)
-    console.print(f"engine on {engine}, gateway on {gateway}, ready after {time.monotonic() - began:.1f} s")
+    engines, gateway = start_services(stack, artifacts, arguments)
+    addresses = [address_of(engine) for engine in engines]
+    ready_s = time.monotonic() - began
+    shown = " and ".join(addresses)
+    console.print(f"engine on {shown}, gateway on {address_of(gateway)}, ready after {ready_s:.1f} s")
     if arguments.up:
         text = HOW_TO_CALL.format(grpc=arguments.listen, http=arguments.http, python=sys.executable)
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         return wait_until_told(stack)
     console.rule("stream")
     streams, load = demo_streams(), Load()
-    seconds = asyncio.run(stream_all(console, streams, gateway, engine, load))
-    console.print(summary(streams, seconds, load, perplexities(artifacts)))
-    problems = complaints(streams, load)
+    # About a third of what comes: every stream is in the middle of its text.
+    fault = Fault(len(streams) * MAX_TOKENS // 3, lambda index: stack.kill(engines[index]))
+    seconds = asyncio.run(stream_all(console, streams, address_of(gateway), addresses, load, fault))
+    num_moved = count_moved(gateway.wait_for("http", READY_TIMEOUT_S)["address"])
+    console.print(summary(streams, seconds, load, perplexities(artifacts), fault, num_moved))
+    problems = complaints(streams, load, fault, num_moved)
     return [*problems, stack.tails()] if problems else []
 
 
-def start_services(stack: Stack, artifacts: Path, arguments: argparse.Namespace) -> tuple[str, str]:
-    """Start engine and gateway; their addresses once both are serving."""
+def start_services(
+    stack: Stack, artifacts: Path, arguments: argparse.Namespace
+) -> tuple[list[Service], Service]:
+    """Start engines, one of them for --up and two otherwise, and a gateway; all are serving then."""
     logs = arguments.data / "logs"
     grpc_port, http_port = (arguments.listen, arguments.http) if arguments.up else (0, 0)
     common = ["--artifacts", str(artifacts)]
     listen = ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
     # One thread is enough for a model this small; the other cores are the gateway's and the clients'.
     flags = ["serve", *common, "--model", MODEL, "--threads", "1", *listen]
-    engine = stack.start("engine", command_of("engine", flags), logs)
-    # Bound before it is loaded: the gateway may start meanwhile and waits for it.
-    address = engine.wait_for("listening", READY_TIMEOUT_S)["address"]
+    names = ["engine"] if arguments.up else ["engine", "engine-2"]
+    engines = [stack.start(name, command_of("engine", flags), logs) for name in names]
+    # Bound before they are loaded: the gateway may start meanwhile and waits for one of them.
+    addresses = [engine.wait_for("listening", READY_TIMEOUT_S)["address"] for engine in engines]
     listen = ["--listen", f"127.0.0.1:{grpc_port}", "--http", f"127.0.0.1:{http_port}"]
-    gateway = stack.start(
-        "gateway", command_of("gateway", ["serve", *common, "--engine", address, *listen]), logs
-    )
-    engine.wait_for("serving", READY_TIMEOUT_S)
-    return address, gateway.wait_for("serving", READY_TIMEOUT_S)["address"]
+    flags = ["serve", *common, "--engine", ",".join(addresses), *listen]
+    gateway = stack.start("gateway", command_of("gateway", flags), logs)
+    for service in (*engines, gateway):
+        service.wait_for("serving", READY_TIMEOUT_S)
+    wait_until_linked(gateway, len(engines))
+    return engines, gateway
+
+
+def address_of(service: Service) -> str:
+    """Where a service that serves listens."""
+    address: str = service.wait_for("serving", READY_TIMEOUT_S)["address"]
+    return address
+
+
+def wait_until_linked(gateway: Service, count: int) -> None:
+    """Wait until the gateway knows so many engines. Raises ServiceError."""
+    give_up_at = time.monotonic() + READY_TIMEOUT_S
+    while sum(event.get("event") == "engine up" for event in gateway.events()) < count:
+        if time.monotonic() > give_up_at:
+            raise ServiceError(f"the gateway did not find {count} engines\n{gateway.tail()}")
+        time.sleep(0.05)
+
+
+def count_moved(http: str) -> int:
+    """How often the gateway has started a stream again on another engine, by its metrics."""
+    with urllib.request.urlopen(f"http://{http}/metrics", timeout=10) as page:
+        lines = page.read().decode().splitlines()
+    return int(sum(float(line.split()[-1]) for line in lines if line.startswith(REPLAYS)))
 
 
 def wait_until_told(stack: Stack) -> list[str]:
@@ -132,10 +167,17 @@ def wait_until_told(stack: Stack) -> list[str]:
     return [f"{service.name} ended by itself" for service in dead]
 
 
-async def stream_all(console: Console, streams: list[Stream], gateway: str, engine: str, load: Load) -> float:
+async def stream_all(
+    console: Console,
+    streams: list[Stream],
+    gateway: str,
+    engines: list[str],
+    load: Load,
+    fault: Fault,
+) -> float:
     """Run the streams under the view; the seconds they took."""
     async with watching(console, streams, load):
-        return await run_streams(streams, gateway, engine, load)
+        return await run_streams(streams, gateway, engines, load, fault)
 
 
 def perplexities(artifacts: Path) -> dict[str, float]:
@@ -148,7 +190,9 @@ def perplexities(artifacts: Path) -> dict[str, float]:
     return {shown: quality[key]["perplexity"] for key, shown in names.items() if key in quality}
 
 
-def complaints(streams: list[Stream], load: Load) -> list[str]:
+def complaints(
+    streams: list[Stream], load: Load, fault: Fault | None = None, num_moved: int = 0
+) -> list[str]:
     """Whatever is not as it must be after the last stream."""
     found = [f"request '{stream.title}' {stream.error}" for stream in streams if stream.error]
     found += [f"request '{stream.title}' gave no token" for stream in streams if not stream.num_tokens]
@@ -156,6 +200,10 @@ def complaints(streams: list[Stream], load: Load) -> list[str]:
         found.append(f"{load.now.active_blocks} blocks are still active with nothing running")
     if load.now.requests_begun != load.now.requests_ended:
         found.append(f"{load.now.requests_begun} sequences begun, {load.now.requests_ended} ended")
+    if fault is not None and fault.at_s is None:
+        found.append("the streams ended before an engine was killed")
+    elif fault is not None and not num_moved:
+        found.append("no stream was on the engine that was killed")
     return found
 
 

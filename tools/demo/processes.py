@@ -144,6 +144,11 @@ class Stack:
         self._services.append(service)
         return service
 
+    def kill(self, service: Service) -> None:
+        """SIGKILL to one of them; it is the stack's no more."""
+        self._services.remove(service)
+        service.kill()
+
     def tails(self) -> str:
         """The last log lines of every service."""
         return "\n".join(service.tail() for service in self._services)

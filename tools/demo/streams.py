@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -19,7 +19,9 @@ from weft.v1 import generation_pb2 as generation
 
 MAX_TOKENS = 160
 CALL_TIMEOUT_S = 120.0
+LOAD_TIMEOUT_S = 10.0
 POLL_S = 0.2
+FAULT_POLL_S = 0.02
 SETTLE_S = 5.0
 
 # The openings share their first sentences: the engine computes those once and finds them in its prefix cache.
@@ -62,6 +64,7 @@ class Stream:
     first_token_at: float | None = None
     last_token_at: float = 0.0
     gaps_s: list[float] = field(default_factory=list)
+    worst_gap_s: float = 0.0
     finish: pb.Finish | None = None
     error: str = ""
 
@@ -83,7 +86,9 @@ class Stream:
         if self.first_token_at is None:
             self.first_token_at = now
         else:
-            self.gaps_s.extend([(now - self.last_token_at) / count] * count)
+            gap_s = now - self.last_token_at
+            self.gaps_s.extend([gap_s / count] * count)
+            self.worst_gap_s = max(self.worst_gap_s, gap_s)
         self.last_token_at = now
         self.num_tokens += count
 
@@ -105,16 +110,58 @@ def demo_streams() -> list[Stream]:
 
 
 class Load:
-    """The newest GetLoad answer of the engine."""
+    """The newest GetLoad answers of the engines that live, added up; the peak is the largest."""
 
     def __init__(self) -> None:
         self.now = engine_pb.GetLoadResponse()
+        self.running: list[int] = []
+        """Sequences in the batch of each engine; 0 for one that does not answer."""
 
-    async def poll(self, stub: engine_grpc.EngineServiceStub) -> None:
+    async def ask(self, stubs: Sequence[engine_grpc.EngineServiceStub]) -> None:
+        """Ask all; one that does not answer is left out."""
+        total = engine_pb.GetLoadResponse()
+        running = [0] * len(stubs)
+        for index, stub in enumerate(stubs):
+            try:
+                load = await stub.GetLoad(engine_pb.GetLoadRequest(), timeout=LOAD_TIMEOUT_S)
+            except grpc.aio.AioRpcError:
+                continue
+            running[index] = load.running
+            peak = max(total.peak_batch_size, load.peak_batch_size)
+            for field_of, value in load.ListFields():
+                if field_of.name not in ("peak_batch_size", "is_draining"):
+                    setattr(total, field_of.name, getattr(total, field_of.name) + value)
+            total.peak_batch_size = peak
+        self.now, self.running = total, running
+
+    async def poll(self, stubs: Sequence[engine_grpc.EngineServiceStub]) -> None:
         """Ask again and again until cancelled."""
         while True:
-            self.now = await stub.GetLoad(engine_pb.GetLoadRequest(), timeout=CALL_TIMEOUT_S)
+            await self.ask(stubs)
             await asyncio.sleep(POLL_S)
+
+
+@dataclass
+class Fault:
+    """What is done, once all streams together have `after_tokens` tokens, to the engine with the most of
+    them: `strike` is called with its index. Afterwards `at_s` is when it was, in seconds after the start, and
+    `num_tokens` how many there were.
+    """
+
+    after_tokens: int
+    strike: Callable[[int], None]
+    at_s: float | None = None
+    num_tokens: int = 0
+
+    async def watch(self, streams: Sequence[Stream], load: Load, began: float) -> None:
+        """Wait for the moment, and do it."""
+        while True:
+            self.num_tokens = sum(stream.num_tokens for stream in streams)
+            if self.num_tokens >= self.after_tokens and any(load.running):
+                break
+            await asyncio.sleep(FAULT_POLL_S)
+        self.at_s = time.monotonic() - began
+        await asyncio.to_thread(self.strike, load.running.index(max(load.running)))
 
 
 async def run_stream(stub: gateway_grpc.GatewayServiceStub, stream: Stream) -> None:
@@ -134,23 +181,38 @@ async def run_stream(stub: gateway_grpc.GatewayServiceStub, stream: Stream) -> N
             stream.error = "the stream ended without a finish"
 
 
-async def run_streams(streams: Sequence[Stream], gateway: str, engine: str, load: Load) -> float:
+async def run_streams(
+    streams: Sequence[Stream],
+    gateway: str,
+    engines: Sequence[str],
+    load: Load,
+    fault: Fault | None = None,
+) -> float:
     """Run all at once and return how long they took together, in seconds.
 
-    At the end `load` holds the engine's state with nothing running, or the last one seen within SETTLE_S.
+    At the end `load` holds the engines' state with nothing running, or the last one seen within SETTLE_S.
     """
-    async with grpc.aio.insecure_channel(gateway) as public, grpc.aio.insecure_channel(engine) as internal:
-        stub, engine_stub = gateway_grpc.GatewayServiceStub(public), engine_grpc.EngineServiceStub(internal)
-        poll = asyncio.create_task(load.poll(engine_stub))
+    async with contextlib.AsyncExitStack() as channels:
+        public, *internal = [
+            await channels.enter_async_context(grpc.aio.insecure_channel(target))
+            for target in (gateway, *engines)
+        ]
+        stub = gateway_grpc.GatewayServiceStub(public)
+        engine_stubs = [engine_grpc.EngineServiceStub(channel) for channel in internal]
         began = time.monotonic()
-        await asyncio.gather(*(run_stream(stub, stream) for stream in streams))
-        took = time.monotonic() - began
-        poll.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await poll
+        beside = [asyncio.create_task(load.poll(engine_stubs))]
+        if fault is not None:
+            beside.append(asyncio.create_task(fault.watch(streams, load, began)))
+        try:
+            await asyncio.gather(*(run_stream(stub, stream) for stream in streams))
+            took = time.monotonic() - began
+        finally:
+            for task in beside:
+                task.cancel()
+            await asyncio.gather(*beside, return_exceptions=True)
         give_up_at = time.monotonic() + SETTLE_S
         while time.monotonic() < give_up_at:
-            load.now = await engine_stub.GetLoad(engine_pb.GetLoadRequest(), timeout=CALL_TIMEOUT_S)
+            await load.ask(engine_stubs)
             if not load.now.active_blocks and load.now.requests_begun == load.now.requests_ended:
                 break
             await asyncio.sleep(POLL_S)

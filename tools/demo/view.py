@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tools.demo.streams import Load, Stream, percentile
+from tools.demo.streams import Fault, Load, Stream, percentile
 
 REFRESH_PER_S = 8
 TITLE_WIDTH = 36
@@ -96,8 +96,17 @@ def print_ended(console: Console, streams: Sequence[Stream], began: float) -> li
     return left
 
 
-def summary(streams: Sequence[Stream], seconds: float, load: Load, quality: dict[str, float]) -> Table:
-    """What the run measured. `quality` maps a row's name to a perplexity."""
+def summary(
+    streams: Sequence[Stream],
+    seconds: float,
+    load: Load,
+    quality: dict[str, float],
+    fault: Fault | None = None,
+    num_moved: int = 0,
+) -> Table:
+    """What the run measured. `quality` maps a row's name to a perplexity; `num_moved` of the streams went on
+    elsewhere after the fault.
+    """
     tokens = sum(stream.num_tokens for stream in streams)
     first = [(s.first_token_at - s.submitted_at) * 1e3 for s in streams if s.first_token_at is not None]
     gaps = [gap * 1e3 for stream in streams for gap in stream.gaps_s]
@@ -107,6 +116,7 @@ def summary(streams: Sequence[Stream], seconds: float, load: Load, quality: dict
         ("tokens", f"{tokens} in {seconds:.2f} s = {tokens / seconds:.0f} tokens/s"),
         ("TTFT", f"p50 {percentile(first, 50):.0f} ms, p99 {percentile(first, 99):.0f} ms"),
         ("ITL", f"p50 {percentile(gaps, 50):.1f} ms, p99 {percentile(gaps, 99):.1f} ms"),
+        *fault_rows(streams, fault, num_moved),
         ("peak batch", f"{now.peak_batch_size} sequences"),
         ("prefix cache", f"{now.prefix_cache_hits} of {now.prefix_cache_queries} prompt tokens found"),
         ("preemptions", now.preemptions),
@@ -117,3 +127,14 @@ def summary(streams: Sequence[Stream], seconds: float, load: Load, quality: dict
     for name, value in rows:
         table.add_row(name, str(value))
     return table
+
+
+def fault_rows(streams: Sequence[Stream], fault: Fault | None, num_moved: int) -> list[tuple[str, str]]:
+    """What the fault was, and what became of the streams."""
+    if fault is None or fault.at_s is None:
+        return []
+    worst_ms = 1e3 * max((stream.worst_gap_s for stream in streams), default=0.0)
+    return [
+        ("engine killed", f"kill -9 after {fault.at_s:.2f} s, {fault.num_tokens} tokens into the streams"),
+        ("moved", f"{num_moved} streams went on at the other engine; worst gap {worst_ms:.0f} ms"),
+    ]
