@@ -73,6 +73,7 @@ class EngineLink:
         self._credit_bytes = credit_bytes
         self._up_at = 0.0
         self._failed_request = ""
+        self._paused: set[LiveSample] = set()
         self._multiplexer: Multiplexer | None = None
         self._outbox: deque[engine_pb.ConnectRequest] = deque()
         self._has_mail = asyncio.Event()
@@ -97,6 +98,13 @@ class EngineLink:
     def num_live(self) -> int:
         """Slots in use."""
         return self._multiplexer.num_live if self._multiplexer else 0
+
+    @property
+    def num_paused(self) -> int:
+        """Of these, slots whose client is slow."""
+        if self._paused:
+            self._paused = {s for s in self._paused if s.link is self and s.paused_at is not None}
+        return len(self._paused)
 
     def samples(self) -> list[LiveSample]:
         """The samples on this link."""
@@ -128,12 +136,15 @@ class EngineLink:
             self._multiplexer.cancel(sample)
 
     def pause(self, sample: LiveSample) -> None:
-        """Stop scheduling a sample."""
+        """Stop scheduling a sample. It gives its place in the batch up, so there is room for another."""
         if self._multiplexer is not None:
             self._multiplexer.pause(sample)
+            self._paused.add(sample)
+            self._owner.on_room(self)
 
     def resume(self, sample: LiveSample) -> None:
         """Schedule a sample again."""
+        self._paused.discard(sample)
         if self._multiplexer is not None:
             self._multiplexer.resume(sample)
 

@@ -40,6 +40,10 @@ class Engine(Protocol):
     def num_live(self) -> int:
         """Sequences of this gateway on it."""
 
+    @property
+    def num_paused(self) -> int:
+        """Of these, the ones that have given their places up."""
+
 
 def num_places(engines: Iterable[Engine], info: engine_pb.GetInfoResponse) -> int | None:
     """Sequences that engines of this artifact could take now; None when there is no such engine."""
@@ -50,5 +54,7 @@ def num_places(engines: Iterable[Engine], info: engine_pb.GetInfoResponse) -> in
             continue
         size = engine.load.max_batch_size
         ahead = max(1, int(size * AHEAD_PART))
-        found = (found or 0) + max(0, size + ahead - engine.load.num_sequences(engine.num_live))
+        found = (found or 0) + max(
+            0, size + ahead - engine.load.num_sequences(engine.num_live - engine.num_paused)
+        )
     return found

@@ -246,3 +246,16 @@ async def test_an_engine_is_kept_busy_while_requests_wait(busy_engine: Any, star
     assert max(submit.slot for submit in busy_engine.submits) < BATCH + AHEAD
     assert gateway.application.gateway.dispatcher.num_queued_ever >= 40 - BATCH - AHEAD
     assert gateway.application.gateway.dispatcher.num_waiting == 0
+
+
+async def test_slow_readers_take_nobodys_place(
+    busy_engine: Any, start_gateway: Any, settle: Any, stack: Any
+) -> None:
+    busy_engine.step_s = 0.001
+    gateway = await start_gateway(busy_engine)
+    core = gateway.application.gateway
+    for _ in range(BATCH + AHEAD):
+        slow = core.open(ask(1000), caller=ANYBODY, budget_s=None)
+        await (await stack.enter_async_context(slow)).admitted()
+    await settle(lambda: busy_engine.pauses == BATCH + AHEAD, 20)
+    assert await asyncio.wait_for(run(gateway, ask(20)), 10) == 20

@@ -302,9 +302,9 @@ async def test_pools_of_artifacts_that_are_gone_go() -> None:
     assert kept.pool in engines.dispatcher._pools.values()
 
 
-def engine(digest: str, size: int, num_there: int, model: str = "demo") -> Any:
+def engine(digest: str, size: int, num_there: int, model: str = "demo", num_paused: int = 0) -> Any:
     load = SimpleNamespace(max_batch_size=size, num_sequences=lambda num_live: num_live)
-    return SimpleNamespace(info=info_of(model, digest), load=load, num_live=num_there)
+    return SimpleNamespace(info=info_of(model, digest), load=load, num_live=num_there, num_paused=num_paused)
 
 
 def test_places_are_those_of_one_artifact_and_a_few_ahead() -> None:
@@ -312,6 +312,7 @@ def test_places_are_those_of_one_artifact_and_a_few_ahead() -> None:
     assert num_places([engine("other", 8, 0), engine("d", 8, 0, "x")], info_of()) is None
     assert num_places([engine("d", 8, 8)], info_of()) == 1
     assert num_places([engine("d", 8, 9)], info_of()) == 0
+    assert num_places([engine("d", 8, 9, num_paused=4)], info_of()) == 4
     assert num_places([engine("d", 64, 60), engine("d", 8, 20)], info_of()) == 8
 
 
