@@ -23,6 +23,7 @@ from services.gateway.admission import Admission, Ticket
 from services.gateway.dispatch import Dispatcher
 from services.gateway.live import LiveRequest
 from services.gateway.orphans import Retention, RetentionLimits
+from services.gateway.pacing import Pacer
 from services.gateway.permissions import check_model, meant_model
 from services.gateway.places import num_places
 from services.gateway.quotas import charge_at_the_door
@@ -125,6 +126,7 @@ class Gateway:
         limits: RequestLimits = DEFAULT_LIMITS,
         retention: RetentionLimits | None = None,
         ageing_s: float = 10.0,
+        max_coalesce_s: float = 0.02,
     ) -> None:
         self.router = router
         self.limits = limits
@@ -136,6 +138,7 @@ class Gateway:
             ageing_s=ageing_s,
         )
         router.room_listeners.append(self.dispatcher.pump)
+        self.pacer = Pacer(max_coalesce_s)
         self.usage = KeyUsage()
         self.counters = RequestCounters()
         self.is_draining = False
@@ -267,7 +270,9 @@ class Gateway:
         on_first_token: Callable[[], None],
     ) -> LiveRequest:
         """A new request, with nothing left open."""
-        link = await self.router.find_soon(self.model_for(caller, request.model), deadline)
+        link = await self.router.find_soon(
+            self.model_for(caller, request.model), deadline, key=request.session_id or entry.key[1]
+        )
         if link.info is None or link.assets is None:
             raise self.router.unavailable()
         check_model(caller, link.info.model_name, link.info.artifact_version)
@@ -280,7 +285,12 @@ class Gateway:
             return self._keep_failed(error, entry, entry.digest or digest_of(request))
 
         return LiveRequest(
-            resolved, self.now, on_first_token, is_resumable=entry.opened is not None, on_failure=on_failure
+            resolved,
+            self.now,
+            on_first_token,
+            is_resumable=entry.opened is not None,
+            on_failure=on_failure,
+            pacer=self.pacer,
         )
 
     def _revive(
@@ -303,6 +313,7 @@ class Gateway:
             is_resumable=old.is_resumable,
             on_failure=lambda error: self._keep_failed(error, entry, before.digest),
             before=old,
+            pacer=self.pacer,
         )
 
     # -- reading, leaving, coming back ------------------------------------------------------------

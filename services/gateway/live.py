@@ -15,6 +15,7 @@ from typing import Protocol
 import grpc
 
 from services.gateway.journal import Journal, Replay
+from services.gateway.pacing import AT_ONCE, Pacer
 from services.gateway.reader import Reader, superseded
 from services.gateway.request import ResolvedRequest, SampleEnd, SampleUpdate
 from services.gateway.route import Route
@@ -120,10 +121,11 @@ class LiveSample:
 
     def on_token(self, token_id: int, logprobs: engine_pb.EntryLogprobs | None) -> None:
         """The next token of the sample, in order."""
+        request = self.request
+        if not request.has_tokens:
+            request.has_tokens = True
+            request.on_first_token()
         self.is_accepted = True
-        if not self.request.has_tokens:
-            self.request.has_tokens = True
-            self.request.on_first_token()
         self.token_ids.append(token_id)
         output = self.output
         is_stopped = output.push(token_id)
@@ -134,9 +136,15 @@ class LiveSample:
                 if not self.is_cancelled:
                     self.is_cancelled = True
                     self.link.cancel(self)
-            elif output.num_pending >= MAX_PENDING_TOKENS:
+            elif len(output.pending_ids) >= MAX_PENDING_TOKENS:
                 self._hold_back()
-        self.request.wake()
+        reader = request.reader
+        if reader is None:
+            return
+        if is_stopped or len(self.token_ids) == 1:  # neither an end nor a first token is ever held
+            reader.wake()
+        else:
+            request.pacer.on_tokens(reader)
 
     def on_finished(self, finished: engine_pb.Finished) -> None:
         """The engine is done with the sample. Its slot is free."""
@@ -217,17 +225,18 @@ class LiveSample:
             return None
         if self._replay is not None and (update := self._take_again(self._replay)) is not None:
             return update
+        output = self.output
         is_ended = self.end is not None
-        if not is_ended and not self.output.num_pending:
+        if not is_ended and not output.pending_ids:
             return None
-        text, token_ids = self.output.finish() if is_ended else self.output.take()
+        text, token_ids = output.finish() if is_ended else output.take()
         start = self._num_taken
         self._num_taken += len(token_ids)
         logprobs = self.journal.logprobs(start, self._num_taken)
         self._is_end_given = is_ended
         if self.paused_at is not None:
             self.go_on()
-        return SampleUpdate(self.index, text, token_ids, logprobs, self.output.num_bytes, self.end)
+        return SampleUpdate(self.index, text, token_ids, logprobs, output.num_bytes, self.end)
 
     def _take_again(self, replay: Replay) -> SampleUpdate | None:
         """The next part of the journal. None at its end: the output itself is at that place then."""
@@ -281,6 +290,7 @@ class LiveRequest:
         is_resumable: bool = False,
         on_failure: Callable[[StatusError], StatusError] = lambda error: error,
         before: LiveRequest | None = None,
+        pacer: Pacer | None = None,
     ) -> None:
         self.resolved = resolved
         self.now = now
@@ -294,6 +304,7 @@ class LiveRequest:
         self.reader: Reader | None = None
         self.over = asyncio.Event()
         self._on_failure = on_failure
+        self.pacer = pacer or AT_ONCE
 
     @property
     def has_output(self) -> bool:

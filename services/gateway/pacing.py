@@ -112,3 +112,7 @@ class Pacer:
         if self._clock is None:
             self._clock = asyncio.get_running_loop()
         return self._clock
+
+
+# Holds nothing, and has no clock that could belong to another loop.
+AT_ONCE = Pacer(0.0)

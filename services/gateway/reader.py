@@ -29,8 +29,10 @@ class Reader:
         # Since when the writer has been at what it took last, in seconds of the event loop's clock.
         self.given_at: float | None = None
         self._live = live
+        # Set by the pacer: there are tokens, but not yet for this reader.
+        self.is_held = False
         self._superseded: StatusError | None = None
-        self._wake = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     @property
     def resolved(self) -> ResolvedRequest:
@@ -44,7 +46,10 @@ class Reader:
 
     def wake(self) -> None:
         """Something is new."""
-        self._wake.set()
+        self.is_held = False
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def cancel(self) -> None:
         """End every sample on the client's wish."""
@@ -67,8 +72,7 @@ class Reader:
         while not all(sample.is_accepted or sample.end is not None for sample in samples):
             if (failure := self.failure) is not None:
                 raise failure
-            self._wake.clear()
-            await self._wake.wait()
+            await self._next_wake()
         self.wake()
         self.given_at = self._live.now()
 
@@ -84,20 +88,28 @@ class Reader:
         sample has ended. Raises StatusError when the request failed.
         """
         live = self._live
+        samples = live.samples
         self.given_at = None
         while True:
             if self._superseded is not None:
                 raise self._superseded
-            updates = [update for sample in live.samples if (update := sample.take()) is not None]
-            if updates:
-                self.given_at = live.now()
-                return updates
-            if live.failure is not None:
-                raise live.failure
-            if all(sample.is_done for sample in live.samples):
-                return None
-            self._wake.clear()
-            await self._wake.wait()
+            if not self.is_held:
+                if updates := [update for sample in samples if (update := sample.take()) is not None]:
+                    self.given_at = live.now()
+                    return updates
+                if live.failure is not None:
+                    raise live.failure
+                if all(sample.is_done for sample in samples):
+                    return None
+            await self._next_wake()
+
+    async def _next_wake(self) -> None:
+        """Return at the next `wake`. What was looked at before is up to date: nothing runs between."""
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
 
     def sending(self, update: SampleUpdate) -> None:
         """This update's write begins now: a resume goes on after it."""
