@@ -88,6 +88,7 @@ class GatewayApplication:
             ageing_s=config.priority_ageing_seconds,
             max_request_s=config.max_request_seconds,
             slow_client_s=config.slow_client_seconds,
+            max_coalesce_s=config.max_coalesce / 1000,
             limits=limits_of(config),
             retention=RetentionLimits(
                 ttl_s=config.orphan_ttl,
@@ -143,7 +144,7 @@ class GatewayApplication:
             body_s=self.config.http_body_seconds,
             tls=self.tls,
         )
-        await self.http.start(address)
+        await self.http.start(address, shares_port=self.config.processes > 1)
 
     def _on_change(self) -> None:
         """Readiness follows the links."""

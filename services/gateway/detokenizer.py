@@ -13,6 +13,8 @@ from typing import Any
 
 from services.gateway.tokenization import TokenizationError, Tokenizer
 
+_REPLACING_DECODER = codecs.getincrementaldecoder("utf-8")
+
 
 class Vocabulary:
     """What each token id spells, in bytes. `size` is one past the largest id of the tokenizer."""
@@ -50,17 +52,29 @@ class Detokenizer:
 
     def __init__(self, vocabulary: Vocabulary, *, skip_special_tokens: bool = True) -> None:
         self._pieces = vocabulary.visible_pieces if skip_special_tokens else vocabulary.pieces
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # Only between the bytes of one character: text is mostly whole, and needs no state then.
+        self._decoder: codecs.IncrementalDecoder | None = None
 
     def push(self, token_ids: Iterable[int]) -> str:
         """The characters that `token_ids` complete."""
         pieces = self._pieces
         size = len(pieces)
-        return self._decoder.decode(b"".join([pieces[i] for i in token_ids if i < size]))
+        data = b"".join([pieces[i] for i in token_ids if i < size])
+        decoder = self._decoder
+        if decoder is None:
+            try:
+                return data.decode()
+            except UnicodeDecodeError:
+                decoder = self._decoder = _REPLACING_DECODER("replace")
+        text = decoder.decode(data)
+        if not decoder.getstate()[0]:
+            self._decoder = None
+        return text
 
     def finish(self) -> str:
         """What is left of a character that was never completed, as U+FFFD; mostly nothing."""
-        return self._decoder.decode(b"", True)
+        decoder, self._decoder = self._decoder, None
+        return "" if decoder is None else decoder.decode(b"", True)
 
 
 def _byte_alphabet() -> dict[str, int]:

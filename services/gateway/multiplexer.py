@@ -176,11 +176,12 @@ class Multiplexer:
         counters.frames += 1
         counters.tokens += len(token_ids)
         slots = self._slots
+        find = slots.get
         logprobs = {entry.entry: entry for entry in frame.logprobs} if frame.logprobs else None
-        for entry, (slot, token_id, position) in enumerate(
-            zip(frame.slots, token_ids, positions, strict=True)
-        ):
-            sample = slots.get(slot)
+        entry = -1
+        for slot, token_id, position in zip(frame.slots, token_ids, positions, strict=True):
+            entry += 1
+            sample = find(slot)
             if sample is None:
                 if slot in slots:
                     counters.late_tokens += 1

@@ -33,7 +33,8 @@ class SampleOutput:
         self._matcher = StopMatcher(stops) if stops else None
         self._min_tokens = min_tokens
         self._terminal_ids = terminal_ids
-        self._pending_ids: list[int] = []
+        # Read them, but let `take` empty it.
+        self.pending_ids: list[int] = []
         self._pending_text: list[str] = []
         self.num_tokens = 0
         self.num_discarded = 0
@@ -46,7 +47,7 @@ class SampleOutput:
             self.num_discarded += 1
             return True
         self.num_tokens += 1
-        self._pending_ids.append(token_id)
+        self.pending_ids.append(token_id)
         if self._matcher is None:
             return False
         is_armed = self.num_tokens > self._min_tokens
@@ -60,17 +61,17 @@ class SampleOutput:
     @property
     def num_pending(self) -> int:
         """Tokens that `take` has not given out."""
-        return len(self._pending_ids)
+        return len(self.pending_ids)
 
     def take(self) -> tuple[str, list[int]]:
         """The text and the tokens since the last call."""
-        ids, self._pending_ids = self._pending_ids, []
+        ids, self.pending_ids = self.pending_ids, []
         if self._matcher is None:
             text = self._detokenize(ids)
         else:
             text = "".join(self._pending_text)
             self._pending_text.clear()
-        self.num_bytes += len(text.encode("utf-8"))
+        self.num_bytes += len(text) if text.isascii() else len(text.encode("utf-8"))
         return text, ids
 
     def finish(self) -> tuple[str, list[int]]:
