@@ -10,6 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tools.chaos.faults import WEIGHTS
 from tools.chaos.plans import Plan, run_demo, run_mock
 from tools.chaos.run import Report
 from tools.demo.processes import ServiceError
@@ -32,6 +33,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=default.num_streams, help="requests at once (64)")
     parser.add_argument("--step-ms", type=float, default=default.step_ms, help="a mock engine's step (20)")
     parser.add_argument("--num-blocks", type=int, default=default.num_blocks, help="of a mock engine (2048)")
+    parser.add_argument("--only", choices=list(WEIGHTS), action="append", help="this kind of fault alone")
     parser.add_argument("--logs", type=Path, help="where the processes log; a temporary directory")
     return parser.parse_args(argv)
 
@@ -45,6 +47,7 @@ def run_one(name: str, arguments: argparse.Namespace, logs: Path) -> list[str]:
         num_engines=arguments.num_engines or NUM_ENGINES[name],
         step_ms=arguments.step_ms,
         num_blocks=arguments.num_blocks,
+        kinds=tuple(arguments.only or ()),
     )
     print(f"{plan.num_engines} {WHAT[name]}", flush=True)
     try:

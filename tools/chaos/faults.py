@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 
 from tools.chaos.stack import Engine
 
-KILL, STOP, PARTITION, RESET, HANG, DRAIN, TERMINATE, SLICE = (
-    "kill -9", "SIGSTOP", "partition", "reset", "hung step", "drain", "SIGTERM", "slices",
-)  # fmt: skip
+KILL, STOP, PARTITION, RESET = "kill", "stop", "partition", "reset"
+HANG, DRAIN, TERMINATE, SLICE = "hang", "drain", "terminate", "slices"
 WEIGHTS = {KILL: 4, STOP: 3, PARTITION: 3, RESET: 2, HANG: 1, DRAIN: 1, TERMINATE: 2, SLICE: 1}
 # No step counts as hung before two seconds and its grace of one.
 MIN_HANG_S = 2.5

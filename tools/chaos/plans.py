@@ -32,7 +32,7 @@ DEMO_TIMES = Times(between=3.0, away=(1.5, 3.0), settle=2.0)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is run. `step_ms` and `num_blocks` are of mock engines."""
+    """What is run. `step_ms` and `num_blocks` are of mock engines. Without `kinds` there are all faults."""
 
     seed: int = 1
     seconds: float = 60.0
@@ -41,6 +41,11 @@ class Plan:
     step_ms: float = 20.0
     num_blocks: int = 2048
     gateway_flags: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
+
+    def weights(self, weights: dict[str, int]) -> dict[str, int]:
+        """How often each kind of fault comes: those asked for, or all."""
+        return {kind: weight for kind, weight in weights.items() if not self.kinds or kind in self.kinds}
 
 
 async def run_mock(plan: Plan, logs: Path) -> Report:
@@ -51,7 +56,7 @@ async def run_mock(plan: Plan, logs: Path) -> Report:
     expect = mock_expect(vocabulary)
     workloads = [Workload(plan.seed, worker, Mix(), vocabulary, expect) for worker in range(plan.num_streams)]
     async with _stack([command] * plan.num_engines, plan, logs) as stack:
-        schedule = Schedule(stack.engines, plan.seed, dict(WEIGHTS))
+        schedule = Schedule(stack.engines, plan.seed, plan.weights(WEIGHTS))
         return await _run(stack, schedule, workloads, plan, checks_logprobs=True)
 
 
@@ -74,7 +79,7 @@ async def run_demo(plan: Plan, logs: Path) -> Report:
             Repeated([workload.finish(spec, outputs[spec.name]) for spec in own])
             for workload, own in zip(drawn, specs, strict=True)
         ]
-        schedule = Schedule(stack.engines, plan.seed, dict(WITHOUT_HANG), DEMO_TIMES)
+        schedule = Schedule(stack.engines, plan.seed, plan.weights(WITHOUT_HANG), DEMO_TIMES)
         return await _run(stack, schedule, workloads, plan, checks_logprobs=False)
 
 
