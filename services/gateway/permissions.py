@@ -19,7 +19,7 @@ def meant_model(caller: Caller, model: str, known: Collection[tuple[str, str]]) 
     if caller.models is None:
         return model
     name, at, version = model.partition("@")
-    if not name:
+    if not model:
         usable = {name for name, version in known if caller.may_use(name, version)}
         if len(usable) != 1:
             return model  # several: the router asks for a name; none: nothing that is found will be allowed
