@@ -15,13 +15,14 @@ import time
 import uuid
 import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextvars import ContextVar
 from typing import Any, ClassVar, NoReturn, TypeAlias
 
 import grpc
 
 from weft import logs
+from weft.limits import DEFAULT_LIMITS
 from weft.rpc.auth import ANYBODY, Authenticator, Caller, check_method
 from weft.rpc.errors import StatusError, internal_error, new_error_id, status_message, trailers
 
@@ -33,6 +34,10 @@ _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Whose call is in progress.
 current_caller: ContextVar[Caller] = ContextVar("weft_caller", default=ANYBODY)
 
+# The library's mark for the end of a stream; its type stubs do not know it.
+_EOF: Any = vars(grpc.aio)["EOF"]
+# What HTTP/2 counts for a header beside its name and its value.
+_HEADER_BYTES = 32
 log = logs.get_logger("rpc")
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 
@@ -77,6 +82,15 @@ def guarded(deserializer: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
     return deserialize
 
 
+def passing_bytes(serializer: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
+    """A serializer that takes bytes as they are: a handler of a stream may have made them itself."""
+
+    def serialize(message: Any) -> bytes:
+        return message if type(message) is bytes or serializer is None else serializer(message)
+
+    return serialize
+
+
 def request_id_in(metadata: Any) -> str:
     """The client's x-request-id when it is well-formed, else a new one."""
     for key, value in metadata or ():
@@ -106,10 +120,12 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         authenticator: Authenticator | None = None,
         gate: Callable[[], StatusError | None] = lambda: None,
         needs_named_methods: bool = False,
+        max_metadata_bytes: int = DEFAULT_LIMITS.max_metadata_bytes,
     ) -> None:
         self._authenticator = authenticator
         self._needs_named_methods = needs_named_methods
         self._gate = gate
+        self._max_metadata_bytes = max_metadata_bytes
         self.counters = RpcCounters()
 
     async def intercept_service(  # type: ignore[override]  # None is how "no such method" is said
@@ -121,6 +137,7 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         method = handler_call_details.method
         caller = ANYBODY
         try:
+            self._check_metadata(handler_call_details.invocation_metadata or ())
             # Before the lookup: a stranger does not learn which methods exist.
             if self._authenticator is not None and method not in OPEN_METHODS:
                 caller = self._authenticator.authenticate(handler_call_details.invocation_metadata or ())
@@ -132,6 +149,15 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         handler = await continuation(handler_call_details)
         return None if handler is None else self._wrap(method, handler, caller)
 
+    def _check_metadata(self, metadata: Iterable[tuple[str, str | bytes]]) -> None:
+        """The library holds a peer to the limit once it has acknowledged it, and one that never does to
+        16 MiB.
+        """
+        size = sum(len(key) + len(value) + _HEADER_BYTES for key, value in metadata)
+        if size > self._max_metadata_bytes:
+            text = f"metadata has more than {self._max_metadata_bytes} bytes"
+            raise StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, text, reason="METADATA_TOO_LARGE")
+
     def _refuse(self, method: str, refusal: StatusError) -> Handler:
         # Of the stream-stream kind: the only one that may end before it has read a message.
         async def refuse(requests: Any, context: Any) -> None:
@@ -141,7 +167,9 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         return grpc.stream_stream_rpc_method_handler(refuse)
 
     def _wrap(self, method: str, handler: Any, caller: Caller) -> Handler:
-        """The same method of the same kind, inside `_call`."""
+        """The same method inside `_call`, streaming both ways whatever it was: the library leaves a call of
+        another kind without any answer when its message is cut short. On the wire it is the same.
+        """
         has_stream_in, has_stream_out = handler.request_streaming, handler.response_streaming
         behavior = (
             (handler.stream_stream if has_stream_out else handler.stream_unary)
@@ -153,15 +181,13 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         is_generator = inspect.isasyncgenfunction(behavior)
         serialize = handler.response_serializer or bytes
 
-        async def unary(request: Any, context: Any) -> bytes:
+        async def serve(requests: Any, context: Any) -> None:
             async with self._call(method, context, caller):
-                # Serialized here, so that a response of the wrong type is an error like any other.
-                return serialize(await behavior(_checked(request, has_stream_in), context))
-            raise AssertionError("unreachable")
-
-        async def stream(request: Any, context: Any) -> None:
-            async with self._call(method, context, caller):
-                request = _checked(request, has_stream_in)
+                request = _decoded(requests) if has_stream_in else await _only(context)
+                if not has_stream_out:
+                    # Serialized here, so that a response of the wrong type is an error like any other.
+                    await context.write(serialize(await behavior(request, context)))
+                    return
                 if not is_generator:
                     await behavior(request, context)
                     return
@@ -171,12 +197,12 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     async for response in responses:
                         await context.write(response)
 
-        return grpc_handler(
-            stream if has_stream_out else unary,
-            has_stream_in,
-            has_stream_out,
-            guarded(handler.request_deserializer) if handler.request_deserializer else None,
-            handler.response_serializer if has_stream_out else None,
+        return grpc.stream_stream_rpc_method_handler(
+            serve,
+            request_deserializer=guarded(handler.request_deserializer)
+            if handler.request_deserializer
+            else None,
+            response_serializer=passing_bytes(handler.response_serializer) if has_stream_out else None,
         )
 
     @contextlib.asynccontextmanager
@@ -222,9 +248,15 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             )
 
 
-def _checked(request: Any, is_stream: bool) -> Any:
-    if is_stream:
-        return _decoded(request)
+async def _only(context: Any) -> Any:
+    """The one message of a call that does not stream requests."""
+    request = await context.read()
+    if request is _EOF:
+        raise StatusError(
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "request: missing or cut short",
+            field_violations=[("request", "missing or cut short")],
+        )
     if request is _UNDECODABLE:
         raise _undecodable()
     return request
@@ -233,20 +265,3 @@ def _checked(request: Any, is_stream: bool) -> Any:
 async def _abort(context: Any, error: StatusError, call_id: str) -> NoReturn:
     await context.abort(error.code, status_message(error), (*trailers(error), (REQUEST_ID_KEY, call_id)))
     raise AssertionError("abort returned")
-
-
-def grpc_handler(
-    behavior: Callable[..., Any],
-    has_stream_in: bool,
-    has_stream_out: bool,
-    deserializer: Callable[[bytes], Any] | None,
-    serializer: Callable[[Any], bytes] | None,
-) -> Handler:
-    """A method handler of the kind that the two flags name."""
-    make = {
-        (False, False): grpc.unary_unary_rpc_method_handler,
-        (False, True): grpc.unary_stream_rpc_method_handler,
-        (True, False): grpc.stream_unary_rpc_method_handler,
-        (True, True): grpc.stream_stream_rpc_method_handler,
-    }[has_stream_in, has_stream_out]
-    return make(behavior, request_deserializer=deserializer, response_serializer=serializer)

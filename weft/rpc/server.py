@@ -23,7 +23,7 @@ from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from weft import logs
-from weft.limits import RequestLimits
+from weft.limits import DEFAULT_LIMITS, RequestLimits
 from weft.rpc.address import Address, why_not_bound
 from weft.rpc.auth import Authenticator
 from weft.rpc.errors import StatusError
@@ -88,6 +88,7 @@ class Server:
             authenticator=self.authenticator,
             gate=self._gate,
             needs_named_methods=self.needs_named_methods,
+            max_metadata_bytes=(self.limits or DEFAULT_LIMITS).max_metadata_bytes,
         )
         self.counters: RpcCounters = interceptor.counters
         self.grpc = grpc.aio.server(
