@@ -16,14 +16,13 @@ from weft.rpc.server import exit_process
 
 
 def plant_leak() -> None:
-    """Make every server-streaming call return where it ought to raise."""
+    """Make every streaming call return where it ought to raise."""
     wrap = Interceptor._wrap
 
     def leaky_wrap(*arguments: Any) -> Any:
         handler: Any = wrap(*arguments)
-        stream = handler.unary_stream
-        if stream is None:
-            return handler
+        kind = "unary_stream" if handler.stream_stream is None else "stream_stream"
+        stream = getattr(handler, kind)
 
         async def swallow(request: Any, context: Any) -> None:
             try:
@@ -31,7 +30,7 @@ def plant_leak() -> None:
             except asyncio.CancelledError:
                 return
 
-        return handler._replace(unary_stream=swallow)
+        return handler if stream is None else handler._replace(**{kind: swallow})
 
     Interceptor._wrap = leaky_wrap  # type: ignore[method-assign]
 

@@ -13,7 +13,7 @@ from typing import Any
 import grpc
 
 from services.gateway.client_streams import ClientStreams
-from services.gateway.events import responses, started
+from services.gateway.events import plain_delta, responses, started
 from services.gateway.gateway import Gateway
 from services.gateway.permissions import check_model
 from services.gateway.resolution import not_offered, oversize, refuse_unknown_fields, tokenize
@@ -47,6 +47,9 @@ class GatewayServicer(GatewayServiceServicer):
             while (updates := await reader.take_updates()) is not None:
                 for update in updates:
                     reader.sending(update)
+                    if (data := plain_delta(update)) is not None:
+                        await context.write(data)
+                        continue
                     for response in responses(resolved, update):
                         await context.write(response)
 
