@@ -10,15 +10,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import grpc
-from grpc_channelz.v1 import channelz_pb2, channelz_pb2_grpc
-from grpc_channelz.v1._async import ChannelzServicer
+from grpc_channelz.v1 import channelz_pb2_grpc
 
 from weft import __version__, logs
-from weft.rpc.errors import StatusError, invalid_argument
+from weft.rpc.channelz import CHANNELZ_SERVICE, channelz_servicer
+from weft.rpc.errors import invalid_argument
 from weft.rpc.guard import Guard
 from weft.rpc.interceptor import current_caller
 from weft.rpc.reload import WatchedFiles
@@ -28,7 +27,6 @@ from weft.v1 import admin_service_pb2 as pb
 from weft.v1.admin_service_pb2_grpc import AdminServiceServicer, add_AdminServiceServicer_to_server
 
 SERVICE_NAME = "weft.v1.AdminService"
-CHANNELZ_SERVICE = "grpc.channelz.v1.Channelz"
 log = logs.get_logger("admin")
 
 
@@ -88,24 +86,6 @@ def _refuse_unknown_fields(request: Any) -> None:
         raise invalid_argument([(path, "is no field of this version") for path in found])
 
 
-def _channelz() -> ChannelzServicer:
-    """The library's servicer. It answers an unknown id with nothing at all, which here is NOT_FOUND."""
-
-    def checked(method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
-        async def answer(request: Any, context: Any) -> Any:
-            response = await method(request, context)
-            if response is None:
-                raise StatusError(grpc.StatusCode.NOT_FOUND, "there is nothing of this id")
-            return response
-
-        return answer
-
-    servicer = ChannelzServicer()
-    for method in channelz_pb2.DESCRIPTOR.services_by_name["Channelz"].methods:
-        setattr(servicer, method.name, checked(getattr(servicer, method.name)))
-    return servicer
-
-
 def admin_server(server: Server, guard: Guard) -> Server:
     """A server with everything of the admin port for `server`. The caller starts and stops it."""
     admin = Server(
@@ -115,6 +95,6 @@ def admin_server(server: Server, guard: Guard) -> Server:
         needs_named_methods=True,
     )
     add_AdminServiceServicer_to_server(AdminServicer(server, guard.watched), admin.grpc)
-    channelz_pb2_grpc.add_ChannelzServicer_to_server(_channelz(), admin.grpc)
+    channelz_pb2_grpc.add_ChannelzServicer_to_server(channelz_servicer(), admin.grpc)
     admin.set_serving()
     return admin

@@ -228,8 +228,11 @@ class Interceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             code = grpc.StatusCode.ABORTED
             raise
         except Exception as error:
-            if isinstance(error, grpc.aio.BaseError) and (context.cancelled() or context.done()):
-                # The call was over before the handler wrote to it, and nobody has cancelled the handler yet.
+            if isinstance(error, grpc.aio.InternalError) or (
+                isinstance(error, grpc.aio.BaseError) and (context.cancelled() or context.done())
+            ):
+                # The call was over before the handler wrote to it, or ended while it did, and nobody has
+                # cancelled the handler yet. The first kind of error comes before the context knows.
                 code = grpc.StatusCode.CANCELLED
                 raise asyncio.CancelledError from None
             code = grpc.StatusCode.INTERNAL

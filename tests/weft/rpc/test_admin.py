@@ -147,7 +147,11 @@ async def test_channelz_knows_the_servers_of_the_process(server: Server, channel
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await getattr(stub, method)(request)
         assert caught.value.code() in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.INVALID_ARGUMENT), method
-    assert (await stub.GetTopChannels(channelz_pb2.GetTopChannelsRequest())) is not None
+    channels = (await stub.GetTopChannels(channelz_pb2.GetTopChannelsRequest())).channel
+    ids = [each.ref.channel_id for each in channels]
+    assert ids
+    found = await stub.GetChannel(channelz_pb2.GetChannelRequest(channel_id=ids[-1]))
+    assert found.channel.ref.channel_id == ids[-1]
 
 
 async def test_health_is_its_own(server: Server, channel: grpc.aio.Channel) -> None:
