@@ -199,9 +199,14 @@ class Stack:
         self.engine.core.check_integrity()
         assert self.application.gateway.admission.num_live == 0
         assert self.application.gateway.admission.waiting_tokens == 0
-        for code in ("UNKNOWN", "INTERNAL"):
-            assert not self.server.counters.by_code[code], self.server.counters.by_code
-            assert not self.engine_server.counters.by_code[code], self.engine_server.counters.by_code
+        self.check_codes()
+
+    def check_codes(self) -> None:
+        """No call, and no request on one, has ended with what only a bug ends with."""
+        gateway = self.application.gateway
+        for counters in (self.server.counters, self.engine_server.counters, gateway.counters):
+            for code in ("UNKNOWN", "INTERNAL"):
+                assert not counters.by_code[code], counters.by_code
 
     @asynccontextmanager
     async def watched(self, max_hold_s: float | None = MAX_HOLD_S) -> AsyncIterator[None]:
@@ -219,6 +224,7 @@ class Stack:
         await self.probe()
         await self.settled()
         self.check_bystanders()
+        self.check_codes()
         for bystander, count in zip(self.bystanders, before, strict=True):
             await eventually(
                 lambda b=bystander, c=count: b.num_tokens > c or b.wrong, lambda b=bystander: b.kind, 20.0
