@@ -9,9 +9,11 @@ from typing import Protocol
 
 from weft.v1 import engine_service_pb2 as engine_pb
 
-# An engine gets this part of its batch on top, and one sequence at least, so that what comes free at one step
-# is taken at the next one without a round trip to here. What is sent ahead waits in the engine's own order.
-AHEAD_PART = 1 / 16
+# An engine gets this part of its batch on top, and two sequences at least, so that what comes free at one
+# step is taken at the next one without a round trip to here: measured with outputs of eight tokens, a batch
+# of eight is 90% full with one ahead, 99% with two. What is sent ahead waits in the engine's own order.
+AHEAD_PART = 1 / 8
+MIN_AHEAD = 2
 
 
 class Load(Protocol):
@@ -53,7 +55,7 @@ def num_places(engines: Iterable[Engine], info: engine_pb.GetInfoResponse) -> in
         if own is None or (own.artifact_digest, own.model_name) != (info.artifact_digest, info.model_name):
             continue
         size = engine.load.max_batch_size
-        ahead = max(1, int(size * AHEAD_PART))
+        ahead = max(MIN_AHEAD, int(size * AHEAD_PART))
         found = (found or 0) + max(
             0, size + ahead - engine.load.num_sequences(engine.num_live - engine.num_paused)
         )

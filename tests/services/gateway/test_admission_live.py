@@ -19,7 +19,7 @@ from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2 as gen
 
 BATCH = 4
-AHEAD = 1
+AHEAD = 2
 
 
 def ask(max_tokens: int = 4, **fields: Any) -> pb.GenerateRequest:

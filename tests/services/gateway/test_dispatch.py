@@ -310,10 +310,10 @@ def engine(digest: str, size: int, num_there: int, model: str = "demo", num_paus
 def test_places_are_those_of_one_artifact_and_a_few_ahead() -> None:
     assert num_places([], info_of()) is None
     assert num_places([engine("other", 8, 0), engine("d", 8, 0, "x")], info_of()) is None
-    assert num_places([engine("d", 8, 8)], info_of()) == 1
-    assert num_places([engine("d", 8, 9)], info_of()) == 0
-    assert num_places([engine("d", 8, 9, num_paused=4)], info_of()) == 4
-    assert num_places([engine("d", 64, 60), engine("d", 8, 20)], info_of()) == 8
+    assert num_places([engine("d", 8, 8)], info_of()) == 2
+    assert num_places([engine("d", 8, 10)], info_of()) == 0
+    assert num_places([engine("d", 8, 10, num_paused=4)], info_of()) == 4
+    assert num_places([engine("d", 64, 60), engine("d", 8, 20)], info_of()) == 12
 
 
 async def test_a_turn_costs_microseconds_when_there_is_room() -> None:
