@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from services.gateway.gateway import Gateway
+from services.gateway.routing_metrics import routing_metrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -63,24 +64,4 @@ class GatewayMetrics(Collector):
             "Requests refused at admission.",
             value=gateway.admission.num_refused,
         )
-        yield CounterMetricFamily(
-            "weft_gateway_replays", "Attempts to start a sample again.", value=gateway.router.num_replays
-        )
-        yield from self._links()
-
-    def _links(self) -> Iterable[Metric]:
-        links = self._gateway.router.links
-        up = GaugeMetricFamily("weft_gateway_engine_up", "Whether the link stands.", labels=["engine"])
-        slots = GaugeMetricFamily("weft_gateway_engine_slots", "Slots in use.", labels=["engine"])
-        for link in links:
-            up.add_metric([link.target], float(link.is_up))
-            slots.add_metric([link.target], link.num_live)
-        yield up
-        yield slots
-        for name in (name for name, _ in links[0].counters.items()) if links else ():
-            family = CounterMetricFamily(
-                f"weft_gateway_link_{name}", f"Link counter: {name.replace('_', ' ')}.", labels=["engine"]
-            )
-            for link in links:
-                family.add_metric([link.target], getattr(link.counters, name))
-            yield family
+        yield from routing_metrics(gateway.router)

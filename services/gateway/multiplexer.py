@@ -153,10 +153,12 @@ class Multiplexer:
         if rejected.slot not in self._slots:
             self._counters.dropped_slot += 1
             return
-        sample = self._release(rejected.slot)
+        is_refused = rejected.failure.code in _REFUSALS
+        # What an engine had no room for leaves no room behind.
+        sample = self._release(rejected.slot, is_room=not is_refused)
         if sample is None:
             return
-        if rejected.failure.code in _REFUSALS:
+        if is_refused:
             sample.link = None
             self._owner.on_slot_refused(sample, rejected.failure)
         else:
@@ -239,10 +241,11 @@ class Multiplexer:
             return False
         return True
 
-    def _release(self, slot: int) -> LiveSample | None:
+    def _release(self, slot: int, *, is_room: bool = True) -> LiveSample | None:
         sample = self._slots.pop(slot)
         self._free.append(slot)
-        self._owner.on_slot_free()
+        if is_room:
+            self._owner.on_slot_free()
         return sample
 
     def _new_slot(self) -> int:

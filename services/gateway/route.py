@@ -23,3 +23,4 @@ class Route:
     is_charged: bool = False
     # Engines that had no room for it, since it last ran.
     refused_by: tuple[str, ...] = ()
+    refused_at: float = 0.0

@@ -1,4 +1,4 @@
-"""Where a sample goes, and what becomes of one whose engine is lost, drains, leaves, or has no room.
+"""Where a sample goes: which artifact a request means, which engines serve it, and which of them is next.
 
 A sample keeps its prompt, its seed and every token it was given, so another engine of the same artifact, or
 the same one after a restart, can go on where it stopped. Which of several engines is the Choice's matter,
@@ -17,22 +17,15 @@ import grpc
 from services.gateway.choice import Choice, is_exact
 from services.gateway.eligibility import candidates, serves
 from services.gateway.engine_client import EngineLink
+from services.gateway.failover import Failover
 from services.gateway.link_terms import LinkLost
 from services.gateway.live import LiveSample
 from services.gateway.retry_budget import RetryBudget
-from services.gateway.served import RETRY_S, Catalog, Served, is_of, no_engine
+from services.gateway.served import Catalog, Served, is_of, no_engine
 from services.gateway.versions import VersionWeight
-from services.gateway.waiting import WaitingRoom
-from weft.rpc.errors import StatusError, error_from_failure
+from weft.rpc.errors import StatusError
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1 import generation_pb2 as pb
-
-# How often a sample that lost its engine asks one whose queue is full.
-MIN_BUSY_S = 0.05
-MAX_BUSY_S = 1.0
-# So many new tokens, and what ended the engine was hardly this sample.
-PROGRESS_TOKENS = 8
-_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
 
 
 class Router:
@@ -61,9 +54,15 @@ class Router:
         # Called, at most once per turn of the event loop, when an engine may have more room than before.
         self.room_listeners: list[Callable[[], None]] = []
         self._wait_s = wait_s
-        self._max_fruitless = max_fruitless
         self._on_change = on_change
-        self._waiting = WaitingRoom(wait_s, self._retry, self._give_up)
+        self.failover = Failover(
+            submit=self._submit,
+            candidates=self._candidates,
+            counters=self.counters,
+            budget=self.budget,
+            wait_s=wait_s,
+            max_fruitless=max_fruitless,
+        )
         self._changed = asyncio.Event()
         self._has_room_news = False
 
@@ -155,12 +154,12 @@ class Router:
             return True
         info = sample.request.resolved.info
         if self._awaited_until(lambda link: serves(link, info)) > sample.request.now():
-            self._waiting.add(sample, self._wait_s)
+            self.failover.wait(sample)
             return True
         return False
 
-    def _submit(self, sample: LiveSample, *, without: EngineLink | None = None) -> bool:
-        links = [link for link in self._candidates(sample) if link is not without]
+    def _submit(self, sample: LiveSample) -> bool:
+        links = self._candidates(sample)
         now = sample.request.now()
         while links:
             link = self.choice.best(sample, links, now)
@@ -196,40 +195,17 @@ class Router:
     # -- what links report ------------------------------------------------------------
 
     def on_lost(self, sample: LiveSample, *, is_blamed: bool) -> None:
-        """A sample's slot is gone. Go on elsewhere, wait for an engine, or end the request."""
-        route = sample.route
-        route.refused_by = ()
-        if is_blamed:
-            has_got_on = len(sample.token_ids) - route.num_tokens_then >= PROGRESS_TOKENS
-            route.num_fruitless = 0 if has_got_on else route.num_fruitless + 1
-            route.is_charged = True
-        self._retry(sample)
+        """A sample's slot is gone."""
+        self.failover.lost(sample, is_blamed=is_blamed)
 
     def on_refused(self, sample: LiveSample, failure: pb.Failure, target: str) -> None:
-        """An engine has no room for a sample. Another may; if none has, one that was admitted before tries
-        again instead of being refused in the middle of its text, and so does one that met the beginning of a
-        drain.
-        """
-        route = sample.route
-        route.num_placements -= 1  # it was not started
-        if self._is_over(sample):
-            return
-        route.refused_by = (*route.refused_by, target)
-        if self._submit(sample):
-            self.counters["rerouted"] += 1
-        elif sample.is_accepted or failure.code == _UNAVAILABLE:
-            self.counters["busy"] += 1
-            retry_s = min(max(failure.retry_after_ms / 1000, MIN_BUSY_S), MAX_BUSY_S)
-            self._waiting.add(sample, retry_s)
-        else:
-            sample.request.fail(error_from_failure(failure))
+        """An engine has no room for a sample."""
+        self.failover.refused(sample, failure, target)
 
     def on_link_change(self, link: EngineLink) -> None:
         """A link came up, went down, drains, or is left."""
         if link.is_usable:
-            for sample in self._waiting.samples():
-                self._waiting.remove(sample)
-                self._retry(sample)
+            self.failover.retry_all()
         self.on_room(link)
         self._changed.set()
         self._on_change()
@@ -242,69 +218,10 @@ class Router:
 
     def _tell_room(self) -> None:
         self._has_room_news = False
+        # Who was running comes before who wants to start.
+        self.failover.retry_refused()
         for link in self.links:
             if link.is_up and not link.is_usable and link.num_live:
-                self._move_from(link)
+                self.failover.move_from(link)
         for listener in self.room_listeners:
             listener()
-
-    def _move_from(self, link: EngineLink) -> None:
-        """Move what an engine that drains, or is left, still runs to others that have room; what they have
-        none for stays until they do, or until the engine ends it.
-        """
-        for sample in link.samples():
-            request = sample.request
-            if sample.is_cancelled or sample.end is not None or request.failure is not None:
-                continue
-            if not any(other.load.room(other.num_live) for other in self._candidates(sample)):
-                continue
-            link.detach(sample)
-            sample.link = None
-            link.counters.moved_samples += 1
-            self.counters["moves"] += 1
-            if not self._submit(sample):
-                self._waiting.add(sample, self._wait_s)
-
-    # -- again ------------------------------------------------------------
-
-    def _retry(self, sample: LiveSample) -> None:
-        """Start the sample again after its last token, wait on, or end its request if that must not be."""
-        request, route = sample.request, sample.route
-        if self._is_over(sample):
-            return
-        now = request.now()
-        route.refused_by = ()
-        if request.resolved.deadline is not None and request.resolved.deadline <= now:
-            sample.finish_at_deadline()
-        elif route.num_fruitless >= self._max_fruitless:
-            self.counters["poisonous"] += 1
-            request.fail(_engine_lost("the engine was lost again and again"))
-        elif route.is_charged and not self.budget.has_token(now):
-            self.counters["out_of_budget"] += 1
-            self._waiting.add(sample, MAX_BUSY_S)
-        elif self._submit(sample):
-            self.counters["replays"] += 1
-            if route.is_charged:
-                route.is_charged = False
-                self.budget.take(now)
-        else:
-            self._waiting.add(sample, self._wait_s)
-
-    def _give_up(self, sample: LiveSample) -> None:
-        if self._is_over(sample):
-            return
-        deadline = sample.request.resolved.deadline
-        if deadline is not None and deadline - sample.request.now() < 0.1:
-            sample.finish_at_deadline()
-        else:
-            self.counters["given_up"] += 1
-            sample.request.fail(_engine_lost("the engine was lost and no other took the request"))
-
-    @staticmethod
-    def _is_over(sample: LiveSample) -> bool:
-        request = sample.request
-        return request.is_closed or request.failure is not None or sample.finish_without_engine()
-
-
-def _engine_lost(message: str) -> StatusError:
-    return StatusError(grpc.StatusCode.UNAVAILABLE, message, retry_after_s=RETRY_S, reason="ENGINE_LOST")

@@ -231,6 +231,9 @@ class Health(Endpoint):
         document = {
             "status": "ok" if is_ready else "not ready",
             "engines_up": sum(link.is_up for link in self.gateway.router.links),
+            "engines_tripped": sum(
+                not link.breaker.allows(self.gateway.now()) for link in self.gateway.router.links
+            ),
         }
         headers = _JSON if is_ready else [*_JSON, (b"retry-after", b"1")]
         await out.whole(200 if is_ready else 503, encode(document), headers)

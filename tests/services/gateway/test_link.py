@@ -250,7 +250,7 @@ async def test_waiting_for_a_place_ends(start_engine: Any, start_gateway: Any, s
             await call
         assert caught.value.code() == grpc.StatusCode.UNAVAILABLE
     assert 0.3 < time.monotonic() - begin < 2.0
-    assert not gateway.application.router._waiting
+    assert not len(gateway.application.router.failover.waiting)
 
 
 async def test_a_request_that_kills_engines_is_given_up(gateway: Any, engine: Any, settle: Any) -> None:
