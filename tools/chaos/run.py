@@ -40,6 +40,7 @@ class Report:
     num_doubled: int = 0
     num_wrong: int = 0
     num_replays: int = 0
+    num_moves: int = 0
     num_preemptions: int = 0
     began: float = 0.0
     gaps_s: list[float] = field(default_factory=list)
@@ -74,7 +75,7 @@ class Report:
             f"requests: {self.num_requests} of {self.num_samples} samples, {self.num_tokens} tokens",
             f"clients: {clients.cancelled} cancelled, {clients.slow} read slowly",
             f"taken up again by a resume token: {clients.resumed} requests",
-            f"moved to another engine: {self.num_replays} samples",
+            f"started again: {self.num_replays} samples; moved while their engine drained: {self.num_moves}",
             f"preempted, on the engines that live at the end: {self.num_preemptions}",
             f"gap between tokens: p50 {p50:.0f} ms, p99 {p99:.0f} ms",
             f"worst gap: {1000 * worst_s:.0f} ms, over {worst_at - self.began:.2f} s after the start",
@@ -125,7 +126,9 @@ async def run(
     for check in checks:
         report.take(check)
     report.problems += await stack.problems_when_idle()
-    report.num_replays = int(await stack.metric("weft_gateway_replays_total"))
+    metrics = await stack.metrics()
+    report.num_replays = int(metrics.get("weft_gateway_replays_total", 0))
+    report.num_moves = int(metrics.get('weft_gateway_routing_events_total{event="moves"}', 0))
     loads = [await engine.load() for engine in stack.engines if engine.is_running]
     report.num_preemptions = sum(load.preemptions for load in loads)
     return report

@@ -175,14 +175,14 @@ class Stack:
                 await asyncio.sleep(POLL_S)
 
     async def metrics(self) -> dict[str, float]:
-        """The gateway's metrics: one sum for each name, whatever its labels."""
+        """The gateway's metrics: one by one with their labels, and one sum for each name."""
         page = await asyncio.to_thread(_fetch, f"http://{self.http}/metrics")
         sums: dict[str, float] = {}
         for line in page.splitlines():
             if line and not line.startswith("#"):
-                name, value = line.rsplit(" ", 1)
-                name = name.partition("{")[0]
-                sums[name] = sums.get(name, 0.0) + float(value)
+                labelled, value = line.rsplit(" ", 1)
+                for name in {labelled, labelled.partition("{")[0]}:
+                    sums[name] = sums.get(name, 0.0) + float(value)
         return sums
 
     async def metric(self, name: str) -> float:
