@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from services.gateway.admission_metrics import admission_metrics, dashboard_metrics
 from services.gateway.gateway import Gateway
 from services.gateway.routing_metrics import routing_metrics
 
@@ -34,6 +35,14 @@ class GatewayMetrics(Collector):
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.queue_s = Histogram(
+            "weft_gateway_queue_seconds",
+            "Time in the queue of those that had to wait for room on an engine.",
+            ["priority"],
+            buckets=_SECONDS,
+            registry=self.registry,
+        )
+        gateway.dispatcher.observe_wait = lambda name, seconds: self.queue_s.labels(name).observe(seconds)
         gateway.observe_first_token = self.first_token_s.observe
         gateway.observe_request = self.request_s.observe
 
@@ -59,9 +68,12 @@ class GatewayMetrics(Collector):
             "Requests without a first token.",
             value=gateway.admission.num_waiting,
         )
-        yield CounterMetricFamily(
-            "weft_gateway_requests_refused",
-            "Requests refused at admission.",
-            value=gateway.admission.num_refused,
+        resumes = CounterMetricFamily(
+            "weft_gateway_resumes", "Calls that took a request up again, by how.", labels=["how"]
         )
+        for how, count in gateway.counters.resumes.items():
+            resumes.add_metric([how], count)
+        yield resumes
+        yield from admission_metrics(gateway)
+        yield from dashboard_metrics(gateway)
         yield from routing_metrics(gateway.router)

@@ -259,3 +259,28 @@ async def test_slow_readers_take_nobodys_place(
         await (await stack.enter_async_context(slow)).admitted()
     await settle(lambda: busy_engine.pauses == BATCH + AHEAD, 20)
     assert await asyncio.wait_for(run(gateway, ask(20)), 10) == 20
+
+
+async def test_metrics_name_queues_refusals_and_keys(stalled: Any, busy_engine: Any, settle: Any) -> None:
+    core = stalled.application.gateway
+    keyed = Caller("team-a", max_streams=1)
+    waiting = [
+        asyncio.create_task(run(stalled, ask(), keyed)),
+        asyncio.create_task(run(stalled, ask(priority=5))),
+    ]
+    await settle(lambda: core.dispatcher.num_waiting == 2)
+    await refused(stalled, ask(), keyed)
+    text = stalled.application.metrics.text().decode()
+    assert 'weft_gateway_queue_length{model="demo",priority="normal"} 1.0' in text
+    assert 'weft_gateway_queue_length{model="demo",priority="batch"} 1.0' in text
+    assert 'weft_gateway_queue_length{model="demo",priority="interactive"} 0.0' in text
+    assert 'vllm:num_requests_waiting{model_name="demo"} 2.0' in text
+    assert 'weft_gateway_requests_refused_total{reason="QUOTA_EXCEEDED"} 1.0' in text
+    assert 'weft_gateway_requests_refused_total{reason="QUEUE_FULL"} 0.0' in text
+    busy_engine.is_hanging = False
+    await asyncio.wait_for(asyncio.gather(*waiting), 10)
+    text = stalled.application.metrics.text().decode()
+    assert 'weft_gateway_key_tokens_total{key="team-a",kind="prompt"} 10.0' in text
+    assert 'weft_gateway_key_tokens_total{key="team-a",kind="completion"} 4.0' in text
+    assert 'weft_gateway_key_tokens_total{key="(none)",kind="completion"}' in text
+    assert 'weft_gateway_queue_seconds_count{priority="batch"} 1.0' in text
