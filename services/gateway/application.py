@@ -110,7 +110,9 @@ class GatewayApplication:
     async def load(self, server: Server) -> None:
         """Register, connect, and wait for the first engine."""
         self._server = server
-        add_GatewayServiceServicer_to_server(GatewayServicer(self.gateway), server.grpc)
+        add_GatewayServiceServicer_to_server(
+            GatewayServicer(self.gateway, num_processes=self.config.processes), server.grpc
+        )
         self.fleet.start()
         self._tasks = [asyncio.create_task(work) for work in (self.discovery.run(), self.gateway.sweep())]
         if self.config.http is not None:

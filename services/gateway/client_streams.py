@@ -15,6 +15,7 @@ import grpc
 from services.gateway.events import responses, started
 from services.gateway.gateway import Gateway
 from services.gateway.mailbox import Mailbox
+from services.gateway.ownership import refuse_fields_that_need_an_owner
 from services.gateway.reader import Reader
 from services.gateway.resolution import refuse_unknown_fields
 from weft import logs
@@ -38,8 +39,17 @@ class _Stream:
 class ClientStreams:
     """The logical requests of one Multiplex call."""
 
-    def __init__(self, gateway: Gateway, write: Write, *, caller: Caller, budget_s: float | None) -> None:
+    def __init__(
+        self,
+        gateway: Gateway,
+        write: Write,
+        *,
+        caller: Caller,
+        budget_s: float | None,
+        num_processes: int = 1,
+    ) -> None:
         self._gateway = gateway
+        self._num_processes = num_processes
         self._mailbox: Mailbox[pb.MultiplexResponse] = Mailbox(write)
         self._caller = caller
         self._until = None if budget_s is None else gateway.now() + budget_s
@@ -99,6 +109,7 @@ class ClientStreams:
                 f"stream {request.stream_id} is live: this call is over",
                 reason="STREAM_ID_IN_USE",
             )
+        refuse_fields_that_need_an_owner(request.generate, self._num_processes)
         if len(self._tasks) >= MAX_STREAMS:
             raise self._gateway.admission.refusal(f"more than {MAX_STREAMS} requests on one stream")
 

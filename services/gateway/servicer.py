@@ -15,6 +15,7 @@ import grpc
 from services.gateway.client_streams import ClientStreams
 from services.gateway.events import plain_delta, responses, started
 from services.gateway.gateway import Gateway
+from services.gateway.ownership import refuse_fields_that_need_an_owner, refuse_without_one_owner
 from services.gateway.permissions import check_model
 from services.gateway.resolution import not_offered, oversize, refuse_unknown_fields, tokenize
 from services.gateway.served import Served
@@ -31,12 +32,15 @@ MAX_TOKEN_IDS = 1 << 20
 class GatewayServicer(GatewayServiceServicer):
     """The public face of the gateway."""
 
-    def __init__(self, gateway: Gateway) -> None:
+    def __init__(self, gateway: Gateway, *, num_processes: int = 1) -> None:
+        """`num_processes` share this gateway's port, so that any of them may get the next call."""
         self._gateway = gateway
+        self._num_processes = num_processes
 
     async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
         """Run one request and stream its text."""
         refuse_unknown_fields(request)
+        refuse_fields_that_need_an_owner(request, self._num_processes)
         gateway = self._gateway
         async with gateway.open(
             request, caller=current_caller.get(), budget_s=context.time_remaining()
@@ -56,13 +60,18 @@ class GatewayServicer(GatewayServiceServicer):
     async def Multiplex(self, request_iterator: AsyncIterator[pb.MultiplexRequest], context: Any) -> None:
         """Carry many requests on one stream."""
         streams = ClientStreams(
-            self._gateway, context.write, caller=current_caller.get(), budget_s=context.time_remaining()
+            self._gateway,
+            context.write,
+            caller=current_caller.get(),
+            budget_s=context.time_remaining(),
+            num_processes=self._num_processes,
         )
         await streams.run(request_iterator)
 
     async def Cancel(self, request: pb.CancelRequest, context: Any) -> pb.CancelResponse:
         """End a live request of the same key."""
         refuse_unknown_fields(request)
+        refuse_without_one_owner("Cancel", self._num_processes)
         if not request.request_id:
             raise invalid_argument([("request_id", "must be set")])
         self._gateway.cancel(current_caller.get().name, request.request_id)
@@ -125,14 +134,17 @@ class GatewayServicer(GatewayServiceServicer):
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Any) -> pb.CreateSessionResponse:
         """Not offered yet."""
+        refuse_without_one_owner("CreateSession", self._num_processes)
         raise _no_sessions()
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Any) -> pb.GetSessionResponse:
         """Not offered yet."""
+        refuse_without_one_owner("GetSession", self._num_processes)
         raise _no_sessions()
 
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Any) -> pb.DeleteSessionResponse:
         """Not offered yet."""
+        refuse_without_one_owner("DeleteSession", self._num_processes)
         raise _no_sessions()
 
 
