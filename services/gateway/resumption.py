@@ -155,16 +155,14 @@ class Remnants:
     def __len__(self) -> int:
         return len(self._by_token)
 
-    def keep(self, key: Key, digest: bytes, live: LiveRequest) -> Remnant:
-        """Keep a request that has just ended."""
+    def keep(self, key: Key, digest: bytes, live: LiveRequest) -> Remnant | None:
+        """Keep a request that has just ended. None when there is no room for it."""
         remnant = Remnant(key, digest, live, self._forget)
         if live.is_resumable:
-            if (older := self._by_key.get(key)) is not None:
-                self.drop(older)
             self._by_key[key] = remnant
         self._by_token[remnant.token] = remnant
         self._retention.keep(remnant)
-        return remnant
+        return remnant if remnant.token in self._by_token else None
 
     def drop(self, remnant: Remnant) -> None:
         """Keep it no longer."""

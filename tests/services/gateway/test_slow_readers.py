@@ -68,7 +68,7 @@ async def test_given_up_then_read_then_resumed(
         assert core(gateway).num_live == 0
         assert core(gateway).admission.num_live == 0
         await settle(lambda: not engine.slots)
-        assert len(core(gateway).remnants) == 1
+        assert len(core(gateway).attendance.remnants) == 1
         error = await given_up(call, follower)
         assert error.code() == CODE.ABORTED
         details = error_from_call(error)
@@ -151,7 +151,7 @@ async def test_what_waits_for_a_slow_reader_is_small(
         call = stub.Generate(request)
         await call.read()
         await settle(lambda: engine.pauses > 0, 60)
-        (live,) = core(gateway)._readers.values()
+        (live,) = core(gateway).attendance.readers.values()
         assert live.samples[0].output.num_pending < 512
         assert live.num_bytes < 64 << 10
         call.cancel()
@@ -168,7 +168,7 @@ async def test_a_paused_slot_gives_its_blocks_to_others(start_gateway: Any, sett
             call = stub.Generate(slow_request)
             follower = Follower()
             follower.take(await call.read())
-            sample = next(iter(core(gateway)._readers.values())).samples[0]
+            sample = next(iter(core(gateway).attendance.readers.values())).samples[0]
             await settle(lambda: sample.paused_at is not None, 20)
             for seed in range(3):
                 others = await asyncio.gather(
