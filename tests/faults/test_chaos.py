@@ -9,12 +9,14 @@ import pytest
 from tools.chaos.__main__ import main
 from tools.chaos.faults import KILL, RESET, STOP, TERMINATE
 from tools.chaos.plans import Plan, run_mock
+from tools.chaos.workload import Mix
 
 
 async def test_a_short_run_loses_nothing(tmp_path: Path) -> None:
     """Blocks are so few that one engine alone has to preempt."""
     kinds = (KILL, STOP, RESET, TERMINATE)
-    plan = Plan(seed=7, seconds=6.0, num_streams=24, num_blocks=192, kinds=kinds)
+    mix = Mix(output_lengths=(20, 120), slow=0.05)
+    plan = Plan(seed=7, seconds=5.0, num_streams=16, num_blocks=128, kinds=kinds, mix=mix)
     report = await run_mock(plan, tmp_path)
     text = "\n".join(report.lines())
     assert report.problems == [], text

@@ -24,6 +24,7 @@ from weft.v1.engine_service_pb2_grpc import EngineServiceStub
 DEMO_MODEL = ROOT / "models" / "demo"
 HANG_S = 60
 UNDISTURBED_S = 300.0
+MOCK_MIX = Mix()
 # Real engines share the machine's cores with their gateway and clients, so they are asked for less.
 DEMO_MIX = Mix(prompt_lengths=(4, 80), output_lengths=(10, 60), sample_counts=(1, 1, 1, 2, 3))
 DEMO_REQUESTS_EACH = 2
@@ -32,7 +33,9 @@ DEMO_TIMES = Times(between=3.0, away=(1.5, 3.0), settle=2.0)
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What is run. `step_ms` and `num_blocks` are of mock engines. Without `kinds` there are all faults."""
+    """What is run. `step_ms`, `num_blocks` and `mix` are of the run over mock engines. Without
+    `kinds` there are all faults.
+    """
 
     seed: int = 1
     seconds: float = 60.0
@@ -42,6 +45,7 @@ class Plan:
     num_blocks: int = 2048
     gateway_flags: tuple[str, ...] = ()
     kinds: tuple[str, ...] = ()
+    mix: Mix = MOCK_MIX
 
     def weights(self, weights: dict[str, int]) -> dict[str, int]:
         """How often each kind of fault comes: those asked for, or all."""
@@ -54,7 +58,9 @@ async def run_mock(plan: Plan, logs: Path) -> Report:
     command = mock_command(*flags, "--drain-seconds", 1, "--tokenizer", DEMO_MODEL)
     vocabulary = load_vocabulary(DEMO_MODEL)
     expect = mock_expect(vocabulary)
-    workloads = [Workload(plan.seed, worker, Mix(), vocabulary, expect) for worker in range(plan.num_streams)]
+    workloads = [
+        Workload(plan.seed, worker, plan.mix, vocabulary, expect) for worker in range(plan.num_streams)
+    ]
     async with _stack([command] * plan.num_engines, plan, logs) as stack:
         schedule = Schedule(stack.engines, plan.seed, plan.weights(WEIGHTS))
         return await _run(stack, schedule, workloads, plan, checks_logprobs=True)
