@@ -84,7 +84,7 @@ class GatewayApplication:
         )
         self.gateway = Gateway(
             self.router,
-            Admission(limits, Quotas(quota_limits_of(config))),
+            Admission(limits, Quotas(quota_limits_of(config), num_processes=config.processes)),
             ageing_s=config.priority_ageing_seconds,
             max_request_s=config.max_request_seconds,
             slow_client_s=config.slow_client_seconds,

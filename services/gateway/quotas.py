@@ -45,6 +45,16 @@ class QuotaLimits:
             caller.max_streams if caller.max_streams is not None else self.max_streams,
         )
 
+    def part(self, num_parts: int) -> QuotaLimits:
+        """One of `num_parts` equal parts, of streams at least one."""
+        if num_parts == 1:
+            return self
+        return QuotaLimits(
+            None if self.requests_per_second is None else self.requests_per_second / num_parts,
+            None if self.tokens_per_minute is None else self.tokens_per_minute / num_parts,
+            None if self.max_streams is None else max(1, self.max_streams // num_parts),
+        )
+
 
 NO_LIMITS = QuotaLimits()
 
@@ -142,15 +152,18 @@ class Lease:
 
 
 class Quotas:
-    """The accounts of all keys that have limits; callers without a name share one."""
+    """The accounts of all keys that have limits; callers without a name share one. Of several processes that
+    serve together each has its part: together they let no key use more than it may.
+    """
 
-    def __init__(self, defaults: QuotaLimits = NO_LIMITS) -> None:
+    def __init__(self, defaults: QuotaLimits = NO_LIMITS, *, num_processes: int = 1) -> None:
         self.defaults = defaults
+        self._num_processes = num_processes
         self._accounts: OrderedDict[str | None, Account] = OrderedDict()
 
     def account(self, caller: Caller, now: float) -> Account | None:
         """The caller's account; None when nothing limits it."""
-        limits = self.defaults.of(caller)
+        limits = self.defaults.of(caller).part(self._num_processes)
         account = self._accounts.get(caller.name)
         if account is None:
             if limits == NO_LIMITS:

@@ -126,6 +126,12 @@ def test_memory_is_bounded_and_accounts_in_use_stay() -> None:
     assert account_of(Caller("busy"), quotas) is busy
 
 
+def test_of_several_processes_each_has_a_part() -> None:
+    quotas = Quotas(QuotaLimits(tokens_per_minute=600), num_processes=4)
+    caller = Caller("a", requests_per_second=8, max_streams=2)
+    assert account_of(caller, quotas).limits == QuotaLimits(2, 150, 1)
+
+
 def test_where_a_caller_stands() -> None:
     quotas = Quotas()
     caller = Caller("a", requests_per_second=2, tokens_per_minute=60)
