@@ -59,10 +59,15 @@ def read_regular(path: Path, max_size: int) -> bytes:
 
 
 def read_exactly(descriptor: int, buffer: memoryview, offset: int, path: Path) -> None:
-    """Fill `buffer` from `offset`; FileRefusedError when the file ends before."""
+    """Fill `buffer` from `offset`; FileRefusedError when the file ends before, OSError that names it when the
+    disk fails.
+    """
     done = 0
     while done < len(buffer):
-        count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        try:
+            count = os.preadv(descriptor, [buffer[done:]], offset + done)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         if count == 0:
             raise FileRefusedError(f"{path}: ends at byte {offset + done}, {len(buffer) - done} bytes early")
         done += count
