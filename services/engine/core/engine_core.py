@@ -113,7 +113,7 @@ class EngineCore:
         sequence = self._live.get(key)
         if sequence is not None:
             self._journal.num_paused += is_paused - sequence.is_paused
-            self.scheduler.set_paused(sequence, is_paused)
+            self.scheduler.set_paused(sequence, is_paused, self.now())
             sequence.last_token_at = None  # The pause is no gap between two tokens.
 
     def abort_all(self, reason: FinishReason, error: RequestError | None = None) -> None:

@@ -15,6 +15,7 @@ from services.engine.core.block import Match
 from services.engine.core.block_manager import BlockManager
 from services.engine.core.coming_heads import ComingHeads
 from services.engine.core.errors import IntegrityError
+from services.engine.core.pauses import Pauses
 from services.engine.core.sequence import Sequence, SequenceStatus
 
 NEVER = float("inf")
@@ -26,7 +27,8 @@ MAX_BLOCKED = 32
 class SchedulerConfig:
     """Limits of one step. `prefill_chunk`: most prompt tokens of one sequence per step. `ageing_s`: waiting
     this long is worth one step of priority. `max_bypasses`: later requests that may be placed before one that
-    does not fit yet; after that, room is kept for it.
+    does not fit yet; after that, room is kept for it. `pause_grace_s`: who is paused for so long gives its
+    blocks up, needed or not.
     """
 
     max_batch_size: int = 64
@@ -34,6 +36,7 @@ class SchedulerConfig:
     prefill_chunk: int = 512
     ageing_s: float = 10.0
     max_bypasses: int = 64
+    pause_grace_s: float = 10.0
 
 
 class Scheduler:
@@ -52,6 +55,7 @@ class Scheduler:
         self.num_cache_queries = 0
         self.num_cache_hits = 0
         self._blocks = blocks
+        self._pauses = Pauses(config.pause_grace_s)
         # The blocks available when nobody waiting found room. Until there are more, or something else that
         # matters changes, nobody will.
         self._stalled_at: int | None = None
@@ -69,6 +73,7 @@ class Scheduler:
         (self.running if sequence.status is SequenceStatus.RUNNING else self.waiting).remove(sequence)
         sequence.status = SequenceStatus.FINISHED
         self._stalled_at = None
+        self._pauses.end(sequence)
         self._blocks.release(sequence, is_sound=is_sound)
 
     def reorder(self) -> None:
@@ -76,9 +81,10 @@ class Scheduler:
         self.running.sort(key=_rank)
         self._stalled_at = None
 
-    def set_paused(self, sequence: Sequence, is_paused: bool) -> None:
+    def set_paused(self, sequence: Sequence, is_paused: bool, now: float) -> None:
         """Stop, or go on, scheduling a sequence. A paused one gives way to those that wait."""
         sequence.is_paused = is_paused
+        self._pauses.begin(sequence, now) if is_paused else self._pauses.end(sequence)
         self._stalled_at = None
 
     def has_runnable(self) -> bool:
@@ -106,6 +112,9 @@ class Scheduler:
     def schedule(self, now: float) -> Batch:
         """Choose the next step's work and get its blocks. `now` in seconds of the core's clock."""
         batch = Batch()
+        for sequence in self._pauses.overdue(now):
+            if sequence.status is SequenceStatus.RUNNING:
+                self._preempt(sequence, batch)
         budget = self._schedule_running(batch)
         if self.waiting and budget and self._has_place() and not batch.preempted:
             budget = self._admit(batch, budget, now)

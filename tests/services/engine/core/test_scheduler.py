@@ -130,3 +130,45 @@ def test_a_long_queue_without_room_is_not_looked_through():
         core.step()
         core.check_integrity()
     assert set(calls) == set(range(MAX_BLOCKED + 10))
+
+
+def test_who_is_paused_for_long_gives_its_blocks_up():
+    """Even while nobody needs them; what is still cached is not computed again."""
+    clock = Clock()
+    core, _ = make_core(64, 4, clock=clock, pause_grace_s=10.0)
+    slow = make_sequence("slow", [1, 2, 3], max_tokens=40, seed=1)
+    quick = make_sequence("quick", [4, 5], max_tokens=200, seed=2)
+    tokens, ends = {}, {}
+
+    def step(seconds):
+        collect(core.step(), tokens, ends)
+        core.check_integrity()
+        clock.time += seconds
+
+    core.add(slow)
+    core.add(quick)
+    for _ in range(9):
+        step(0.01)
+    core.set_paused("slow", True)
+    for _ in range(9):
+        step(1.0)
+    assert slow.block_table
+    for _ in range(3):
+        step(1.0)
+    assert not slow.block_table
+    assert core.scheduler.num_preemptions == 1
+    core.set_paused("slow", True)  # once more: no new pause
+    step(20.0)
+    step(0.01)
+    assert core.scheduler.num_preemptions == 1
+    core.set_paused("slow", False)
+    step(0.01)
+    core.set_paused("slow", True)
+    step(9.0)
+    step(0.01)
+    assert slow.block_table, "a new pause has its own time"
+    core.set_paused("slow", False)
+    while core.num_live:
+        step(0.01)
+    assert output_of(tokens, "slow") == expected_output(slow)
+    assert output_of(tokens, "quick") == expected_output(quick)
