@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from http import HTTPStatus
 from typing import Any
@@ -21,12 +22,13 @@ MAX_CHUNK_LINES = 32_768
 # Of a body whose request is answered already. Its client may still be writing, and would not see the answer
 # if the connection were reset under it.
 MAX_DISCARDED_BYTES = 32 << 20
+_END_OF_HEADERS = re.compile(rb"\n\r?\n")
 
 
 class Http11(H11Protocol):
     """uvicorn's protocol with a clock on the headers of every request, the first one included, and with
     bounds on what is read for nothing. `headers_s` is for how long headers may take; a connection beyond
-    `max_connections` is answered with 503.
+    `max_connections` is answered with 503, headers longer than `max_header_bytes` with 431.
     """
 
     def __init__(
@@ -34,10 +36,12 @@ class Http11(H11Protocol):
         *args: Any,
         headers_s: float = HEADERS_S,
         max_connections: int = DEFAULT_LIMITS.max_connections,
+        max_header_bytes: int = DEFAULT_LIMITS.max_header_bytes,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._max_connections = max_connections
+        self._max_header_bytes = max_header_bytes
         self._headers_s = headers_s
         self._clock: asyncio.TimerHandle | None = None
         self._num_chunk_lines = 0
@@ -89,10 +93,10 @@ class Http11(H11Protocol):
         self._refuse(HttpError(hint, msg, code="invalid_http"))
 
     def _may_go_on(self, data: bytes) -> bool:
-        """Count what a body costs, and end the connection when it is too much."""
+        """Count what headers and a body cost, and end the connection when it is too much."""
         if self.conn.their_state is not h11.SEND_BODY:
             self._num_chunk_lines = self._num_discarded = 0
-            return True
+            return self.conn.their_state is not h11.IDLE or self._fits(data)
         if self.conn.our_state is h11.DONE:
             self._num_discarded += len(data)
             if self._num_discarded > MAX_DISCARDED_BYTES:
@@ -104,6 +108,17 @@ class Http11(H11Protocol):
                 self._refuse(HttpError(413, "the body comes in too many chunks", code="too_many_chunks"))
                 return False
         return True
+
+    def _fits(self, data: bytes) -> bool:
+        """Whether the headers that `data` goes on with are short enough. The parser's own bound counts only
+        what it keeps between two reads.
+        """
+        head = self.conn.trailing_data[0] + data
+        end = _END_OF_HEADERS.search(head)
+        if (len(head) if end is None else end.end()) <= self._max_header_bytes:
+            return True
+        self._refuse(HttpError(431, "the headers are too long", code="headers_too_long"))
+        return False
 
     def _refuse(self, error: HttpError) -> None:
         """Answer and close, or only close when an answer has begun."""

@@ -97,7 +97,10 @@ class HttpServer:
         config = uvicorn.Config(
             Guard(self.app),
             http=functools.partial(
-                Http11, headers_s=self._headers_s, max_connections=self._limits.max_connections
+                Http11,
+                headers_s=self._headers_s,
+                max_connections=self._limits.max_connections,
+                max_header_bytes=self._limits.max_header_bytes,
             ),
             ws="none",
             lifespan="off",

@@ -22,12 +22,14 @@ from tokenizers import Tokenizer
 
 from services.gateway.application import GatewayApplication
 from services.gateway.config import GatewayConfig
-from services.gateway.link_terms import LinkTimes
 from services.gateway.gateway import RequestCounters
+from services.gateway.link_terms import LinkTimes
+from weft.limits import limits_of
 from weft.rpc.address import Address, parse_address
 from weft.rpc.auth import Authenticator
 from weft.rpc.interceptor import RpcCounters
 from weft.rpc.server import Server
+from weft.rpc.tls import ServerTls
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1 import generation_pb2 as pb
 from weft.v1.engine_service_pb2_grpc import EngineServiceServicer, add_EngineServiceServicer_to_server
@@ -316,15 +318,25 @@ def start_engine(stack: AsyncExitStack) -> StartEngine:
 @pytest.fixture
 def start_gateway(stack: AsyncExitStack) -> StartGateway:
     async def start(
-        *targets: Any, wait: bool = True, authenticator: Authenticator | None = None, **options: Any
+        *targets: Any,
+        wait: bool = True,
+        authenticator: Authenticator | None = None,
+        tls: ServerTls | None = None,
+        **options: Any,
     ) -> RunningGateway:
         options.setdefault("tokenizer", DEMO if "artifacts" not in options else None)
         options.setdefault("drain_seconds", 2.0)
         config = GatewayConfig(
             engine=tuple(str(getattr(target, "address", target)) for target in targets), **options
         )
-        application = GatewayApplication(config, authenticator=authenticator, times=FAST)
-        server = Server(application.service_names, is_public=True, authenticator=authenticator)
+        application = GatewayApplication(config, authenticator=authenticator, times=FAST, tls=tls)
+        server = Server(
+            application.service_names,
+            is_public=True,
+            authenticator=authenticator,
+            tls=tls,
+            limits=limits_of(config),
+        )
         await server.start(parse_address("127.0.0.1:0"))
         stack.push_async_callback(application.close)
         stack.push_async_callback(server.stop, 0.2)
