@@ -13,6 +13,7 @@ from services.gateway.http.answers import AnswerWriter
 from services.gateway.http.body import BODY_S, Disconnected, Receive, Scope, read_object
 from services.gateway.http.errors import HttpError, body_of, encode, headers_of, status_of
 from services.gateway.http.parameters import HttpRequest, parse_request
+from services.gateway.http.rate_limits import rate_limit_headers
 from services.gateway.reader import Reader
 from weft import logs
 from weft.rpc.auth import ANYBODY, Authenticator, Caller, check_method
@@ -144,6 +145,8 @@ class Completions(Endpoint):
                 generate.request_id = request_id if len(request.generates) == 1 else f"{request_id}-{index}"
                 opened = self.gateway.open(generate, caller=caller, budget_s=None)
                 lives.append(await stack.enter_async_context(opened))
+            states = self.gateway.admission.quotas.states(caller, self.gateway.admission.now())
+            headers += rate_limit_headers(states)
             for live in lives:
                 await live.admitted()
             writer = AnswerWriter(request, request_id, [live.resolved for live in lives])
