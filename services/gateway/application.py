@@ -22,6 +22,9 @@ from services.gateway.orphans import RetentionLimits
 from services.gateway.quotas import Quotas
 from services.gateway.router import Router
 from services.gateway.servicer import GatewayServicer
+from services.gateway.session_database import SessionLimits
+from services.gateway.session_store import SessionStore
+from services.gateway.sessions import Sessions
 from weft import logs
 from weft.limits import limits_of
 from weft.rpc.address import Address
@@ -82,9 +85,11 @@ class GatewayApplication:
             max_waiting_requests=config.max_waiting_requests,
             max_waiting_tokens=config.max_waiting_tokens,
         )
+        self.sessions = _sessions_of(config)
         self.gateway = Gateway(
             self.router,
             Admission(limits, Quotas(quota_limits_of(config), num_processes=config.processes)),
+            self.sessions,
             ageing_s=config.priority_ageing_seconds,
             max_request_s=config.max_request_seconds,
             slow_client_s=config.slow_client_seconds,
@@ -114,7 +119,8 @@ class GatewayApplication:
             GatewayServicer(self.gateway, num_processes=self.config.processes), server.grpc
         )
         self.fleet.start()
-        self._tasks = [asyncio.create_task(work) for work in (self.discovery.run(), self.gateway.sweep())]
+        works = (self.discovery.run(), self.gateway.sweep(), self.sessions.sweep())
+        self._tasks = [asyncio.create_task(work) for work in works]
         if self.config.http is not None:
             await self._start_http(self.config.http)
         await self._is_up.wait()
@@ -133,6 +139,7 @@ class GatewayApplication:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self.fleet.close()
+        await self.sessions.close()
         await self.source.close()
 
     async def _start_http(self, address: Address) -> None:
@@ -154,3 +161,14 @@ class GatewayApplication:
             self._is_up.set()
         if self._is_loaded and self._server is not None and not self._server.is_stopping:
             self._server.health.set_serving(self.router.is_ready)
+
+
+def _sessions_of(config: GatewayConfig) -> Sessions:
+    """What keeps the sessions. Raises StoreRefused."""
+    limits = SessionLimits(
+        ttl_s=config.session_ttl,
+        max_sessions=config.max_sessions,
+        max_sessions_per_key=config.max_sessions_per_key,
+        max_tokens=config.max_session_tokens,
+    )
+    return Sessions(SessionStore(config.sessions, limits), retain_seconds=config.session_retain_seconds)

@@ -34,6 +34,7 @@ from services.gateway.resumption import (
     places,
     with_token,
 )
+from services.gateway.session_turn import end_turn
 from weft import logs
 from weft.rpc.auth import Caller
 from weft.rpc.errors import RESUME_TOKEN, StatusError, new_error_id
@@ -131,6 +132,10 @@ class Attendance:
         try:
             async with asyncio.timeout(None) as reader.patience:
                 yield reader
+            if live.turn is not None and live.is_ended:
+                # The end of the call says that the turn is kept.
+                end_turn(live.turn, live, is_read=True)
+                await live.turn.saved()
         except TimeoutError:
             if reader.patience is None or not reader.patience.expired() or reader.failure is None:
                 raise
@@ -138,6 +143,8 @@ class Attendance:
         finally:
             del self.readers[reader]
             live.leave(reader)
+            if live.is_closed:
+                end_turn(live.turn, live)
 
     def _find(self, request: gateway_pb.GenerateRequest, caller: Caller) -> tuple[Entry, Places | None]:
         """The entry of a request that is to be resumable or is taken up, and where its token says to go on.

@@ -19,6 +19,9 @@ from weft.rpc.guard import EngineTlsFlags, ServerFlags, check_server_flags, engi
 PROG = "python -m services.gateway serve"
 ENV_PREFIX = "WEFT_GATEWAY_"
 MAX_ORPHAN_TTL_S = 86_400
+MAX_SESSION_TTL_S = 10 * 366 * 86_400
+# What engines take.
+MAX_RETAIN_S = 86_400
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,16 @@ class GatewayConfig(AdmissionFlags, ServerFlags, EngineTlsFlags, TextLimitFlags,
     orphan_ttl: float = option(30.0, "seconds for which a request is kept for a client that may come back")
     max_retained_requests: int = option(1024, "requests kept for clients that may come back")
     max_retained_bytes: int = option(256 << 20, "about the memory that those may take")
+    sessions: Path | None = option(
+        None, "file that sessions are kept in; without it they do not outlive the process", metavar="FILE"
+    )
+    session_ttl: float = option(3600.0, "seconds for which a session is kept after its last turn")
+    max_sessions: int = option(10_000, "sessions that are kept")
+    max_sessions_per_key: int = option(1000, "sessions of one key")
+    max_session_tokens: int = option(64 << 20, "tokens of all sessions together")
+    session_retain_seconds: int = option(
+        300, "for how long engines are asked to keep what they computed for a session"
+    )
     engine_wait_seconds: float = option(15.0, "how long a request whose engine is lost waits for another")
     engine_dead_seconds: float = option(1.0, "silence after which a busy engine counts as dead")
     drain_seconds: float = option(30.0, "how long running requests may go on after a signal")
@@ -100,6 +113,7 @@ class GatewayConfig(AdmissionFlags, ServerFlags, EngineTlsFlags, TextLimitFlags,
                 raise ConfigError("--" + name.replace("_", "-"), "must not be negative")
         if not 0 <= self.orphan_ttl <= MAX_ORPHAN_TTL_S:
             raise ConfigError("--orphan-ttl", f"must be 0 to {MAX_ORPHAN_TTL_S}")
+        check_sessions(self)
         if self.processes < 1:
             raise ConfigError("--processes", "must be at least 1")
         if self.process_index is not None and not 0 <= self.process_index < self.processes:
@@ -109,6 +123,19 @@ class GatewayConfig(AdmissionFlags, ServerFlags, EngineTlsFlags, TextLimitFlags,
         for name in ("engine_wait_seconds", "drain_seconds", "max_coalesce"):
             if getattr(self, name) < 0:
                 raise ConfigError("--" + name.replace("_", "-"), "must not be negative")
+
+
+def check_sessions(config: GatewayConfig) -> None:
+    """Raises ConfigError."""
+    for name in ("max_sessions", "max_sessions_per_key", "max_session_tokens"):
+        if getattr(config, name) < 1:
+            raise ConfigError("--" + name.replace("_", "-"), "must be at least 1")
+    if not 0 < config.session_ttl <= MAX_SESSION_TTL_S:
+        raise ConfigError("--session-ttl", f"must be above 0, at most {MAX_SESSION_TTL_S}")
+    if not 0 <= config.session_retain_seconds <= MAX_RETAIN_S:
+        raise ConfigError("--session-retain-seconds", f"must be 0 to {MAX_RETAIN_S}")
+    if config.sessions is not None and config.processes > 1:
+        raise ConfigError("--sessions", "a gateway of several processes has no sessions")
 
 
 def load(argv: Sequence[str]) -> GatewayConfig:

@@ -10,6 +10,7 @@ import grpc
 
 from services.gateway.live import LiveRequest
 from services.gateway.resumption import Key, Remnant
+from services.gateway.session_turn import Turn
 from weft.rpc.errors import StatusError
 
 
@@ -27,6 +28,8 @@ class Entry:
     opened: asyncio.Future[LiveRequest] | None = None
     num_calls: int = 0
     live: LiveRequest | None = None
+    # The session's turn that the request is, if it is one.
+    turn: Turn | None = None
     is_cancelled: bool = False
 
     @property

@@ -30,6 +30,8 @@ from services.gateway.reader import Reader
 from services.gateway.resolution import check_fields, resolve
 from services.gateway.resumption import digest_of
 from services.gateway.router import Router
+from services.gateway.session_turn import Turn, end_turn
+from services.gateway.sessions import Sessions
 from services.gateway.usage import KeyUsage
 from weft import logs
 from weft.limits import DEFAULT_LIMITS, RequestLimits
@@ -52,6 +54,7 @@ class Gateway:
         self,
         router: Router,
         admission: Admission,
+        sessions: Sessions,
         *,
         max_request_s: float = 1800.0,
         slow_client_s: float = 60.0,
@@ -81,6 +84,7 @@ class Gateway:
         self.renew: Callable[[Caller], Caller] = lambda caller: caller
         self._max_request_s = max_request_s
         self._slow_client_s = slow_client_s
+        self.sessions = sessions
         self.entries = Entries()
         self.attendance = Attendance(
             self._life,
@@ -124,6 +128,7 @@ class Gateway:
             caller = self.renew(caller)
             deadline = self._deadline(budget_s)
             ticket = self.admission.enter(caller, _charge_at_the_door(request))
+            entry.turn = await self._begin_turn(entry, request, caller)
 
             def on_first_token(ticket: Ticket = ticket) -> None:
                 ticket.promote()
@@ -139,6 +144,7 @@ class Gateway:
                 num_prompt_tokens * resolved.num_samples, _charge_at_the_door(request, num_prompt_tokens)
             )
             entry.live = live
+            live.turn = entry.turn
             if entry.is_cancelled:
                 live.cancel()
             turn = self.dispatcher.start(live, caller)
@@ -155,6 +161,7 @@ class Gateway:
         finally:
             if live is not None:
                 live.close()
+            end_turn(entry.turn, live)
             self.attendance.end(entry)
             used = (0, 0)
             if turn is not None:
@@ -176,16 +183,21 @@ class Gateway:
         on_first_token: Callable[[], None],
     ) -> LiveRequest:
         """A new request, with nothing left open."""
-        link = await self.router.find_soon(
-            self.model_for(caller, request.model), deadline, key=request.session_id or entry.key[1]
-        )
+        if entry.turn is not None:
+            link = await entry.turn.find(self.router.find_soon, deadline)
+        else:
+            link = await self.router.find_soon(
+                self.model_for(caller, request.model), deadline, key=entry.key[1]
+            )
         if link.info is None or link.assets is None:
             raise self.router.unavailable()
         check_model(caller, link.info.model_name, link.info.artifact_version)
         check_fields(request, link.info, self.limits)
         self.entries.claim(entry)
         request_id = entry.key[1]
-        resolved = await resolve(request, link.info, link.assets, request_id, deadline, self.limits)
+        resolved = await resolve(
+            request, link.info, link.assets, request_id, deadline, self.limits, entry.turn
+        )
 
         def on_failure(error: StatusError) -> StatusError:
             return self.attendance.keep_failed(error, entry, entry.digest or digest_of(request))
@@ -221,6 +233,17 @@ class Gateway:
             before=old,
             pacer=self.pacer,
         )
+
+    async def _begin_turn(
+        self, entry: Entry, request: gateway_pb.GenerateRequest, caller: Caller
+    ) -> Turn | None:
+        """The session's turn that a request is, if it is one. Raises StatusError."""
+        if entry.before is not None:
+            old = entry.before.live
+            if old.turn is None or old.is_ended:
+                return old.turn
+            return await self.sessions.begin_again(old.turn)
+        return await self.sessions.begin(request, caller.name) if request.session_id else None
 
     def model_for(self, caller: Caller, model: str) -> str:
         """The model that a request of this key names, or means without naming it. Raises StatusError."""

@@ -27,12 +27,23 @@ class Journal:
     log-probabilities that were sent are dropped.
     """
 
-    __slots__ = ("_counts", "_first_logprob", "_logprobs", "_offsets", "num_sent", "sent_offset", "token_ids")
+    __slots__ = (
+        "_counts",
+        "_first_logprob",
+        "_logprobs",
+        "_offsets",
+        "most_sent",
+        "num_sent",
+        "sent_offset",
+        "token_ids",
+    )
 
     def __init__(self, *, keeps_offsets: bool = False) -> None:
         # 4 bytes a token: a list of integers takes nine times that.
         self.token_ids: array[int] = array("I")
         self.num_sent = 0
+        # Of all readers' tokens, the most that were sent.
+        self.most_sent = 0
         self.sent_offset = 0
         self._offsets: array[int] | None = array("Q") if keeps_offsets else None
         self._counts = array("I")
@@ -44,6 +55,7 @@ class Journal:
         other = Journal()
         other.token_ids = self.token_ids[:]
         other.num_sent, other.sent_offset = self.num_sent, self.sent_offset
+        other.most_sent = self.most_sent
         other._offsets = self._offsets[:] if self._offsets is not None else None
         other._counts = self._counts[:]
         other._logprobs = self._logprobs[:]
@@ -76,6 +88,7 @@ class Journal:
     def sent(self, num_tokens: int, offset: int) -> None:
         """So many more tokens are on their way to the reader, and the text up to `offset`."""
         self.num_sent += num_tokens
+        self.most_sent = max(self.most_sent, self.num_sent)
         if offset == self.sent_offset:
             return
         self.sent_offset = offset

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import grpc
 
@@ -28,6 +28,9 @@ from weft.v1 import generation_pb2 as pb
 # A slot is paused when this many of its tokens wait for the client, and goes on below half of it.
 MAX_PENDING_TOKENS = 256
 log = logs.get_logger("gateway")
+if TYPE_CHECKING:
+    from services.gateway.session_turn import Turn
+
 _DEADLINE_EXCEEDED = grpc.StatusCode.DEADLINE_EXCEEDED.value[0]
 
 
@@ -101,6 +104,7 @@ class LiveSample:
             budget_ms=budget_ms,
             must_complete=resolved.must_complete,
             cache_salt=resolved.cache_salt,
+            retain_seconds=resolved.retain_seconds,
         )
 
     def on_accepted(self) -> None:
@@ -302,6 +306,8 @@ class LiveRequest:
         self.is_closed = False
         self.has_tokens = False
         self.reader: Reader | None = None
+        # The session's turn that this request is, if it is one.
+        self.turn: Turn | None = None
         self.over = asyncio.Event()
         self._on_failure = on_failure
         self.pacer = pacer or AT_ONCE

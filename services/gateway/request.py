@@ -35,6 +35,9 @@ class ResolvedRequest:
     must_complete: bool
     cache_salt: str
     deadline: float | None
+    # Of a session: its name among those of all keys, and how long engines should keep what they computed.
+    session_id: str = ""
+    retain_seconds: int = 0
 
     @property
     def seed(self) -> int:

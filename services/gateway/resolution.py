@@ -9,7 +9,7 @@ import asyncio
 import re
 import secrets
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 from google.protobuf.message import Message
@@ -37,6 +37,8 @@ MAX_SEARCHED_BYTES = 16 << 10
 USUAL_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 _ROLE = re.compile(r"[a-z_]{1,32}")
 log = logs.get_logger("gateway")
+if TYPE_CHECKING:
+    from services.gateway.session_turn import Turn
 
 
 def refuse_unknown_fields(message: Message) -> None:
@@ -78,8 +80,6 @@ def check_fields(
     limits: RequestLimits = DEFAULT_LIMITS,
 ) -> None:
     """Every check that needs no tokenizer, in one refusal. Raises StatusError."""
-    if request.session_id:
-        raise not_offered("session_id", "sessions are not offered yet")
     violations: list[tuple[str, str]] = []
     violations += validate_labels(
         request_id=request.request_id, priority=request.priority, cache_salt=request.cache_salt
@@ -93,11 +93,6 @@ def check_fields(
         violations.append(("prompt", "one of text, chat, token_ids must be set"))
     if violations:
         raise invalid_argument(violations)
-
-
-def not_offered(field: str, text: str) -> StatusError:
-    """UNIMPLEMENTED for a field whose feature does not exist yet."""
-    return StatusError(grpc.StatusCode.UNIMPLEMENTED, f"{field}: {text}", field_violations=[(field, text)])
 
 
 async def tokenize(
@@ -233,11 +228,14 @@ async def resolve(
     request_id: str,
     deadline: float | None,
     limits: RequestLimits = DEFAULT_LIMITS,
+    turn: Turn | None = None,
 ) -> ResolvedRequest:
-    """Tokenize, check lengths, fill in defaults, draw the seed. `check_fields` must have passed. Raises
-    StatusError.
+    """Tokenize, check lengths, fill in defaults, draw the seed. `check_fields` must have passed. With `turn`
+    the prompt is what its session holds and the request adds. Raises StatusError.
     """
-    prompt_token_ids = await tokenize(request, assets, info)
+    prompt_token_ids = await (
+        tokenize(request, assets, info) if turn is None else turn.prompt(request, assets, info)
+    )
     prompt_field = request.WhichOneof("prompt") or "prompt"
     if max(prompt_token_ids) >= info.vocab_size:  # a tokenizer may know more tokens than the model
         raise invalid_argument([(prompt_field, "holds a token that the model does not have")])
@@ -271,6 +269,8 @@ async def resolve(
         must_complete=request.must_complete,
         cache_salt=request.cache_salt,
         deadline=deadline,
+        session_id="" if turn is None else turn.affinity,
+        retain_seconds=0 if turn is None else turn.retain_seconds,
     )
 
 

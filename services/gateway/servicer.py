@@ -10,16 +10,16 @@ import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
-import grpc
-
 from services.gateway.client_streams import ClientStreams
 from services.gateway.events import plain_delta, responses, started
 from services.gateway.gateway import Gateway
 from services.gateway.ownership import refuse_fields_that_need_an_owner, refuse_without_one_owner
 from services.gateway.permissions import check_model
-from services.gateway.resolution import not_offered, oversize, refuse_unknown_fields, tokenize
+from services.gateway.resolution import oversize, refuse_unknown_fields, tokenize
 from services.gateway.served import Served
-from weft.rpc.errors import StatusError, invalid_argument
+from services.gateway.session_database import StoredSession
+from services.gateway.sessions import Sessions
+from weft.rpc.errors import invalid_argument
 from weft.rpc.interceptor import current_caller
 from weft.sampling import validate_token_ids
 from weft.v1 import gateway_service_pb2 as pb
@@ -133,21 +133,40 @@ class GatewayServicer(GatewayServiceServicer):
         return link
 
     async def CreateSession(self, request: pb.CreateSessionRequest, context: Any) -> pb.CreateSessionResponse:
-        """Not offered yet."""
-        refuse_without_one_owner("CreateSession", self._num_processes)
-        raise _no_sessions()
+        """Begin a conversation whose tokens the gateway keeps."""
+        refuse_unknown_fields(request)
+        sessions = self._sessions("CreateSession")
+        info = self._find(request.model).info
+        session = await sessions.create(current_caller.get().name, request.session_id, info)
+        return pb.CreateSessionResponse(session=_session(session))
 
     async def GetSession(self, request: pb.GetSessionRequest, context: Any) -> pb.GetSessionResponse:
-        """Not offered yet."""
-        refuse_without_one_owner("GetSession", self._num_processes)
-        raise _no_sessions()
+        """Describe a session of the caller's key."""
+        refuse_unknown_fields(request)
+        sessions = self._sessions("GetSession")
+        session, token_ids = await sessions.get(current_caller.get().name, request.session_id)
+        response = pb.GetSessionResponse(session=_session(session))
+        if request.include_token_ids:
+            response.session.token_ids.extend(token_ids)
+        return response
 
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Any) -> pb.DeleteSessionResponse:
-        """Not offered yet."""
-        refuse_without_one_owner("DeleteSession", self._num_processes)
-        raise _no_sessions()
+        """Forget a session of the caller's key."""
+        refuse_unknown_fields(request)
+        await self._sessions("DeleteSession").delete(current_caller.get().name, request.session_id)
+        return pb.DeleteSessionResponse()
+
+    def _sessions(self, what: str) -> Sessions:
+        """Raises StatusError where another process may know the session."""
+        refuse_without_one_owner(what, self._num_processes)
+        return self._gateway.sessions
 
 
-def _no_sessions() -> StatusError:
-    error = not_offered("session", "sessions are not offered yet")
-    return StatusError(grpc.StatusCode.UNIMPLEMENTED, error.message)
+def _session(session: StoredSession) -> pb.Session:
+    return pb.Session(
+        session_id=session.session_id,
+        model=session.model,
+        version=session.version,
+        num_tokens=session.num_tokens,
+        num_turns=session.num_turns,
+    )

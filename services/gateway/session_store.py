@@ -28,6 +28,7 @@ class SessionStore:
 
     def __init__(self, path: Path | None, limits: SessionLimits) -> None:
         self.limits = limits
+        self._is_closed = False
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sessions")
         try:
             self._database = self._thread.submit(SessionDatabase, path, limits).result()
@@ -46,7 +47,10 @@ class SessionStore:
             raise _status_error(error) from error
 
     async def close(self) -> None:
-        """Let the file go, after everything that was asked before."""
+        """Let the file go, after everything that was asked before. May come twice."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         await asyncio.get_running_loop().run_in_executor(self._thread, self._database.close)
         self._thread.shutdown(wait=False)
 

@@ -1,14 +1,15 @@
 """One turn of a session: which artifact it needs, which tokens it goes on from, and what is kept of it.
 
-Kept are prompt and output at once when the turn is over: the output's tokens that were given to the client,
-and nothing at all when none was. Knows neither how sessions are found nor how they are stored.
+Prompt and output are kept at once when the turn is over: of an output that came to its end all tokens through
+it, of one that was cut short those that were sent to the client, and of a turn without output nothing. Knows
+neither how sessions are found nor how they are stored.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc
 
@@ -18,6 +19,9 @@ from services.gateway.turn_prompt import Kept, TurnPrompt, turn_prompt
 from weft.rpc.errors import StatusError
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1 import gateway_service_pb2 as gateway_pb
+
+if TYPE_CHECKING:
+    from services.gateway.live import LiveRequest
 
 
 class HasInfo(Protocol):
@@ -138,6 +142,21 @@ class Turn:
             self._num_output_kept = len(output)
         finally:
             self._keeper.forget(self)
+
+
+def tokens_to_keep(request: LiveRequest) -> Sequence[int]:
+    """What of a request's output belongs to its session: through its end when it has come to one, else what
+    was sent to the client.
+    """
+    (sample,) = request.samples
+    num_tokens = sample.output.num_tokens if sample.end is not None else sample.journal.most_sent
+    return sample.token_ids[:num_tokens]
+
+
+def end_turn(turn: Turn | None, request: LiveRequest | None, *, is_read: bool = False) -> None:
+    """Close the turn of a request that is over, once nobody reads it any more. May come several times."""
+    if turn is not None and (request is None or request.reader is None or is_read):
+        turn.close(() if request is None else tokens_to_keep(request))
 
 
 def full_name(session: StoredSession) -> str:

@@ -359,17 +359,6 @@ async def test_an_unknown_model_is_not_found(gateway: Any) -> None:
     assert caught.value.code() == grpc.StatusCode.NOT_FOUND
 
 
-async def test_sessions_are_unimplemented(gateway: Any) -> None:
-    for call in (
-        gateway.stub.CreateSession(pb.CreateSessionRequest()),
-        gateway.stub.GetSession(pb.GetSessionRequest()),
-        gateway.stub.DeleteSession(pb.DeleteSessionRequest()),
-    ):
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await call
-        assert caught.value.code() == grpc.StatusCode.UNIMPLEMENTED
-
-
 @pytest.mark.parametrize(
     ("error", "code"),
     [

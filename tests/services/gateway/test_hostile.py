@@ -177,16 +177,6 @@ async def test_a_text_without_a_token(gateway: Any, monkeypatch: pytest.MonkeyPa
     assert error_from_call(error).field_violations[0][0] == "text"
 
 
-@pytest.mark.parametrize(
-    "request_",
-    [text(session_id="s")],
-)
-async def test_what_is_not_offered_says_so(gateway: Any, request_: pb.GenerateRequest) -> None:
-    error = await refused(gateway, request_)
-    assert error.code() == grpc.StatusCode.UNIMPLEMENTED
-    assert "not offered yet" in error.details()
-
-
 async def test_invalid_utf8_and_garbage(gateway: Any) -> None:
     call = gateway.channel.unary_stream(
         "/weft.v1.GatewayService/Generate",
