@@ -10,6 +10,7 @@ import grpc
 import pytest
 
 from weft.client import AsyncClient, Client, RetryPolicy, StatusError, make_request
+from weft.client.progress import Progress
 from weft.rpc.errors import status_message, trailers
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2
@@ -255,3 +256,28 @@ def test_requests_from_plain_values():
     assert make_request("x", resumable=True).request_id
     with pytest.raises(TypeError, match="temprature"):
         make_request("x", temprature=1)
+
+
+def test_tokens_that_come_twice_are_told_once():
+    """A resume by offset brings tokens again that had no text after them."""
+    request = pb.GenerateRequest(text="x", request_id="r", resumable=True)
+    progress = Progress(request, RetryPolicy(), None)
+
+    def take(text, token_ids, next_offset):
+        delta = pb.Delta(text=text, token_ids=token_ids, next_offset=next_offset)
+        return progress.take(pb.GenerateResponse(delta=delta))
+
+    take("ab", [1, 2], 2)
+    assert take("", [3], 2).token_ids == (3,)
+    progress.wait_after(StatusError(grpc.StatusCode.UNAVAILABLE, "lost"))
+    assert progress.next_request().resume_offset == 2
+    assert take("", [3], 2) is None
+    assert take("c", [4], 3).token_ids == (4,)
+    progress.wait_after(StatusError(grpc.StatusCode.UNAVAILABLE, "lost", metadata={"resume_token": "t"}))
+    assert progress.next_request().resume_token == "t"
+    take("d", [5], 4)
+    progress.wait_after(StatusError(grpc.StatusCode.UNAVAILABLE, "lost"))
+    again = progress.next_request()
+    assert (again.resume_token, again.resume_offset) == ("", 4), "the token's place lies behind"
+    assert progress.completions[0].token_ids == [1, 2, 3, 4, 5]
+    assert progress.completions[0].text == "abcd"

@@ -43,6 +43,10 @@ class Progress:
         self._retry = retry
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._offsets = [0] * len(self.completions)
+        # Tokens that were out when the offset was first reached, and how many will come a second time: a
+        # resume by offset brings those again that had no text after it.
+        self._counts = [0] * len(self.completions)
+        self._doubles = [0] * len(self.completions)
         self._token = ""
         self._num_failures = 0
 
@@ -57,6 +61,8 @@ class Progress:
 
     def next_request(self) -> pb.GenerateRequest:
         """What to send now: the request, or the same from where it stopped."""
+        pairs = zip(self.completions, self._counts, strict=True)
+        self._doubles = [0 if self._token else len(c.token_ids) - count for c, count in pairs]
         if not self._token and not any(self._offsets):
             return self._request
         request = pb.GenerateRequest()
@@ -82,13 +88,19 @@ class Progress:
         elif kind == "delta":
             self._num_failures = 0
             new = response.delta
-            completion = self.completions[new.sample_index]
+            index = new.sample_index
+            completion = self.completions[index]
+            known = min(self._doubles[index], len(new.token_ids))
+            self._doubles[index] -= known
+            token_ids = tuple(new.token_ids)[known:]
+            if not token_ids and not new.text:
+                return None
+            self._token = ""  # it leads to a place that lies behind this
             completion.text += new.text
-            completion.token_ids.extend(new.token_ids)
-            self._offsets[new.sample_index] = new.next_offset
-            return Delta(
-                new.text, tuple(new.token_ids), new.sample_index, new.next_offset, tuple(new.logprobs)
-            )
+            completion.token_ids.extend(token_ids)
+            if new.next_offset > self._offsets[index]:
+                self._offsets[index], self._counts[index] = new.next_offset, len(completion.token_ids)
+            return Delta(new.text, token_ids, index, new.next_offset, tuple(new.logprobs)[known:])
         return None
 
     def wait_after(self, error: StatusError) -> float:
