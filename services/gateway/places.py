@@ -12,6 +12,10 @@ from weft.v1 import engine_service_pb2 as engine_pb
 # An engine gets this part of its batch on top, and two sequences at least, so that what comes free at one
 # step is taken at the next one without a round trip to here: measured with outputs of eight tokens, a batch
 # of eight is 90% full with one ahead, 99% with two. What is sent ahead waits in the engine's own order.
+# As many may be there of this gateway however full the engine is of others' sequences: those others see a
+# place of their own come free at once, and this one only with the next heartbeat.
+# As many may be there of this gateway however full the engine is of others' sequences: those others see each
+# place of their own come free at once, and this one sees it with the next heartbeat, when it is taken again.
 AHEAD_PART = 1 / 8
 MIN_AHEAD = 2
 
@@ -51,12 +55,11 @@ def num_places(engines: Iterable[Engine], info: engine_pb.GetInfoResponse) -> in
     """Sequences that engines of this artifact could take now; None when there is no such engine."""
     found: int | None = None
     for engine in engines:
-        own = engine.info
-        if own is None or (own.artifact_digest, own.model_name) != (info.artifact_digest, info.model_name):
+        its = engine.info
+        if its is None or (its.artifact_digest, its.model_name) != (info.artifact_digest, info.model_name):
             continue
         size = engine.load.max_batch_size
         ahead = max(MIN_AHEAD, int(size * AHEAD_PART))
-        found = (found or 0) + max(
-            0, size + ahead - engine.load.num_sequences(engine.num_live - engine.num_paused)
-        )
+        num_own = engine.num_live - engine.num_paused
+        found = (found or 0) + max(0, size + ahead - engine.load.num_sequences(num_own), ahead - num_own)
     return found

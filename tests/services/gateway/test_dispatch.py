@@ -302,8 +302,10 @@ async def test_pools_of_artifacts_that_are_gone_go() -> None:
     assert kept.pool in engines.dispatcher._pools.values()
 
 
-def engine(digest: str, size: int, num_there: int, model: str = "demo", num_paused: int = 0) -> Any:
-    load = SimpleNamespace(max_batch_size=size, num_sequences=lambda num_live: num_live)
+def engine(
+    digest: str, size: int, num_there: int, model: str = "demo", num_paused: int = 0, num_others: int = 0
+) -> Any:
+    load = SimpleNamespace(max_batch_size=size, num_sequences=lambda num_live: num_live + num_others)
     return SimpleNamespace(info=info_of(model, digest), load=load, num_live=num_there, num_paused=num_paused)
 
 
@@ -313,6 +315,9 @@ def test_places_are_those_of_one_artifact_and_a_few_ahead() -> None:
     assert num_places([engine("d", 8, 8)], info_of()) == 2
     assert num_places([engine("d", 8, 10)], info_of()) == 0
     assert num_places([engine("d", 8, 10, num_paused=4)], info_of()) == 4
+    assert num_places([engine("d", 8, 2, num_others=4)], info_of()) == 4
+    assert num_places([engine("d", 8, 1, num_others=40)], info_of()) == 1, "another gateway's crowd"
+    assert num_places([engine("d", 8, 2, num_others=40)], info_of()) == 0
     assert num_places([engine("d", 64, 60), engine("d", 8, 20)], info_of()) == 12
 
 
