@@ -97,12 +97,15 @@ def test_only_the_quantizer_writes_the_volume(compose: dict[str, Any]) -> None:
     assert "artifacts" in compose["volumes"]
     mounts = {name: s["volumes"] for name, s in compose["services"].items()}
     assert "artifacts:/artifacts" in mounts["quantizer"]
-    assert mounts["engine"] == mounts["gateway"] == ["artifacts:/artifacts:ro"]
+    assert mounts["engine"] == ["artifacts:/artifacts:ro"]
+    assert mounts["gateway"] == ["artifacts:/artifacts:ro", "sessions:/state"]
+    assert "--sessions=/state/sessions.db" in compose["services"]["gateway"]["command"]
     assert mounts["jobs"] == ["artifacts:/artifacts", "jobs:/state", "./models:/models:ro"]
     assert [name for name, found in mounts.items() if any(m.startswith("jobs:") for m in found)] == ["jobs"]
     state = next(word for word in compose["services"]["jobs"]["command"] if word.startswith("--state="))
     assert state == "--state=/state", "never on the artifact volume"
-    assert "/state" in dockerfile("quantizer"), "its owner must be the user of the image"
+    for image in ("quantizer", "gateway"):
+        assert "/state" in dockerfile(image), "its owner must be the user of the image"
 
 
 @pytest.mark.parametrize("service", ["engine", "gateway", "jobs"])
@@ -116,7 +119,7 @@ def test_health_is_the_products_own_probe(compose: dict[str, Any], service: str)
 
 
 def test_the_gateway_calls_the_engine_where_it_listens(compose: dict[str, Any]) -> None:
-    assert "--engine=engine:50051" in compose["services"]["gateway"]["command"]
+    assert "--engine=dns:engine:50051" in compose["services"]["gateway"]["command"]
     assert "--listen=0.0.0.0:50051" in compose["services"]["engine"]["command"]
 
 
