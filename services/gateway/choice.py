@@ -25,6 +25,8 @@ SLACK_S = 0.1
 # Estimates that differ by less, in seconds or as a share, are the same; then the emptier engine is better.
 SAME_S = 0.05
 SAME_SHARE = 0.2
+# Steps that differ by less say more about the moment than about the engine.
+SLOW_STEP_S = 0.25
 # While no pace is known: so many sequences more than the other, and twice as many.
 SLACK_SEQUENCES = 8
 
@@ -107,9 +109,9 @@ class Choice:
         one, other = self._rng.sample(pool, 2)
         one_s = one.load.first_token_s(one.num_live, num_tokens)
         other_s = other.load.first_token_s(other.num_live, num_tokens)
-        if one.load.step_s and other.load.step_s:
-            one_s += one.load.step_s
-            other_s += other.load.step_s
+        steps = one.load.step_s, other.load.step_s
+        if min(steps) > 0.0 and abs(steps[0] - steps[1]) > SLOW_STEP_S:
+            one_s, other_s = one_s + steps[0], other_s + steps[1]
         if abs(one_s - other_s) > max(SAME_S, SAME_SHARE * min(one_s, other_s)):
             return one if one_s < other_s else other
         return one if _occupancy(one) <= _occupancy(other) else other

@@ -83,8 +83,8 @@ class FileSource:
     all are `[]`.
     """
 
-    def __init__(self, path: Path, period_s: float = FILE_PERIOD_S) -> None:
-        self.period_s: float | None = period_s
+    def __init__(self, path: Path) -> None:
+        self.period_s: float | None = FILE_PERIOD_S
         self._path = path
         self._seen: tuple[int, int, int] | None = None
 
@@ -160,16 +160,16 @@ def parse_source(text: str, *, dns_period_s: float = DNS_PERIOD_S) -> Source:
 
 
 class Discovery:
-    """All sources together. `on_targets` is told the set of addresses whenever it changes."""
+    """All sources together. `on_targets` is told the addresses, each once, whenever they change."""
 
-    def __init__(self, sources: Sequence[Source], on_targets: Callable[[frozenset[str]], None]) -> None:
+    def __init__(self, sources: Sequence[Source], on_targets: Callable[[Sequence[str]], None]) -> None:
         self._sources = sources
         self._on_targets = on_targets
         # The fixed ones at once and together: nobody should wait for a resolver to use them.
         self._answers: list[frozenset[str]] = [
             (source.look() or frozenset()) if source.period_s is None else frozenset() for source in sources
         ]
-        self._told: frozenset[str] = frozenset()
+        self._told: tuple[str, ...] = ()
         self.num_failures = 0
         self._tell()
 
@@ -206,7 +206,7 @@ class Discovery:
             await asyncio.sleep(period_s)
 
     def _tell(self) -> None:
-        targets = frozenset[str]().union(*self._answers)
+        targets = tuple(dict.fromkeys(target for answer in self._answers for target in sorted(answer)))
         if targets != self._told:
             self._told = targets
             self._on_targets(targets)

@@ -5,7 +5,7 @@ needed any more. Knows addresses and links; where samples go is the router's.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from services.gateway.engine_client import EngineLink
@@ -27,7 +27,7 @@ class Fleet:
     def __init__(self, routes: Routes, make_link: Callable[[str], EngineLink]) -> None:
         self._routes = routes
         self._make_link = make_link
-        self._targets: frozenset[str] = frozenset()
+        self._targets: Sequence[str] = ()
         self._links: dict[str, EngineLink] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._is_running = False
@@ -38,10 +38,10 @@ class Fleet:
         for link in self._links.values():
             self._run(link)
 
-    def set_targets(self, targets: frozenset[str]) -> None:
+    def set_targets(self, targets: Sequence[str]) -> None:
         """The engines that there are now."""
         self._targets = targets
-        for target in sorted(targets - self._links.keys()):
+        for target in (target for target in targets if target not in self._links):
             link = self._links[target] = self._make_link(target)
             if self._is_running:
                 log.info("engine joins", target=target)
