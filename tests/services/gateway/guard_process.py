@@ -24,15 +24,14 @@ class GuardProcess:
         self._reader = asyncio.create_task(self._read())
 
     @classmethod
-    async def start(cls, module: str, *flags: object, path: Path | None = None) -> GuardProcess:
-        """Start a process; `path` is a directory that its interpreter looks into first."""
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join([*([str(path)] if path else []), str(ROOT)]),
-        }
+    async def start(
+        cls, module: str, *flags: object, environment: dict[str, str] | None = None
+    ) -> GuardProcess:
+        """Start a process, with another environment than this one's if given."""
+        variables = {**(environment or os.environ), "PYTHONPATH": str(ROOT)}
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", module, "serve", *map(str, flags)),
-            cwd=ROOT, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, env=environment,
+            cwd=ROOT, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE, env=variables,
         )  # fmt: skip
         return cls(process)
 
