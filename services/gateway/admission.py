@@ -141,6 +141,16 @@ class Admission:
         self.num_waiting += 1
         return Ticket(self, None if account is None else account.begin(now))
 
+    def pass_by(self, caller: Caller) -> None:
+        """A call that comes to a request which is in already: of its key's quotas it uses a request of this
+        second. Raises StatusError.
+        """
+        now = self.now()
+        account = self.quotas.account(caller, now)
+        if account is not None:
+            with self.counting_refusals():
+                account.count_request(now)
+
     def note_first_token(self) -> None:
         """A request has left the queue. The gap to the next one counts only if somebody waits for it."""
         now = self.now()

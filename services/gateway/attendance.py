@@ -55,7 +55,9 @@ def stopping() -> StatusError:
 
 
 class Attendance:
-    """The calls at the requests of one gateway. `renew` says what a key may do now."""
+    """The calls at the requests of one gateway. `renew` says what a key may do now; `pass_by` raises when it
+    may not come to a request that is live.
+    """
 
     def __init__(
         self,
@@ -65,6 +67,7 @@ class Attendance:
         limits: RetentionLimits,
         *,
         renew: Callable[[Caller], Caller],
+        pass_by: Callable[[Caller], None],
     ) -> None:
         self.is_closed = False
         # Orphans, which still run, and what is left of requests that have ended.
@@ -76,6 +79,7 @@ class Attendance:
         self._entries = entries
         self._counters = counters
         self._renew = renew
+        self._pass_by = pass_by
 
     @asynccontextmanager
     async def open(
@@ -90,6 +94,8 @@ class Attendance:
                     raise stopping()
                 check_resume_fields(request)
                 entry, where = self._find(request, caller)
+                if entry.num_calls >= 0 and entry.opened is not None:
+                    self._pass_by(self._renew(caller))
         if entry.opened is None:
             async with self._life(entry, request, caller, budget_s) as live:
                 async with self._reading(live, where) as reader:

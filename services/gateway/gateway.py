@@ -92,6 +92,7 @@ class Gateway:
             self.counters,
             retention or RetentionLimits(),
             renew=lambda caller: self.renew(caller),
+            pass_by=admission.pass_by,
         )
 
     @property

@@ -102,6 +102,14 @@ class Account:
             self.requests.take(1.0, now)
         return Lease(self)
 
+    def count_request(self, now: float) -> None:
+        """Count one that takes no stream of its own. Raises StatusError when it does not fit."""
+        if self.requests is None:
+            return
+        if wait_s := self.requests.wait_s(1.0, now):
+            raise over_quota("requests_per_second", self.limits.requests_per_second, wait_s)
+        self.requests.take(1.0, now)
+
     def is_fresh(self, now: float) -> bool:
         """Whether nothing distinguishes it from a new one."""
         buckets = (self.requests, self.tokens)

@@ -160,6 +160,7 @@ class Remnants:
         remnant = Remnant(key, digest, live, self._forget)
         if live.is_resumable:
             self._by_key[key] = remnant
+        live.forget_call()
         self._by_token[remnant.token] = remnant
         self._retention.keep(remnant)
         return remnant if remnant.token in self._by_token else None

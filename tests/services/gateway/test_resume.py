@@ -266,6 +266,24 @@ async def test_ids_and_tokens_belong_to_a_key(start_gateway: Any, engine: Any, s
     assert error.code() == CODE.NOT_FOUND
 
 
+async def test_coming_back_counts_as_a_request_of_the_second(
+    start_engine: Any, start_gateway: Any, settle: Any
+) -> None:
+    engine = await start_engine(step_s=0.05)
+    gateway = await start_gateway(engine, key_requests_per_second=0.5, key_max_streams=1)
+    request = ask(max_tokens=900)
+    follower = Follower()
+    await read(gateway.stub.Generate(request), follower, 3)
+    error = error_from_call(await refused(gateway.stub.Generate(follower.resume(request))))
+    assert (error.code, error.reason) == (CODE.RESOURCE_EXHAUSTED, "QUOTA_EXCEEDED")
+    assert 0 < error.retry_after_s <= 2.0
+    await asyncio.sleep(error.retry_after_s)
+    # Its one stream is the request that it comes back to.
+    await read(gateway.stub.Generate(follower.resume(request)), follower, 2)
+    await gateway.stub.Cancel(pb.CancelRequest(request_id="r"))
+    await quiet(gateway, settle)
+
+
 async def cut(gateway: Any, engine: Any, request: pb.GenerateRequest, follower: Follower) -> Any:
     """Kill the engine in the middle of a request; the error that ends it."""
     engine.step_s = 0.01
@@ -305,6 +323,7 @@ async def test_a_token_goes_on_after_the_last_byte(
     newer = error.metadata["resume_token"]
     if has_body:
         again.resume_token = newer
+    engine.step_s = 0.001
     await engine.start(engine.address)
     await settle(lambda: gateway.link.is_up)
     await read(gateway.stub.Generate(again), follower)
@@ -326,20 +345,21 @@ async def test_the_trailer_and_the_event_carry_the_token(
     engine = await start_engine()
     gateway = await start_gateway(engine, engine_wait_seconds=0.0)
     multiplex = gateway.stub.Multiplex()
-    request = ask(max_tokens=400)
+    request = ask(max_tokens=150)
     request.resumable = False
     request.request_id = "m"
     await multiplex.write(pb.MultiplexRequest(stream_id=1, generate=request))
     follower = Follower()
     while len(follower.ids[0]) < 10:
         follower.take((await multiplex.read()).response)
-    error = await cut(gateway, engine, ask(max_tokens=400), Follower())
+    error = await cut(gateway, engine, ask(max_tokens=150), Follower())
     trailers = dict(error.trailing_metadata())
     assert trailers["x-resume-token"] == error_from_call(error).metadata["resume_token"]
     while not (response := await multiplex.read()).HasField("end"):
         follower.take(response.response)
     failure = response.end.failure
     assert (failure.code, failure.reason) == (CODE.UNAVAILABLE.value[0], "ENGINE_LOST")
+    engine.step_s = 0.001
     await engine.start(engine.address)
     await settle(lambda: gateway.link.is_up)
     again = pb.GenerateRequest(resume_token=failure.resume_token)
