@@ -34,6 +34,8 @@ from weft.v1.engine_service_pb2_grpc import EngineServiceStub
 
 # An engine that beats every second when idle, and has not for so long, is not the first choice.
 QUIET_S = 2.5
+# An engine that was hung is given nothing before its step has ended; without any word of it, for so long.
+SUSPECT_S = 3.0
 # Tokens for so long are a success, whether or not an output has ended.
 TRIED_S = 1.0
 log = logs.get_logger("gateway.link")
@@ -73,6 +75,7 @@ class EngineLink:
         self._credit_bytes = credit_bytes
         self._up_at = 0.0
         self._failed_request = ""
+        self._is_suspect = False
         self._paused: set[LiveSample] = set()
         self._multiplexer: Multiplexer | None = None
         self._outbox: deque[engine_pb.ConnectRequest] = deque()
@@ -87,7 +90,8 @@ class EngineLink:
     @property
     def is_usable(self) -> bool:
         """Whether the link takes samples."""
-        return self._multiplexer is not None and not self.is_draining and not self.is_leaving
+        is_here = self._multiplexer is not None and not self._is_suspect
+        return is_here and not self.is_draining and not self.is_leaving
 
     @property
     def owner(self) -> Owner:
@@ -196,6 +200,8 @@ class EngineLink:
         self.is_draining = False
         self.load = EngineLoad(hello.info)
         self._up_at = self._now()
+        if self._is_suspect:
+            asyncio.get_running_loop().call_later(SUSPECT_S, self._trust_silent, self.counters.sessions + 1)
         self._watchdog.start(self._up_at)
         self.breaker.connect(self._up_at)
         self.counters.sessions += 1
@@ -303,12 +309,29 @@ class EngineLink:
             self.counters.dropped_epoch += 1
             return
         self._watchdog.beat(beat)
+        if self._is_suspect and not self._watchdog.is_hung:
+            self._trust()
         room = self.load.room(multiplexer.num_live)
         self.load.beat(beat, multiplexer.num_live)
         if self.load.room(multiplexer.num_live) > room:
             self._owner.on_room(self)
-        if multiplexer.num_live and (problem := self._watchdog.problem(now)) is not None:
+        self._check_life(now)
+
+    def _check_life(self, now: float) -> None:
+        """Raise LinkLost when an engine that has something to do is dead or hung."""
+        if self.num_live and (problem := self._watchdog.problem(now)) is not None:
+            self._is_suspect = self._watchdog.is_hung
             raise LinkLost(problem)
+
+    def _trust(self) -> None:
+        """The step that hung is over: give the engine samples again."""
+        self._is_suspect = False
+        self._owner.on_link_change(self)
+
+    def _trust_silent(self, session: int) -> None:
+        """A while after a session began: an engine that tells nothing of its steps is trusted."""
+        if self._is_suspect and session == self.counters.sessions and not self._watchdog.has_beat:
+            self._trust()
 
     async def _watch(self, _call: Any) -> None:
         """Look at the link every tick, and when silence would mean death; raise LinkLost when that is so."""
@@ -321,8 +344,7 @@ class EngineLink:
             await asyncio.sleep(planned_s)
             watchdog.look(self._now(), planned_s)
             planned_s = 0.0
-            if self.num_live and (problem := watchdog.problem(self._now())) is not None:
-                raise LinkLost(problem)
+            self._check_life(self._now())
             if self.is_leaving and not self.num_live:
                 raise LinkLeft
 

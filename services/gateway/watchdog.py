@@ -53,12 +53,23 @@ class Watchdog:
         """Seconds until silence means death, if nothing comes."""
         return max(0.0, self._heard_at + self._dead_s - now)
 
+    @property
+    def has_beat(self) -> bool:
+        """Whether a heartbeat has come since the start."""
+        return self._beat is not None
+
+    @property
+    def is_hung(self) -> bool:
+        """Whether the newest heartbeat told of a step that hangs."""
+        beat = self._beat
+        return beat is not None and beat.step_elapsed_ms > beat.step_bound_ms + self._hung_s * 1000
+
     def problem(self, now: float) -> str | None:
         """What is wrong with an engine that has live slots, or None."""
         if now - self._heard_at >= self._dead_s:
             return f"dead: nothing heard for {now - self._heard_at:.1f} s"
         beat = self._beat
-        if beat is not None and beat.step_elapsed_ms > beat.step_bound_ms + self._hung_s * 1000:
+        if beat is not None and self.is_hung:
             elapsed, bound = beat.step_elapsed_ms, beat.step_bound_ms
             return f"hung: step {beat.step} runs for {elapsed} ms, its bound is {bound}"
         return None

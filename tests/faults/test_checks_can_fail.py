@@ -67,11 +67,14 @@ def test_ends_are_checked() -> None:
 
 
 def test_text_is_checked() -> None:
-    check = StreamCheck("s", [Expected(TOKENS, text="abcde")])
+    check = StreamCheck("s", [Expected(TOKENS, text="abcde")], has_tokens=False)
     check.on_text(0, "ab", 0.0)
     check.on_text(0, "xde", 0.1)
     assert check.num_wrong == 1
-    check = StreamCheck("s", [Expected(TOKENS, text="abcde")])
+    check = StreamCheck("s", [Expected(TOKENS, STOP, "")], has_tokens=False)
+    check.on_finish(0, STOP)
+    assert check.problems == []
+    check = StreamCheck("s", [Expected(TOKENS, text="abcde")], has_tokens=False)
     check.on_text(0, "ab", 0.0)
     check.on_finish(0, "LENGTH")
     assert check.num_wrong == 1

@@ -12,7 +12,7 @@ from tools.chaos.checker import Expected, StreamCheck, percentile
 from tools.chaos.clients import Clients, Counts
 from tools.chaos.faults import Schedule
 from tools.chaos.stack import Stack
-from tools.chaos.workload import Spec
+from tools.chaos.workload import HTTP, Spec
 
 # Streams that were begun get so long to end after the last fault.
 END_S = 60.0
@@ -103,7 +103,7 @@ async def run(
         async def work(workload: Requests) -> None:
             while time.monotonic() < until:
                 spec, expected = workload.next()
-                check = StreamCheck(spec.name, expected)
+                check = StreamCheck(spec.name, expected, has_tokens=spec.way != HTTP)
                 checks.append(check)
                 await clients.run(spec, check)
 
