@@ -24,7 +24,7 @@ from services.gateway.live import LiveRequest
 from services.gateway.orphans import RetentionLimits
 from services.gateway.pacing import Pacer
 from services.gateway.permissions import check_model, meant_model
-from services.gateway.places import num_places
+from services.gateway.places import find_places
 from services.gateway.quotas import charge_at_the_door
 from services.gateway.reader import Reader
 from services.gateway.resolution import check_fields, resolve
@@ -67,7 +67,7 @@ class Gateway:
         self.limits = limits
         self.admission = admission
         self.dispatcher = Dispatcher(
-            lambda info: num_places(router.usable(), info),
+            lambda info: find_places(router.usable(), info),
             router.place,
             wait_s=router.wait_s,
             ageing_s=ageing_s,

@@ -1,23 +1,32 @@
-"""How many more sequences may be sent to the engines of one artifact. Knows links and their loads; holds
-nothing.
-"""
+"""How much more may be sent to the engines of one artifact. Knows links and their loads; holds nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from weft.v1 import engine_service_pb2 as engine_pb
 
 # An engine gets this part of its batch on top, and two sequences at least, so that what comes free at one
 # step is taken at the next one without a round trip to here: measured with outputs of eight tokens, a batch
 # of eight is 90% full with one ahead, 99% with two. What is sent ahead waits in the engine's own order.
-# As many may be there of this gateway however full the engine is of others' sequences: those others see a
-# place of their own come free at once, and this one only with the next heartbeat.
 # As many may be there of this gateway however full the engine is of others' sequences: those others see each
 # place of their own come free at once, and this one sees it with the next heartbeat, when it is taken again.
 AHEAD_PART = 1 / 8
 MIN_AHEAD = 2
+# Prompts for so many steps are enough to keep an engine computing.
+PREFILL_STEPS = 2
+UNBOUNDED = 1 << 40
+
+
+class Places(NamedTuple):
+    """What the engines of one artifact take now: `num_sequences` more, as long as fewer than `num_ahead` of
+    those sent, or of fewer than `num_prompt_tokens`, lack their first token.
+    """
+
+    num_sequences: int
+    num_ahead: int = UNBOUNDED
+    num_prompt_tokens: int = UNBOUNDED
 
 
 class Load(Protocol):
@@ -51,9 +60,9 @@ class Engine(Protocol):
         """Of these, the ones that have given their places up."""
 
 
-def num_places(engines: Iterable[Engine], info: engine_pb.GetInfoResponse) -> int | None:
-    """Sequences that engines of this artifact could take now; None when there is no such engine."""
-    found: int | None = None
+def find_places(engines: Iterable[Engine], info: engine_pb.GetInfoResponse) -> Places | None:
+    """What engines of this artifact take now; None when there is no such engine."""
+    found: Places | None = None
     for engine in engines:
         its = engine.info
         if its is None or (its.artifact_digest, its.model_name) != (info.artifact_digest, info.model_name):
@@ -61,5 +70,12 @@ def num_places(engines: Iterable[Engine], info: engine_pb.GetInfoResponse) -> in
         size = engine.load.max_batch_size
         ahead = max(MIN_AHEAD, int(size * AHEAD_PART))
         num_own = engine.num_live - engine.num_paused
-        found = (found or 0) + max(0, size + ahead - engine.load.num_sequences(num_own), ahead - num_own)
+        num_free = max(0, size + ahead - engine.load.num_sequences(num_own), ahead - num_own)
+        num_tokens = PREFILL_STEPS * its.max_batched_tokens or UNBOUNDED
+        before = found or Places(0, 0, 0)
+        found = Places(
+            before.num_sequences + num_free,
+            before.num_ahead + ahead,
+            before.num_prompt_tokens + num_tokens,
+        )
     return found

@@ -13,7 +13,7 @@ import pytest
 
 from services.gateway.dispatch import Dispatcher, Turn
 from services.gateway.live import LiveRequest
-from services.gateway.places import num_places
+from services.gateway.places import UNBOUNDED, Places, find_places
 from weft.rpc.auth import ANYBODY, Caller
 from weft.rpc.errors import StatusError
 from weft.v1 import engine_service_pb2 as engine_pb
@@ -59,6 +59,7 @@ class FakeLive:
         self.is_closed = False
         self.failure: StatusError | None = None
         self.has_failed = asyncio.Event()
+        self.on_first_token = lambda: None
 
     @staticmethod
     def now() -> float:
@@ -77,10 +78,12 @@ class Engines:
         self.started: list[str] = []
         self.can_place = True
         self.has_started = asyncio.Event()
-        self.dispatcher = Dispatcher(self.num_places, cast(Any, self.place), wait_s=0.1)
+        self.prefill: dict[str, int] = {}
+        self.dispatcher = Dispatcher(self.find_places, cast(Any, self.place), wait_s=0.1)
 
-    def num_places(self, info: engine_pb.GetInfoResponse) -> int | None:
-        return self.room.get(info.model_name)
+    def find_places(self, info: engine_pb.GetInfoResponse) -> Places | None:
+        room = self.room.get(info.model_name)
+        return None if room is None else Places(room, **self.prefill)
 
     def place(self, sample: Any) -> bool:
         model = sample.request.resolved.info.model_name
@@ -309,16 +312,55 @@ def engine(
     return SimpleNamespace(info=info_of(model, digest), load=load, num_live=num_there, num_paused=num_paused)
 
 
+def number(engines: list[Any]) -> int | None:
+    places = find_places(engines, info_of())
+    return None if places is None else places.num_sequences
+
+
 def test_places_are_those_of_one_artifact_and_a_few_ahead() -> None:
-    assert num_places([], info_of()) is None
-    assert num_places([engine("other", 8, 0), engine("d", 8, 0, "x")], info_of()) is None
-    assert num_places([engine("d", 8, 8)], info_of()) == 2
-    assert num_places([engine("d", 8, 10)], info_of()) == 0
-    assert num_places([engine("d", 8, 10, num_paused=4)], info_of()) == 4
-    assert num_places([engine("d", 8, 2, num_others=4)], info_of()) == 4
-    assert num_places([engine("d", 8, 1, num_others=40)], info_of()) == 1, "another gateway's crowd"
-    assert num_places([engine("d", 8, 2, num_others=40)], info_of()) == 0
-    assert num_places([engine("d", 64, 60), engine("d", 8, 20)], info_of()) == 12
+    assert number([]) is None
+    assert number([engine("other", 8, 0), engine("d", 8, 0, "x")]) is None
+    assert number([engine("d", 8, 8)]) == 2
+    assert number([engine("d", 8, 10)]) == 0
+    assert number([engine("d", 8, 10, num_paused=4)]) == 4
+    assert number([engine("d", 8, 2, num_others=4)]) == 4
+    assert number([engine("d", 8, 1, num_others=40)]) == 1, "another gateway's crowd"
+    assert number([engine("d", 8, 2, num_others=40)]) == 0
+    assert number([engine("d", 64, 60), engine("d", 8, 20)]) == 12
+
+
+def test_prompts_for_two_steps_are_enough() -> None:
+    small, large = engine("d", 8, 0), engine("d", 64, 0)
+    assert find_places([small, large], info_of()) == Places(82, 10, 2 * UNBOUNDED)
+    small.info.max_batched_tokens, large.info.max_batched_tokens = 512, 2048
+    assert find_places([small, large], info_of()) == Places(82, 10, 5120)
+
+
+async def test_an_engine_busy_with_prompts_is_sent_no_more() -> None:
+    engines = Engines(room=100)
+    engines.prefill = {"num_ahead": 2, "num_prompt_tokens": 50}
+    lives = [FakeLive(str(number), prompt=20) for number in range(8)]
+    turns = [engines.start(live) for live in lives]
+    assert engines.started == ["0", "1", "2"]
+    lives[1].on_first_token()
+    await asyncio.sleep(0)
+    assert engines.started == ["0", "1", "2", "3"]
+    turns[0].leave()
+    turns[0].leave()
+    engines.dispatcher.pump()
+    assert engines.started == ["0", "1", "2", "3", "4"]
+    assert (turns[0].pool.num_in_prefill, turns[0].pool.prefill_tokens) == (3, 60)
+    for turn in turns:
+        turn.leave()
+    assert (turns[0].pool.num_in_prefill, turns[0].pool.prefill_tokens) == (0, 0)
+
+
+async def test_short_prompts_are_not_held_back_by_their_number() -> None:
+    engines = Engines(room=100)
+    engines.prefill = {"num_ahead": 2, "num_prompt_tokens": 1000}
+    for index in range(50):
+        engines.start(FakeLive(str(index), prompt=5))
+    assert len(engines.started) == 50
 
 
 async def test_a_turn_costs_microseconds_when_there_is_room() -> None:
