@@ -153,7 +153,7 @@ class GatewayApplication:
             body_s=self.config.http_body_seconds,
             tls=self.tls,
         )
-        await self.http.start(address, shares_port=self.config.processes > 1)
+        await self.http.start(address, shares_port=self.config.processes > 1, own=self.config.process_http)
 
     def _on_change(self) -> None:
         """Readiness follows the links."""

@@ -82,6 +82,12 @@ class GatewayConfig(AdmissionFlags, ServerFlags, EngineTlsFlags, TextLimitFlags,
         metavar="MS",
     )  # fmt: skip
     processes: int = option(1, "processes that share the ports", metavar="N")
+    process_http: Address | None = option(
+        None,
+        "with --processes, HTTP of each process alone, for its metrics: this port plus its index",
+        parse=parse_address,
+        metavar="HOST:PORT",
+    )
     process_index: int | None = option(
         None, "which of them this is; --processes sets it for those it starts", metavar="I"
     )
@@ -118,8 +124,13 @@ class GatewayConfig(AdmissionFlags, ServerFlags, EngineTlsFlags, TextLimitFlags,
             raise ConfigError("--processes", "must be at least 1")
         if self.process_index is not None and not 0 <= self.process_index < self.processes:
             raise ConfigError("--process-index", "must be at least 0 and below --processes")
-        if self.processes > 1 and self.admin is not None and self.admin.port == 0:
-            raise ConfigError("--admin", "with several processes it needs a port; each takes the next one")
+        if self.process_http is not None and (self.processes == 1 or self.http is None):
+            raise ConfigError("--process-http", "needs --http and --processes above 1")
+        for name in ("admin", "process_http"):
+            address = getattr(self, name)
+            if self.processes > 1 and address is not None and address.port == 0:
+                flag = "--" + name.replace("_", "-")
+                raise ConfigError(flag, "with several processes it needs a port; each takes the next one")
         for name in ("engine_wait_seconds", "drain_seconds", "max_coalesce"):
             if getattr(self, name) < 0:
                 raise ConfigError("--" + name.replace("_", "-"), "must not be negative")

@@ -12,6 +12,7 @@ from services.gateway.config import GatewayConfig, load
 from services.gateway.processes import PortTaken, end_with_parent, launch
 from weft import logs
 from weft.config import effective
+from weft.rpc.address import Address
 from weft.rpc.guard import guard_of
 from weft.rpc.server import BindError, Server, serve
 
@@ -48,11 +49,15 @@ async def _run(config: GatewayConfig) -> int:
 
 
 def _of_process(config: GatewayConfig) -> GatewayConfig:
-    """What differs between the processes of one gateway: the admin port cannot be shared."""
-    admin, index = config.admin, config.process_index
-    if admin is None or not index:
-        return config
-    return dataclasses.replace(config, admin=admin._replace(port=admin.port + index))
+    """What differs between the processes of one gateway: ports that cannot be shared."""
+    index = config.process_index or 0
+    return dataclasses.replace(
+        config, admin=_plus(config.admin, index), process_http=_plus(config.process_http, index)
+    )
+
+
+def _plus(address: Address | None, index: int) -> Address | None:
+    return None if address is None else address._replace(port=address.port + index)
 
 
 def main(argv: list[str]) -> int:

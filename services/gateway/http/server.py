@@ -84,16 +84,14 @@ class HttpServer:
         self._server: _Uvicorn | None = None
         self._task: asyncio.Task[None] | None = None
 
-    async def start(self, address: Address, *, shares_port: bool = False) -> None:
-        """Bind and serve. With `shares_port`, other processes may listen there, too. Raises BindError."""
-        try:
-            family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
-            listener = socket.create_server(
-                (address.host, address.port), family=family, backlog=512, reuse_port=shares_port
-            )
-        except OSError as error:
-            raise BindError(f"cannot listen on {address}: {error.strerror or error}") from None
-        self.address = address._replace(port=listener.getsockname()[1])
+    async def start(self, address: Address, *, shares_port: bool = False, own: Address | None = None) -> None:
+        """Bind and serve. With `shares_port`, other processes may listen there, too; `own` is then an address
+        that only this one answers. Raises BindError.
+        """
+        listeners = [_listen(address, shares_port=shares_port)]
+        self.address = address._replace(port=listeners[0].getsockname()[1])
+        if own is not None:
+            listeners.append(_listen(own))
         config = uvicorn.Config(
             Guard(self.app),
             http=functools.partial(
@@ -115,7 +113,7 @@ class HttpServer:
         if self._tls is not None:
             config.ssl = self._tls.context()
         self._server = _Uvicorn(config)
-        self._task = asyncio.create_task(self._server.serve(sockets=[listener]))
+        self._task = asyncio.create_task(self._server.serve(sockets=listeners))
         log.info("http", address=str(self.address), tls=self._tls is not None)
 
     async def stop(self) -> None:
@@ -125,6 +123,16 @@ class HttpServer:
         self._server.should_exit = True
         await asyncio.gather(self._task, return_exceptions=True)
         self._server = None
+
+
+def _listen(address: Address, *, shares_port: bool = False) -> socket.socket:
+    family = socket.AF_INET6 if ":" in address.host else socket.AF_INET
+    try:
+        return socket.create_server(
+            (address.host, address.port), family=family, backlog=512, reuse_port=shares_port
+        )
+    except OSError as error:
+        raise BindError(f"cannot listen on {address}: {error.strerror or error}") from None
 
 
 async def _refusal(request: Request, error: Exception) -> Response:

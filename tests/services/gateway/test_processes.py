@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import httpx
 import pytest
 
 from services.gateway.config import load
@@ -129,6 +132,8 @@ def test_a_reserved_port_is_shared_with_nobody_else() -> None:
         (["--processes", "0"], "--processes"),
         (["--processes", "2", "--process-index", "2"], "--process-index"),
         (["--processes", "2", "--admin", "127.0.0.1:0"], "--admin"),
+        (["--processes", "2", "--http", "127.0.0.1:0", "--process-http", "127.0.0.1:0"], "--process-http"),
+        (["--http", "127.0.0.1:0", "--process-http", "127.0.0.1:8000"], "--process-http"),
     ],
 )
 def test_bad_flags(flags: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,8 +146,9 @@ def test_bad_flags(flags: list[str], named: str, capsys: pytest.CaptureFixture[s
 class Running:
     """A launcher as a process, and what all its processes logged."""
 
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, first_port: int) -> None:
         self.process = process
+        self.first_port = first_port
         self.events: list[dict[str, Any]] = []
         self.reader = asyncio.create_task(self._read())
 
@@ -170,6 +176,16 @@ async def mock() -> AsyncIterator[MockEngine]:
         yield mock
 
 
+def two_free_ports() -> int:
+    """The first of two in a row, below those that the system gives out by itself."""
+    for first in random.sample(range(20_000, 30_000, 2), 100):
+        with contextlib.suppress(OSError), socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", first))
+            other.bind(("127.0.0.1", first + 1))
+            return first
+    raise AssertionError("no two free ports")
+
+
 def num_links(mock: MockEngine) -> int:
     assert mock.server is not None
     return mock.server.counters.begun - mock.server.counters.ended
@@ -177,12 +193,16 @@ def num_links(mock: MockEngine) -> int:
 
 @pytest.fixture
 async def running(mock: MockEngine) -> AsyncIterator[Running]:
-    flags = ("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--engine", mock.address)
+    first = two_free_ports()
+    flags = (
+        *("--listen", "127.0.0.1:0", "--http", "127.0.0.1:0", "--process-http", f"127.0.0.1:{first}"),
+        *("--engine", mock.address),
+    )
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "services.gateway", "serve", "--processes", "2", "--tokenizer", DEMO,
         *map(str, flags), cwd=ROOT, stderr=asyncio.subprocess.PIPE,
     )  # fmt: skip
-    found = Running(process)
+    found = Running(process, first)
     try:
         await found.wait_for("serving", 2)
         yield found
@@ -221,6 +241,15 @@ async def test_two_processes_share_the_work_and_outlive_one_of_them(
     texts = await asyncio.gather(*(collect(address, request(5)) for _ in range(24)))
     assert texts == [expected] * 24
 
+    async with httpx.AsyncClient() as http:
+        pages = [await http.get(f"http://127.0.0.1:{running.first_port + i}/metrics") for i in range(2)]
+    ended = [
+        float(line.split()[1])
+        for page in pages
+        for line in page.text.splitlines()
+        if line.startswith('weft_gateway_requests_ended_total{code="OK"}')
+    ]
+    assert sum(ended) == 25
     pids = [event["child_pid"] for event in running.seen("process started")]
     os.kill(pids[0], signal.SIGKILL)
     await settle(lambda: num_links(mock) == 1, 30.0)
