@@ -97,7 +97,8 @@ class GatewayApplication:
             limits=limits_of(config),
             retention=RetentionLimits(
                 ttl_s=config.orphan_ttl,
-                max_items=config.max_retained_requests,
+                # With several processes a client would not find the one that kept its request.
+                max_items=config.max_retained_requests if config.processes == 1 else 0,
                 max_bytes=config.max_retained_bytes,
             ),
         )
