@@ -72,13 +72,16 @@ class Stack:
         self.engine_address = self.engine.wait_for("listening", READY_S)["address"]
         self.gateway = self.start_gateway()
         self.engine.wait_for("serving", READY_S)
-        serving = self.gateway.wait_for("serving", READY_S)
-        self.address = serving["address"]
-        self.channel = grpc.insecure_channel(self.address)
-        self.client = GatewayServiceStub(self.channel)
+        self.connect_gateway()
         self.engine_channel = grpc.insecure_channel(self.engine_address)
         self.engine_client = EngineServiceStub(self.engine_channel)
         STACKS.append(self)
+
+    def connect_gateway(self):
+        """Wait until the gateway serves, and make a channel to it."""
+        self.address = self.gateway.wait_for("serving", READY_S)["address"]
+        self.channel = grpc.insecure_channel(self.address)
+        self.client = GatewayServiceStub(self.channel)
 
     def start_engine(self, listen):
         flags = [*self.engine_flags, "--listen", listen, "--metrics", "127.0.0.1:0"]
