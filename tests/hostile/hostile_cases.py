@@ -137,6 +137,8 @@ SAMPLING = [
     sampled("H018-repetition_penalty-0", repetition_penalty=0.0),
     sampled("H018-repetition_penalty-minus-1", repetition_penalty=-1.0),
     sampled("H018-repetition_penalty-1e38", repetition_penalty=1e38),
+    sampled("H018-presence_penalty-2.1", presence_penalty=2.1),
+    sampled("H018-frequency_penalty-minus-2.1", frequency_penalty=-2.1),
     raw_sampling(
         "H019-float-1e39-is-inf",
         varint(_NUMBERS["presence_penalty"] << 3 | 5) + struct.pack("<f", math.inf),
@@ -168,7 +170,19 @@ SAMPLING = [
         INVALID,
         "sampling.logit_bias",
     ),
+    Case(
+        "H023-bias-301",
+        lambda: ids(sampling=S(logit_bias=[bias(i, 0) for i in range(301)])),
+        INVALID,
+        "sampling.logit_bias",
+    ),
     sampled("H024-min-above-max", min_tokens=5, max_tokens=4),
+    Case(
+        "H024-min-above-the-room",
+        lambda: ids([300] * 1020, sampling=S(min_tokens=9)),
+        INVALID,
+        "sampling.min_tokens",
+    ),
     sampled("H025-min_tokens-and-stop-eos", OK, min_tokens=3, stop_token_ids=[1]),
     Case("H026-stop-1e5", lambda: ids(stop=["x"] * 10**5), INVALID, "stop"),
     Case("H026-stop-1MiB", lambda: ids(stop=["x" * MIB]), INVALID, "stop[0]"),

@@ -146,6 +146,10 @@ SAMPLING = [
     field("H028-max_tokens-true", True, "invalid_type"),
     field("H028-temperature-true", True, "invalid_type"),
     field("H029-n-string", "1", "invalid_type"),
+    field("H029-max_tokens-1.5", 1.5, "invalid_type"),
+    field("H029-model-number", 5, "invalid_type"),
+    field("H029-logit_bias-word", {"x": 1}, "invalid_value"),
+    field("H019-temperature-1e300", 1e300, "invalid_value"),
     field("H029-temperature-string", "hot", "invalid_type"),
     field("H029-stream-string", "yes", "invalid_type"),
     HttpCase(
@@ -165,6 +169,8 @@ PROMPTS = [
     prompt("H032-list-of-no-ids", [[]]),
     prompt("H032-null", None),
     prompt("H032-number", 5),
+    prompt("H032-object", {}),
+    prompt("H032-list-of-lists-of-text", [["a"]]),
     prompt("H034-whitespace", " \n\t ", 200, None),
     prompt("H034-special-tokens", "<|end|><|bos|>", 200, None),
     HttpCase(
