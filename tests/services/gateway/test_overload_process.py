@@ -184,7 +184,7 @@ async def test_clients_see_a_gateway_that_is_bored(client: tuple[Any, Any], engi
     assert set(load.outcomes) == {"ok", "QUEUE_FULL"}
     assert load.has_all_retry_info
     assert load.outcomes["QUEUE_FULL"] > 2 * load.outcomes["ok"]
-    assert busy >= 0.95 * peak
+    assert busy >= 0.9 * peak
     assert cpu_s < 0.005
     if psutil.getloadavg()[0] < 1.5 * (psutil.cpu_count() or 1):
         # Where others want the cores, too, these would be their figures.
