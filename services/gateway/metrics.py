@@ -68,6 +68,15 @@ class GatewayMetrics(Collector):
             "Requests without a first token.",
             value=gateway.admission.num_waiting,
         )
+        retention = gateway.attendance.retention
+        yield GaugeMetricFamily(
+            "weft_gateway_requests_kept",
+            "Requests kept for clients that may come back.",
+            value=len(retention),
+        )
+        yield GaugeMetricFamily(
+            "weft_gateway_kept_bytes", "About the memory that those take.", value=retention.num_bytes
+        )
         resumes = CounterMetricFamily(
             "weft_gateway_resumes", "Calls that took a request up again, by how.", labels=["how"]
         )
