@@ -205,7 +205,7 @@ class Gateway:
 
         return LiveRequest(
             resolved,
-            self.now,
+            asyncio.get_running_loop().time,
             on_first_token,
             is_resumable=entry.opened is not None,
             on_failure=on_failure,
@@ -227,7 +227,7 @@ class Gateway:
         resolved = old.resolved if old.is_resumable else replace(old.resolved, deadline=deadline)
         return LiveRequest(
             resolved,
-            self.now,
+            asyncio.get_running_loop().time,
             on_first_token,
             is_resumable=old.is_resumable,
             on_failure=lambda error: self.attendance.keep_failed(error, entry, before.digest),

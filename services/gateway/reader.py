@@ -33,6 +33,8 @@ class Reader:
         self.is_held = False
         self._superseded: StatusError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        # Asked for once: finding it costs a system call, and this is once per message.
+        self._new_future = asyncio.get_running_loop().create_future
 
     @property
     def resolved(self) -> ResolvedRequest:
@@ -105,7 +107,7 @@ class Reader:
 
     async def _next_wake(self) -> None:
         """Return at the next `wake`. What was looked at before is up to date: nothing runs between."""
-        self._waiter = asyncio.get_running_loop().create_future()
+        self._waiter = self._new_future()
         try:
             await self._waiter
         finally:
