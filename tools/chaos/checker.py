@@ -121,6 +121,14 @@ class StreamCheck:
         if expected.text is not None and not sample.is_off and "".join(sample.pieces) != expected.text:
             self._problem("wrong", f"sample {sample_index}: the text is not that of its tokens")
 
+    def on_return(self, sample_index: int, num_tokens: int) -> None:
+        """The client goes on after the first `num_tokens` tokens of a sample: what came after comes again,
+        and so does its finish. The text is where it was.
+        """
+        sample = self.samples[sample_index]
+        del sample.token_ids[num_tokens:]
+        sample.reason = sample.last_at = None
+
     def on_error(self, error: str) -> None:
         """The stream ended with a status other than OK."""
         self.error = error

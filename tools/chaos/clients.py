@@ -16,7 +16,7 @@ import grpc
 import httpx
 
 from tools.chaos.checker import StreamCheck
-from tools.chaos.workload import CANCELS, HTTP, MULTIPLEX, SLOW, Spec
+from tools.chaos.workload import CANCELS, HTTP, MULTIPLEX, RETURNS, SLOW, Spec
 from tools.mock_engine import oracle
 from weft.rpc.errors import StatusError, error_from_call, error_from_failure
 from weft.v1 import gateway_service_pb2 as pb
@@ -44,9 +44,9 @@ class Counts:
 
     def __init__(self) -> None:
         self.resumed = 0
+        self.returned = 0
         self.cancelled = 0
         self.slow = 0
-        self.refused_while_full = 0
 
 
 class Clients:
@@ -100,16 +100,16 @@ class Clients:
     async def _run_events(self, spec: Spec, check: StreamCheck, open_events: Any) -> bool:
         """Read the events of a request; True when the client has broken it off."""
         request = spec.request()
+        reading = Reading(spec, check, checks_logprobs=self._checks_logprobs)
         for _ in range(MAX_RESUMES):
             try:
                 async with contextlib.aclosing(open_events(request)) as events:
                     async for response in events:
-                        self._take(spec, check, response)
-                        if spec.behaviour == CANCELS and check.num_tokens >= spec.cancel_after:
-                            return True
+                        reading.take(response)
+                        if reading.breaks_off:
+                            break
                         if spec.behaviour == SLOW:
                             await asyncio.sleep(spec.read_delay_s)
-                return False
             except StatusError as error:
                 token = error.metadata.get("resume_token", "")
                 if not token:
@@ -118,27 +118,16 @@ class Clients:
                 self.counts.resumed += 1
                 request = resumed(spec, token)
                 await asyncio.sleep(error.retry_after_s or 0.1)
+                continue
+            if not reading.breaks_off:
+                return False
+            if spec.behaviour == CANCELS:
+                return True
+            self.counts.returned += 1
+            request = reading.come_back()
+            await asyncio.sleep(spec.read_delay_s)
         check.on_error("resumed too often")
         return False
-
-    def _take(self, spec: Spec, check: StreamCheck, response: pb.GenerateResponse) -> None:
-        kind = response.WhichOneof("event")
-        if kind == "finish":
-            finish = response.finish
-            reason = generation_pb2.FinishReason.Name(finish.reason).removeprefix(_PREFIX)
-            check.on_finish(finish.sample_index, reason, finish.usage.completion_tokens)
-        elif kind == "delta":
-            delta = response.delta
-            steady = spec.behaviour != SLOW
-            check.on_delta(
-                delta.sample_index,
-                delta.token_ids,
-                time.monotonic(),
-                text=delta.text,
-                counts_gap=steady,
-            )
-            if spec.logprobs is not None and self._checks_logprobs:
-                check_logprobs(check, delta, spec.logprobs)
 
     async def _run_http(self, spec: Spec, check: StreamCheck) -> bool:
         if self._http is None:
@@ -169,10 +158,61 @@ class Clients:
         return False
 
 
+class Reading:
+    """One client's reading of one request, over one call or several."""
+
+    def __init__(self, spec: Spec, check: StreamCheck, *, checks_logprobs: bool) -> None:
+        self._spec = spec
+        self._check = check
+        self._checks_logprobs = checks_logprobs and spec.logprobs is not None
+        # Of each sample: the newest next_offset, and the tokens that had come when it was first sent.
+        self._places = [(0, 0)] * spec.num_samples
+        self._is_back = False
+
+    @property
+    def breaks_off(self) -> bool:
+        """Whether the client hangs up now."""
+        check, spec = self._check, self._spec
+        is_one = spec.behaviour == CANCELS or (spec.behaviour == RETURNS and not self._is_back)
+        return is_one and check.num_tokens >= spec.cancel_after
+
+    def take(self, response: pb.GenerateResponse) -> None:
+        """Tell the checker of an event."""
+        kind = response.WhichOneof("event")
+        if kind == "finish":
+            finish = response.finish
+            reason = generation_pb2.FinishReason.Name(finish.reason).removeprefix(_PREFIX)
+            self._check.on_finish(finish.sample_index, reason, finish.usage.completion_tokens)
+        elif kind == "delta":
+            delta = response.delta
+            index = delta.sample_index
+            steady = self._spec.behaviour != SLOW
+            now = time.monotonic()
+            self._check.on_delta(index, delta.token_ids, now, text=delta.text, counts_gap=steady)
+            if index < len(self._places) and delta.next_offset != self._places[index][0]:
+                self._places[index] = (delta.next_offset, len(self._check.samples[index].token_ids))
+            if self._checks_logprobs and self._spec.logprobs is not None:
+                check_logprobs(self._check, delta, self._spec.logprobs)
+
+    def come_back(self) -> pb.GenerateRequest:
+        """The request that goes on where this client stopped."""
+        self._is_back = True
+        request = self._spec.request()
+        offsets = [offset for offset, _ in self._places]
+        if len(offsets) == 1:
+            request.resume_offset = offsets[0]
+        else:
+            request.resume_offsets.extend(offsets)
+        for index, (_, num_tokens) in enumerate(self._places):
+            self._check.on_return(index, num_tokens)
+        return request
+
+
 def resumed(spec: Spec, token: str) -> pb.GenerateRequest:
     """The request that goes on after the last event that came before the error with this token."""
     request = spec.request()
     request.ClearField("request_id")
+    request.ClearField("resumable")
     request.resume_token = token
     return request
 

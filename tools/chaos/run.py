@@ -73,7 +73,8 @@ class Report:
             f"seed {self.seed}: {self.num_streams} streams at once for {self.seconds:.1f} s",
             f"faults: {told}",
             f"requests: {self.num_requests} of {self.num_samples} samples, {self.num_tokens} tokens",
-            f"clients: {clients.cancelled} cancelled, {clients.slow} read slowly",
+            f"clients: {clients.cancelled} cancelled, {clients.slow} read slowly, "
+            + f"{clients.returned} lost their connection and came back",
             f"taken up again by a resume token: {clients.resumed} requests",
             f"started again: {self.num_replays} samples; moved while their engine drained: {self.num_moves}",
             f"preempted, on the engines that live at the end: {self.num_preemptions}",

@@ -18,7 +18,7 @@ from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2
 
 GENERATE, MULTIPLEX, HTTP = "generate", "multiplex", "http"
-STEADY, CANCELS, SLOW = "steady", "cancels", "slow"
+STEADY, CANCELS, SLOW, RETURNS = "steady", "cancels", "slow", "returns"
 # Named in each request, so that no model's own defaults come into play.
 TOP_P = 0.95
 
@@ -26,7 +26,8 @@ TOP_P = 0.95
 @dataclass(frozen=True, slots=True)
 class Spec:
     """One request and how its client behaves. `stop` ends every sample that contains it. `cancel_after`: so
-    many tokens a client that cancels waits for. `read_delay_s`: so long a slow one sleeps between messages.
+    many tokens a client waits for that cancels, or that loses its connection and comes back. `read_delay_s`:
+    so long a slow one sleeps between messages, and one that comes back stays away.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Spec:
             token_ids=pb.TokenIds(ids=self.prompt_ids),
             sampling=sampling,
             request_id=self.name,
+            resumable=self.behaviour == RETURNS,
             stop=[self.stop] if self.stop else [],
         )
 
@@ -95,6 +97,7 @@ class Mix:
     http: float = 0.1
     cancels: float = 0.1
     slow: float = 0.08
+    returns: float = 0.1
     stops: float = 0.15
     logprobs: float = 0.1
     greedy: float = 0.4
@@ -127,10 +130,11 @@ class Workload:
         shared = draw.randint(0, mix.prompt_lengths[1]) if draw.random() < 0.4 else 0
         own = [draw.randint(*mix.prompt_ids) for _ in range(draw.randint(*mix.prompt_lengths))]
         prompt = (self._head[:shared] + own)[: mix.prompt_lengths[1]]
-        behaviour = _one_of(draw, {CANCELS: mix.cancels, SLOW: mix.slow}, STEADY)
+        kinds = {CANCELS: mix.cancels, SLOW: mix.slow, RETURNS: mix.returns}
+        behaviour = _one_of(draw, kinds, STEADY)
         way = _one_of(draw, {MULTIPLEX: mix.multiplex, HTTP: mix.http}, GENERATE)
-        if behaviour == SLOW:
-            way = GENERATE  # on a connection of its own, where it holds nobody else up
+        if behaviour in (SLOW, RETURNS):
+            way = GENERATE  # a slow one on a connection of its own, where it holds nobody else up
         max_tokens = draw.randint(*mix.output_lengths)
         return Spec(
             name=f"c{self._worker}-{self._num_made}",
