@@ -20,8 +20,8 @@ log = logs.get_logger("gateway")
 USAGE = "usage: python -m services.gateway serve [--help | OPTIONS]"
 
 
-# Fewer and later collections than by default: a token leaves nothing for them to find.
-GC_THRESHOLDS = (50_000, 20, 50)
+# Fewer collections than by default: a token leaves nothing for them to find, a request about 40 objects.
+GC_THRESHOLDS = (50_000, 10, 5)
 
 
 class _Process(GatewayApplication):
@@ -66,7 +66,7 @@ def main(argv: list[str]) -> int:
         print(USAGE, file=sys.stderr)
         return 0 if argv[:1] in (["-h"], ["--help"]) else 2
     config = load(argv[1:])
-    logs.start(config.log_level)
+    logs.start(config.log_level, is_private=True)
     if config.processes > 1:
         if config.process_index is None:
             return _launch(argv[1:], config)
