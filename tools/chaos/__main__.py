@@ -53,8 +53,9 @@ def run_one(name: str, arguments: argparse.Namespace, logs: Path) -> list[str]:
     try:
         report: Report = asyncio.run(RUNS[name](plan, logs / name))
     except (ServiceError, TimeoutError, ExceptionGroup) as error:
-        print(f"chaos: seed {plan.seed}: {error!r}", file=sys.stderr)
-        return [str(error)]
+        reason = str(error) if isinstance(error, ServiceError) else repr(error)
+        print(f"chaos: seed {plan.seed}: {reason}", file=sys.stderr)
+        return [reason]
     print("\n".join(f"  {line}" for line in report.lines()), flush=True)
     return report.problems
 
