@@ -55,6 +55,10 @@ class Candidate(Protocol):
         """Slots of this gateway."""
 
     @property
+    def num_active(self) -> int:
+        """Of these, slots that are not paused."""
+
+    @property
     def breaker(self) -> CircuitBreaker:
         """Whether it is to be left alone."""
 
@@ -107,8 +111,8 @@ class Choice:
     def _lighter(self, pool: list[C], num_tokens: int) -> C:
         """The better of two."""
         one, other = self._rng.sample(pool, 2)
-        one_s = one.load.first_token_s(one.num_live, num_tokens)
-        other_s = other.load.first_token_s(other.num_live, num_tokens)
+        one_s = one.load.first_token_s(one.num_active, num_tokens)
+        other_s = other.load.first_token_s(other.num_active, num_tokens)
         steps = one.load.step_s, other.load.step_s
         if min(steps) > 0.0 and abs(steps[0] - steps[1]) > SLOW_STEP_S:
             one_s, other_s = one_s + steps[0], other_s + steps[1]
@@ -129,7 +133,7 @@ class Choice:
 
 
 def _occupancy(link: Candidate) -> tuple[float, int]:
-    num_there = link.load.num_sequences(link.num_live)
+    num_there = link.load.num_sequences(link.num_active)
     return num_there / link.load.max_batch_size, num_there
 
 
@@ -156,14 +160,14 @@ def is_exact(link: Candidate, sample: LiveSample) -> bool:
 def _is_much_busier(known: Candidate, other: Candidate, num_tokens: int, num_known: int) -> bool:
     """Whether the tokens that need not be computed there cost more time than they save."""
     there, here = known.load, other.load
-    if there.room(known.num_live) == 0 and here.room(other.num_live) > 0:
+    if there.room(known.num_active) == 0 and here.room(other.num_active) > 0:
         return True
     if not there.tokens_per_second:
-        ours, others = there.num_sequences(known.num_live), here.num_sequences(other.num_live)
+        ours, others = there.num_sequences(known.num_active), here.num_sequences(other.num_active)
         return ours > 2 * others + SLACK_SEQUENCES
     num_new = max(0, num_tokens - num_known)
-    known_s = there.first_token_s(known.num_live, num_new)
-    return known_s > here.first_token_s(other.num_live, num_tokens) + SLACK_S
+    known_s = there.first_token_s(known.num_active, num_new)
+    return known_s > here.first_token_s(other.num_active, num_tokens) + SLACK_S
 
 
 def _num_tokens(sample: LiveSample) -> int:
@@ -171,8 +175,7 @@ def _num_tokens(sample: LiveSample) -> int:
 
 
 def _session_of(sample: LiveSample) -> str:
-    session_id: str = getattr(sample.request.resolved, "session_id", "")
-    return session_id
+    return sample.request.resolved.session_id
 
 
 def _salt(sample: LiveSample) -> tuple[str, str]:

@@ -8,17 +8,15 @@ Multiplexer's matter; where a lost sample goes is the router's.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Any
-
-import grpc
 
 from services.gateway.assets import AssetError, ModelAssets
 from services.gateway.breaker import CircuitBreaker
 from services.gateway.engine_load import EngineLoad
 from services.gateway.greeting import EOF, greet
+from services.gateway.link_outbox import LinkOutbox
+from services.gateway.link_slots import LinkSlots
 from services.gateway.link_terms import EngineRefused, LinkLeft, LinkLost, LinkOwner, LinkTimes
 from services.gateway.live import LiveSample
 from services.gateway.multiplexer import LinkCounters, Multiplexer, ProtocolViolation
@@ -41,7 +39,7 @@ TRIED_S = 1.0
 log = logs.get_logger("gateway.link")
 
 
-class EngineLink:
+class EngineLink(LinkSlots):
     """The link to the engine at `target`. `run` until cancelled; `is_up` says whether it stands."""
 
     def __init__(
@@ -56,6 +54,7 @@ class EngineLink:
         times: LinkTimes | None = None,
         credit_bytes: int = 4 << 20,
     ) -> None:
+        super().__init__()
         self.target = target
         self.counters = LinkCounters()
         self.breaker = CircuitBreaker()
@@ -76,16 +75,8 @@ class EngineLink:
         self._up_at = 0.0
         self._failed_request = ""
         self._is_suspect = False
-        self._paused: set[LiveSample] = set()
-        self._multiplexer: Multiplexer | None = None
-        self._outbox: deque[engine_pb.ConnectRequest] = deque()
-        self._has_mail = asyncio.Event()
+        self._outbox = LinkOutbox()
         self._watchdog = Watchdog(dead_s=self._times.dead_s, hung_s=self._times.hung_s)
-
-    @property
-    def is_up(self) -> bool:
-        """Whether a Hello was accepted and the link still stands."""
-        return self._multiplexer is not None
 
     @property
     def is_usable(self) -> bool:
@@ -97,22 +88,6 @@ class EngineLink:
     def owner(self) -> Owner:
         """The engine in its present life."""
         return Owner(self.target, self.counters.sessions)
-
-    @property
-    def num_live(self) -> int:
-        """Slots in use."""
-        return self._multiplexer.num_live if self._multiplexer else 0
-
-    @property
-    def num_paused(self) -> int:
-        """Of these, slots whose client is slow."""
-        if self._paused:
-            self._paused = {s for s in self._paused if s.link is self and s.paused_at is not None}
-        return len(self._paused)
-
-    def samples(self) -> list[LiveSample]:
-        """The samples on this link."""
-        return self._multiplexer.samples() if self._multiplexer else []
 
     def is_quiet(self, now: float) -> bool:
         """Whether an engine that beats when idle has been silent for long. What it has to do decides its
@@ -134,28 +109,11 @@ class EngineLink:
         sample.link = self
         multiplexer.submit(sample)
 
-    def cancel(self, sample: LiveSample) -> None:
-        """Ask for the end of a sample."""
-        if self._multiplexer is not None:
-            self._multiplexer.cancel(sample)
-
-    def pause(self, sample: LiveSample) -> None:
-        """Stop scheduling a sample. It gives its place in the batch up, so there is room for another."""
-        if self._multiplexer is not None:
-            self._multiplexer.pause(sample)
-            self._paused.add(sample)
-            self._owner.on_room(self)
-
-    def resume(self, sample: LiveSample) -> None:
-        """Schedule a sample again."""
-        self._paused.discard(sample)
-        if self._multiplexer is not None:
-            self._multiplexer.resume(sample)
-
-    def detach(self, sample: LiveSample) -> None:
-        """Forget a sample and cancel its slot."""
-        if self._multiplexer is not None:
-            self._multiplexer.detach(sample)
+    def on_pause(self) -> None:
+        """Of the slots: a sample was paused. It gives its place in the batch up, so there is room for
+        another.
+        """
+        self._owner.on_room(self)
 
     def set_leaving(self, is_leaving: bool) -> None:
         """Whether the engine is to be left: then no sample goes there, and `run` ends with the last one."""
@@ -182,7 +140,9 @@ class EngineLink:
             except AssetError as error:
                 raise EngineRefused(str(error)) from error
             self._up(hello, assets)
-            tasks = [asyncio.create_task(work(call)) for work in (self._read, self._watch, self._write)]
+            tasks = [
+                asyncio.create_task(work(call)) for work in (self._read, self._watch, self._outbox.write)
+            ]
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 task.result()
@@ -208,7 +168,7 @@ class EngineLink:
         self._outbox.clear()
         self._multiplexer = Multiplexer(
             hello.epoch,
-            send=self._send,
+            send=self._outbox.send,
             owner=self,
             now=self._now,
             counters=self.counters,
@@ -259,20 +219,6 @@ class EngineLink:
         """Of the Multiplexer: an output ended as it should."""
         self.breaker.succeed()
 
-    def _send(self, command: engine_pb.ConnectRequest) -> None:
-        self._outbox.append(command)
-        self._has_mail.set()
-
-    async def _write(self, call: Any) -> None:
-        """Commands, in order. A write that fails is a stream that ended, and the reader says why."""
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            while True:
-                while self._outbox:
-                    await call.write(self._outbox.popleft())
-                self._has_mail.clear()
-                await self._has_mail.wait()
-        await asyncio.get_running_loop().create_future()
-
     async def _read(self, call: Any) -> None:
         while True:
             response = await call.read()
@@ -300,6 +246,7 @@ class EngineLink:
             self._on_heartbeat(response.heartbeat, multiplexer, now)
         elif kind == "draining":
             self.is_draining = True
+            self.lost_at = now
             self._owner.on_link_change(self)
         elif kind == "hello":
             raise ProtocolViolation("a second Hello")

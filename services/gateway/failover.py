@@ -110,7 +110,7 @@ class Failover:
         for sample in link.samples():
             if sample.is_cancelled or sample.end is not None or sample.request.failure is not None:
                 continue
-            if not any(other.load.room(other.num_live) for other in self._candidates(sample)):
+            if not any(other.load.room(other.num_active) for other in self._candidates(sample)):
                 continue
             link.detach(sample)
             sample.link = None

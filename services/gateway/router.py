@@ -109,8 +109,9 @@ class Router:
         return self.catalog.find(model, key, self.usable(), self.links)
 
     async def find_soon(self, model: str, deadline: float | None, key: str = "") -> Served:
-        """`find`, but a model whose engine was lost a moment ago gets `wait_s` from then to come back: a new
-        request is worth as much as one that was running. Never past `deadline`. Raises StatusError.
+        """`find`, but a model whose engine was lost, or began to drain, a moment ago gets `wait_s` from then
+        to come back: a new request is worth as much as one that was running. Never past `deadline`. Raises
+        StatusError.
         """
         loop = asyncio.get_running_loop()
         while True:
@@ -127,17 +128,17 @@ class Router:
                     await self._changed.wait()
 
     def _awaited_until(self, is_wanted: Callable[[EngineLink], bool]) -> float:
-        """Until when a lost engine may still come back; 0 when none was lost."""
+        """Until when an engine that was lost, or drains, may come back; 0 when there is none."""
         lost = (
             link.lost_at + self._wait_s
             for link in self.links
-            if link.lost_at is not None and not link.is_up and not link.is_leaving and is_wanted(link)
+            if link.lost_at is not None and not link.is_usable and not link.is_leaving and is_wanted(link)
         )
         return max(lost, default=0.0)
 
     def room(self, info: engine_pb.GetInfoResponse) -> int:
         """Sequences that engines of this artifact would start without queueing."""
-        return sum(link.load.room(link.num_live) for link in self.usable() if serves(link, info))
+        return sum(link.load.room(link.num_active) for link in self.usable() if serves(link, info))
 
     def unavailable(self) -> StatusError:
         """No engine can take a request now."""

@@ -37,6 +37,10 @@ class Engine:
     def owner(self) -> Owner:
         return Owner(self.target, self.session)
 
+    @property
+    def num_active(self) -> int:
+        return self.num_live
+
     def is_quiet(self, now: float) -> bool:
         return self.is_silent
 
