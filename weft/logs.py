@@ -11,6 +11,7 @@ characters are escaped. Knows no service.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import math
@@ -18,12 +19,14 @@ import queue
 import sys
 import threading
 import time
-import traceback
 from contextvars import ContextVar
 from typing import Any, TextIO
 
+from weft.stacks import stack_text
+
 MAX_QUEUED_RECORDS = 10_000
 MAX_VALUE_CHARS = 4096
+MAX_LINE_CHARS = 256 << 10
 LEVELS = ("debug", "info", "warning", "error")
 
 # Set for the duration of one request, so that every event of it carries the id.
@@ -82,14 +85,18 @@ def _extras(record: logging.LogRecord) -> list[tuple[str, Any]]:
     ]
 
 
-def event_of(record: logging.LogRecord) -> dict[str, Any]:
-    """A record as the fields of one line. Foreign records (of libraries) have their message as the event."""
+def event_of(record: logging.LogRecord, *, is_private: bool = False) -> dict[str, Any]:
+    """A record as the fields of one line. Foreign records (of libraries) have their message as the event, its
+    first line if `is_private`: asyncio, for one, quotes exceptions in the rest.
+    """
+    message = record.getMessage() if getattr(record, "weft_event", None) is None else ""
     event: dict[str, Any] = {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         + f".{int(record.msecs):03d}Z",
         "level": record.levelname.lower(),
         "logger": record.name.removeprefix("weft."),
-        "event": getattr(record, "weft_event", None) or record.getMessage(),
+        "event": getattr(record, "weft_event", None)
+        or (message.partition("\n")[0] if is_private else message),
     }
     current = getattr(record, "weft_request_id", None)
     if current:
@@ -97,7 +104,7 @@ def event_of(record: logging.LogRecord) -> dict[str, Any]:
     for key, value in getattr(record, "weft_fields", None) or _extras(record):
         event.setdefault(key, value)
     if record.exc_info and record.exc_info[1] is not None:
-        event["stack"] = "".join(traceback.format_exception(record.exc_info[1]))
+        event["stack"] = stack_text(record.exc_info[1], is_private=is_private)
     return event
 
 
@@ -109,10 +116,17 @@ def _clip(value: Any) -> Any:
     return value
 
 
-def json_line(record: logging.LogRecord) -> str:
-    """One JSON object in ASCII: nothing in it can end the line or drive a terminal."""
-    fields = {key: value if key == "stack" else _clip(value) for key, value in event_of(record).items()}
-    return json.dumps(fields, default=lambda value: _clip(str(value)))
+def json_line(record: logging.LogRecord, *, is_private: bool = False) -> str:
+    """One JSON object in ASCII: nothing in it can end the line or drive a terminal. A line that would be
+    longer than `MAX_LINE_CHARS` keeps what tells it from others.
+    """
+    event = event_of(record, is_private=is_private)
+    fields = {key: value if key == "stack" else _clip(value) for key, value in event.items()}
+    line = json.dumps(fields, default=lambda value: _clip(str(value)))
+    if len(line) <= MAX_LINE_CHARS:
+        return line
+    kept = {key: fields[key] for key in ("time", "level", "logger", "event")}
+    return json.dumps({**kept, "shortened_from": len(line)})
 
 
 def escape(text: str) -> str:
@@ -124,9 +138,9 @@ def escape(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def human_line(record: logging.LogRecord) -> str:
+def human_line(record: logging.LogRecord, *, is_private: bool = False) -> str:
     """One line for a person: clock, level, event, fields; a stack follows on lines of its own, indented."""
-    event = event_of(record)
+    event = event_of(record, is_private=is_private)
     stack = event.pop("stack", "")
     clock, level, name = event.pop("time")[11:-1], event.pop("level"), event.pop("logger")
     head = f"{clock} {level:7s} {name}: {escape(str(event.pop('event')))}"
@@ -155,10 +169,16 @@ class LogWriter:
     """Owns the queue, the thread that writes, and the handler on the root logger."""
 
     def __init__(
-        self, stream: TextIO, *, is_human: bool, level: int, max_records: int = MAX_QUEUED_RECORDS
+        self,
+        stream: TextIO,
+        *,
+        is_human: bool,
+        level: int,
+        max_records: int = MAX_QUEUED_RECORDS,
+        is_private: bool = False,
     ) -> None:
         self._stream = stream
-        self._format = human_line if is_human else json_line
+        self._format = functools.partial(human_line if is_human else json_line, is_private=is_private)
         self._records: queue.Queue[logging.LogRecord | None] = queue.Queue(max_records)
         self.handler = _QueueHandler(self._records)
         self.handler.setLevel(level)
@@ -217,16 +237,28 @@ class LogWriter:
 _writer: LogWriter | None = None
 
 
-def start(level: str = "info", *, stream: TextIO | None = None, is_human: bool | None = None) -> LogWriter:
+def start(
+    level: str = "info",
+    *,
+    stream: TextIO | None = None,
+    is_human: bool | None = None,
+    is_private: bool = False,
+) -> LogWriter:
     """Send all logging of this process to `stream` (standard error), as JSON lines unless it is a terminal.
 
-    `level`: one of LEVELS. A second call replaces the first.
+    `level`: one of LEVELS. `is_private`: for a process that sees clients' text; what an exception says is
+    then withheld where it may quote some. A second call replaces the first.
     """
     global _writer
     stop()
     stream = stream or sys.stderr
     number = getattr(logging, level.upper())
-    writer = LogWriter(stream, is_human=stream.isatty() if is_human is None else is_human, level=number)
+    writer = LogWriter(
+        stream,
+        is_human=stream.isatty() if is_human is None else is_human,
+        level=number,
+        is_private=is_private,
+    )
     root = logging.getLogger()
     # Libraries speak from WARNING on; our own events from the level asked for.
     root.setLevel(max(number, logging.WARNING))

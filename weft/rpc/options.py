@@ -60,7 +60,9 @@ def channel_options(*, max_message_bytes: int = MAX_INTERNAL_MESSAGE_BYTES) -> l
         # Without it a frozen peer is noticed after a minute, whatever the keepalive says.
         ("grpc.http2.ping_timeout_ms", 3_000),
         ("grpc.http2.max_pings_without_data", 0),
-        ("grpc.keepalive_permit_without_calls", 1),
+        # Off: of a connection without calls the library's server allows one ping in two hours, whatever it
+        # was told, and ends it at the fourth. A link between services always has a call.
+        ("grpc.keepalive_permit_without_calls", 0),
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.min_reconnect_backoff_ms", 1_000),
         ("grpc.max_reconnect_backoff_ms", 2_000),
