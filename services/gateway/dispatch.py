@@ -16,7 +16,7 @@ import grpc
 from services.gateway.fair_queue import CLASSES, class_of
 from services.gateway.live import LiveRequest, LiveSample
 from services.gateway.places import Places
-from services.gateway.pool import Pool, Turn
+from services.gateway.pool import Pool, Prefill, Turn
 from weft.rpc.auth import Caller
 from weft.rpc.errors import StatusError
 from weft.v1 import engine_service_pb2 as engine_pb
@@ -132,16 +132,7 @@ class Dispatcher:
         if turn.has_waited:
             pool.note_start(now)
             self.observe_wait(CLASSES[class_of(live.resolved.priority)], now - turn.queued_at)
-        pool.begin(turn)
-        notify = live.on_first_token
-
-        def on_first_token() -> None:
-            notify()
-            pool.end_prefill(turn)
-            if len(pool.queue):
-                self._pump_soon()
-
-        live.on_first_token = on_first_token
+        live.on_first_token = self._at_first_token(pool, pool.begin(turn), live.on_first_token)
         for sample in live.samples:
             if not sample.finish_without_engine() and not self._place(sample):
                 live.fail(no_engine())
@@ -184,8 +175,20 @@ class Dispatcher:
             return
         pool.no_engine_since = None
         while (entry := pool.queue.pop(now)) is not None:
-            entry.item.leave()
-            entry.item.live.fail(no_engine())
+            turn = entry.item
+            turn.leave()
+            turn.live.fail(no_engine())
+
+    def _at_first_token(self, pool: Pool, prefill: Prefill, notify: Callable[[], None]) -> Callable[[], None]:
+        """What is to be done then, besides `notify`. Refers to nothing of the request, which keeps it."""
+
+        def on_first_token() -> None:
+            notify()
+            prefill.end()
+            if len(pool.queue):
+                self._pump_soon()
+
+        return on_first_token
 
     def _pump_soon(self) -> None:
         """Once this turn of the event loop is over, however many first tokens it brings."""

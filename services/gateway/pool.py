@@ -22,6 +22,28 @@ SETTLE_EACH_S = 2e-5
 _MEMORY = 64
 
 
+class Prefill:
+    """A request that was sent and has no token yet. Refers to nothing of the request, so that the request may
+    keep it.
+    """
+
+    __slots__ = ("_is_over", "_num_tokens", "_pool")
+
+    def __init__(self, pool: Pool, num_tokens: int) -> None:
+        self._pool = pool
+        self._num_tokens = num_tokens
+        self._is_over = False
+        pool.num_in_prefill += 1
+        pool.prefill_tokens += num_tokens
+
+    def end(self) -> None:
+        """It has its first token, or will have none. May come twice."""
+        if not self._is_over:
+            self._is_over = True
+            self._pool.num_in_prefill -= 1
+            self._pool.prefill_tokens -= self._num_tokens
+
+
 class Turn:
     """One request, from when it asks to start until it is over. `leave` may come twice."""
 
@@ -30,11 +52,11 @@ class Turn:
         "entry",
         "has_begun",
         "has_waited",
-        "is_in_prefill",
         "key",
         "live",
         "num_drawn_before",
         "pool",
+        "prefill",
         "queued_at",
         "timer",
     )
@@ -48,8 +70,7 @@ class Turn:
         self.charged = self.num_drawn_before = num_drawn(live)
         self.has_begun = False
         self.has_waited = False
-        # It was sent and has no token yet.
-        self.is_in_prefill = False
+        self.prefill: Prefill | None = None
         self.entry: Entry[Turn] | None = None
         self.timer: asyncio.TimerHandle | None = None
 
@@ -103,30 +124,26 @@ class Pool:
         )
         return places.num_sequences > 0 and not is_prefilling
 
-    def begin(self, turn: Turn) -> None:
+    def begin(self, turn: Turn) -> Prefill:
         """The turn has come: charge the prompt."""
         num_tokens = len(turn.live.resolved.prompt_token_ids)
         self.queue.charge(turn.key, PROMPT_WEIGHT * num_tokens)
-        turn.has_begun = turn.is_in_prefill = True
+        turn.has_begun = True
         self.running.add(turn)
-        self.num_in_prefill += 1
-        self.prefill_tokens += num_tokens
-
-    def end_prefill(self, turn: Turn) -> None:
-        """The turn has its first token, or will have none. May come twice."""
-        if turn.is_in_prefill:
-            turn.is_in_prefill = False
-            self.num_in_prefill -= 1
-            self.prefill_tokens -= len(turn.live.resolved.prompt_token_ids)
+        turn.prefill = Prefill(self, num_tokens)
+        return turn.prefill
 
     def leave(self, turn: Turn) -> None:
         """The turn is over."""
-        self.end_prefill(turn)
+        if turn.prefill is not None:
+            turn.prefill.end()
         if turn.timer is not None:
             turn.timer.cancel()
             turn.timer = None
         if turn.entry is not None:
             self.queue.remove(turn.entry)
+            # The queue may hold the entry for a while, and a prompt can be large.
+            del turn.entry.item
             turn.entry = None
         if turn in self.running:
             self.running.discard(turn)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import statistics
 import time
+import weakref
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -353,6 +355,36 @@ async def test_an_engine_busy_with_prompts_is_sent_no_more() -> None:
     for turn in turns:
         turn.leave()
     assert (turns[0].pool.num_in_prefill, turns[0].pool.prefill_tokens) == (0, 0)
+
+
+async def test_nothing_keeps_a_request_alive_that_was_cancelled_before_its_first_token() -> None:
+    engines = Engines(room=1)
+    live = FakeLive("a")
+    live.samples[0].request = cast(Any, None)
+    engines.place = cast(Any, lambda sample: True)  # type: ignore[method-assign]
+    engines.dispatcher._place = engines.place
+    seen = weakref.ref(live)
+    gc.collect()
+    gc.disable()
+    try:
+        engines.start(live).leave()
+        del live
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+async def test_what_is_cancelled_in_the_middle_of_the_queue_is_let_go() -> None:
+    engines = Engines()
+    lives = [FakeLive(str(number)) for number in range(3)]
+    turns = [engines.start(live) for live in lives]
+    seen = weakref.ref(lives[1])
+    turns[1].leave()
+    del lives[1], turns[1]
+    gc.collect()
+    assert seen() is None
+    engines.free(number=2)
+    assert engines.started == ["0", "2"]
 
 
 async def test_short_prompts_are_not_held_back_by_their_number() -> None:
