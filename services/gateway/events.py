@@ -17,6 +17,7 @@ def started(resolved: ResolvedRequest) -> pb.GenerateResponse:
             model=resolved.info.model_name,
             seed=resolved.seed,
             prompt_tokens=len(resolved.prompt_token_ids),
+            version=resolved.info.artifact_version,
         )
     )
 

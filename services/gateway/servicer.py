@@ -144,10 +144,11 @@ class GatewayServicer(GatewayServiceServicer):
         """Describe a session of the caller's key."""
         refuse_unknown_fields(request)
         sessions = self._sessions("GetSession")
-        session, token_ids = await sessions.get(current_caller.get().name, request.session_id)
+        session, token_ids = await sessions.get(
+            current_caller.get().name, request.session_id, with_tokens=request.include_token_ids
+        )
         response = pb.GetSessionResponse(session=_session(session))
-        if request.include_token_ids:
-            response.session.token_ids.extend(token_ids)
+        response.session.token_ids.extend(token_ids)
         return response
 
     async def DeleteSession(self, request: pb.DeleteSessionRequest, context: Any) -> pb.DeleteSessionResponse:

@@ -6,6 +6,7 @@ returns. Knows neither text nor engines.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sqlite3
 import sys
@@ -143,11 +144,14 @@ class SessionDatabase:
         ).fetchone()
         return None if row is None else _session_of(row)
 
-    def load(self, owner: str, session_id: str) -> LoadedSession | None:
-        """The session, expired or not, with its tokens, or None. Raises SessionDamaged."""
+    def load(self, owner: str, session_id: str, *, with_tokens: bool = True) -> LoadedSession | None:
+        """The session, expired or not, with its tokens if wanted, or None. Raises SessionDamaged."""
         session = self.get(owner, session_id)
         if session is None:
             return None
+        has_room = self.num_tokens < self._limits.max_tokens
+        if not with_tokens:
+            return LoadedSession(session, [], 0, has_room)
         rows = self._connection.execute(
             "SELECT turn, prompt, output FROM turns WHERE session = ? ORDER BY turn", (session.number,)
         ).fetchall()
@@ -160,7 +164,7 @@ class SessionDatabase:
         is_whole = [turn for turn, _, _ in rows] == list(range(session.num_turns))
         if not is_whole or len(found) != session.num_tokens:
             raise SessionDamaged(f"{len(found)} tokens in {len(rows)} turns: not those that were counted")
-        return LoadedSession(session, found.tolist(), num_output, self.num_tokens < self._limits.max_tokens)
+        return LoadedSession(session, found.tolist(), num_output, has_room)
 
     def append(
         self,
@@ -213,12 +217,22 @@ class SessionDatabase:
                 (owner, session_id),
             ).fetchone()
             self.num_tokens -= 0 if row is None else row[0]
+        if row is not None:
+            self._empty_log()
         return row is not None
 
     def sweep(self, now_ms: int, busy: Collection[int]) -> int:
         """Forget what has expired, but for the sessions whose numbers are in `busy`: how many went."""
         with self._transaction() as execute:
-            return self._sweep(execute, now_ms, busy)
+            num_gone = self._sweep(execute, now_ms, busy)
+        if num_gone:
+            self._empty_log()
+        return num_gone
+
+    def _empty_log(self) -> None:
+        """Leave nothing of what was deleted in the write-ahead log. If that fails now, it is done later."""
+        with contextlib.suppress(sqlite3.Error):
+            self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def _sweep(self, execute: Callable[..., sqlite3.Cursor], now_ms: int, busy: Collection[int]) -> int:
         rows = execute(

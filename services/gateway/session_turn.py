@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import grpc
@@ -35,6 +36,13 @@ class HasInfo(Protocol):
 Found = TypeVar("Found", bound=HasInfo)
 
 
+@dataclass(slots=True)
+class _Progress:
+    """What is kept of a turn, which may be gone on with several times after its request had failed."""
+
+    num_output: int = 0
+
+
 class Keeper(Protocol):
     """What a turn asks of the sessions."""
 
@@ -57,8 +65,9 @@ class Turn:
         self._keeper = keeper
         self._kept = kept
         self._prompt: TurnPrompt | None = None
-        # Output tokens that are kept already: the turn was taken up again after its request had failed.
-        self._num_output_kept = 0
+        self._progress = _Progress()
+        # Set when the session is free of this turn.
+        self.left = asyncio.Event()
 
     @property
     def affinity(self) -> str:
@@ -73,7 +82,7 @@ class Turn:
     @property
     def has_output(self) -> bool:
         """Whether something of this turn is kept."""
-        return self._num_output_kept > 0
+        return self._progress.num_output > 0
 
     async def find(
         self, find_soon: Callable[[str, float | None], Awaitable[Found]], deadline: float | None
@@ -102,8 +111,7 @@ class Turn:
     def again(self) -> Turn:
         """The same turn, to be gone on with; its output so far stays."""
         turn = Turn(self._keeper, self.session, self._kept)
-        turn._prompt = self._prompt
-        turn._num_output_kept = self._num_output_kept
+        turn._prompt, turn._progress = self._prompt, self._progress
         return turn
 
     def close(self, output_token_ids: Sequence[int]) -> None:
@@ -114,7 +122,7 @@ class Turn:
             return
         self.is_closed = True
         prompt = self._prompt
-        if prompt is None or len(output_token_ids) <= self._num_output_kept:
+        if prompt is None or len(output_token_ids) <= self._progress.num_output:
             self._keeper.forget(self)
             return
         self.saving = asyncio.get_running_loop().create_task(self._save(prompt, list(output_token_ids)))
@@ -129,7 +137,7 @@ class Turn:
             await asyncio.shield(self.saving)
 
     async def _save(self, prompt: TurnPrompt, output: list[int]) -> None:
-        session, num_before = self.session, self._num_output_kept
+        session, num_before = self.session, self._progress.num_output
 
         def change(database: SessionDatabase, now_ms: int) -> None:
             if num_before:
@@ -139,7 +147,7 @@ class Turn:
 
         try:
             await self._keeper.keep(change)
-            self._num_output_kept = len(output)
+            self._progress.num_output = len(output)
         finally:
             self._keeper.forget(self)
 

@@ -7,6 +7,7 @@ nor SQL.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 import uuid
@@ -32,25 +33,40 @@ from weft.v1 import gateway_service_pb2 as gateway_pb
 
 MAX_ID_CHARS = 128
 MAX_SWEEP_INTERVAL_S = 60.0
+MIN_SWEEP_INTERVAL_S = 0.05
 NO_ROOM_RETRY_S = 60.0
+# How long a call that goes on with a turn waits for the call before it to leave.
+GIVE_UP_S = 1.0
 _SESSION_ID = re.compile(rf"[A-Za-z0-9._-]{{1,{MAX_ID_CHARS}}}")
 _Key = tuple[str, str]
 log = logs.get_logger("gateway.sessions")
 
 
+class WallClock:
+    """Milliseconds since 1970: only that outlives a restart. While the process lives it goes on evenly, so
+    that setting the machine's clock expires nothing.
+    """
+
+    def __init__(self) -> None:
+        self._offset_s = time.time() - time.monotonic()
+
+    def __call__(self) -> int:
+        return int((self._offset_s + time.monotonic()) * 1000)
+
+
 class Sessions:
-    """All sessions of this process. `now_ms` is wall time, in milliseconds: a session outlives restarts."""
+    """All sessions of this process. `now_ms` is wall time, in milliseconds."""
 
     def __init__(
         self,
         store: SessionStore,
         *,
         retain_seconds: int = 300,
-        now_ms: Callable[[], int] = lambda: int(time.time() * 1000),
+        now_ms: Callable[[], int] | None = None,
     ) -> None:
         self.store = store
         self.retain_seconds = retain_seconds
-        self.now_ms = now_ms
+        self.now_ms = now_ms or WallClock()
         # None: a turn that is still being looked up.
         self._live: dict[_Key, Turn | None] = {}
 
@@ -92,11 +108,13 @@ class Sessions:
         except NoRoom as error:
             raise _no_room(str(error)) from None
 
-    async def get(self, owner: str | None, session_id: str) -> tuple[StoredSession, list[int]]:
-        """A session and its tokens, as its last kept turn left it. Raises StatusError."""
+    async def get(
+        self, owner: str | None, session_id: str, *, with_tokens: bool = True
+    ) -> tuple[StoredSession, list[int]]:
+        """A session and its tokens, if wanted, as its last kept turn left it. Raises StatusError."""
         key = (owner or "", _checked(session_id))
         await self._settled(key)
-        found = await self._load(key)
+        found = await self._load(key, with_tokens=with_tokens)
         return found.session, found.token_ids
 
     async def delete(self, owner: str | None, session_id: str) -> None:
@@ -135,10 +153,11 @@ class Sessions:
         has gone on without it.
         """
         key = (old.session.owner, old.session.session_id)
+        await self._left(key)
         await self._claim(key)
         turn: Turn | None = None
         try:
-            session = (await self._load(key)).session
+            session = (await self._load(key, with_tokens=False)).session
             num_turns = old.session.num_turns + old.has_output
             if (session.number, session.num_turns) != (old.session.number, num_turns):
                 raise StatusError(
@@ -160,13 +179,15 @@ class Sessions:
     def forget(self, turn: Turn) -> None:
         """The turn is over, and kept as far as it can be: its session is free."""
         key = (turn.session.owner, turn.session.session_id)
+        turn.left.set()
         if self._live.get(key) is turn:
             del self._live[key]
 
     async def sweep(self) -> None:
         """Forget what has expired. Runs until cancelled."""
         while True:
-            await asyncio.sleep(min(MAX_SWEEP_INTERVAL_S, self.limits.ttl_s / 4))
+            interval_s = min(MAX_SWEEP_INTERVAL_S, self.limits.ttl_s / 4)
+            await asyncio.sleep(max(MIN_SWEEP_INTERVAL_S, interval_s))
             now_ms, busy = self.now_ms(), self._busy()
             try:
                 num_gone = await self.store.run(lambda database: database.sweep(now_ms, busy))  # noqa: B023
@@ -190,13 +211,21 @@ class Sessions:
             )
         self._live[key] = None
 
+    async def _left(self, key: _Key) -> None:
+        """Wait a moment for a turn that is being given up: a call that goes on takes the place of another."""
+        turn = self._live.get(key)
+        if turn is not None:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GIVE_UP_S):
+                    await turn.left.wait()
+
     async def _settled(self, key: _Key) -> None:
         """Wait for a turn that is over to be kept."""
         while (turn := self._live.get(key)) is not None and turn.saving is not None:
             await asyncio.wait([turn.saving])
 
-    async def _load(self, key: _Key) -> LoadedSession:
-        found = await self.store.run(lambda database: database.load(*key))
+    async def _load(self, key: _Key, *, with_tokens: bool = True) -> LoadedSession:
+        found = await self.store.run(lambda database: database.load(*key, with_tokens=with_tokens))
         # A live turn keeps its session from expiring.
         if found is None or (
             found.session.used_ms < self.limits.horizon(self.now_ms()) and self._live.get(key) is None

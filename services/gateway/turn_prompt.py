@@ -8,6 +8,7 @@ of how sessions are kept.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -18,6 +19,8 @@ from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1 import gateway_service_pb2 as gateway_pb
 
 MAX_SESSION_MESSAGES = 1024
+# To decode more of them would hold the event loop for milliseconds.
+INLINE_TOKENS = 4096
 # Stands for what was said. Letters, so that no tokenizer joins it with what templates write around it.
 _WORD = "ok"
 _THOUGHT_END = "</think>"
@@ -76,7 +79,7 @@ async def _further_chat(
     if len(roles) > MAX_SESSION_MESSAGES:
         raise invalid_argument([("chat.messages", f"a session has at most {MAX_SESSION_MESSAGES} of them")])
     answer = kept.token_ids[len(kept.token_ids) - kept.num_output :]
-    has_thought = _THOUGHT_END in assets.vocabulary.decode(answer, skip_special_tokens=False)
+    has_thought = await _has_thought(answer, assets)
     stand_in = _THOUGHT if has_thought else _WORD
     history = [{"role": role, "content": _WORD} for role in kept.roles[:-1]]
     before = await render(history, assets) + stand_in
@@ -90,6 +93,13 @@ async def _further_chat(
         raise _refusal("what the model's template writes after an answer cannot be told from the answer")
     rest = _without_end(token_ids[len(head) :], answer, assets, info)
     return TurnPrompt(rest, (*roles, "assistant"))
+
+
+async def _has_thought(answer: Sequence[int], assets: ModelAssets) -> bool:
+    def decode() -> str:
+        return assets.vocabulary.decode(answer, skip_special_tokens=False)
+
+    return _THOUGHT_END in (decode() if len(answer) <= INLINE_TOKENS else await asyncio.to_thread(decode))
 
 
 def _without_end(

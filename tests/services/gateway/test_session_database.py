@@ -180,14 +180,20 @@ def test_names_are_never_sql(database):
     assert database.get("a", "' OR 1=1") is None
 
 
-def test_what_was_deleted_is_not_in_the_file(path):
+@pytest.mark.parametrize("is_swept", [False, True])
+def test_what_was_deleted_is_not_in_the_files(path, is_swept):
     database = SessionDatabase(path, LIMITS)
     session = database.create(new(), ())
     secret = [0x5EC12E75] * 20
     database.append(session, secret, [1], (), 1000)
-    database.delete("a", "s")
+    pattern = b"\x75\x2e\xc1\x5e" * 4
+    assert any(pattern in side.read_bytes() for side in path.parent.iterdir())
+    if is_swept:
+        assert database.sweep(10**9, ()) == 1
+    else:
+        database.delete("a", "s")
+    assert all(pattern not in side.read_bytes() for side in path.parent.iterdir())
     database.close()
-    assert all(b"\x75\x2e\xc1\x5e" * 4 not in side.read_bytes() for side in path.parent.iterdir())
 
 
 _CHILD = """

@@ -532,3 +532,22 @@ async def test_a_turn_waits_for_an_engine_that_was_lost_a_moment_ago(start_gatew
     _, ids, finish = await turn
     assert ids == expected_tokens([*before, 401], 7, 0, 6)
     assert finish.usage.cached_tokens == 0
+
+
+async def test_a_session_of_an_artifact_without_a_version(stack, start_gateway):
+    for version in ("", "v2"):
+        engine = MockEngine(step_ms=1, version=version, digest=f"sha256:{version}")
+        await engine.start()
+        stack.push_async_callback(engine.kill)
+        if not version:
+            plain = engine
+    gateway = await start_gateway(plain, engine)
+    async with asyncio.timeout(20):
+        while len(gateway.application.router.served()) < 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
+    for number in range(8):
+        talker = await talk(gateway, f"s{number}", None)
+        version = (await talker.get()).version
+        for _ in range(3):
+            started, _, _ = await talker.turn([400])
+            assert started.version == version

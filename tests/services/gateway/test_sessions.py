@@ -339,3 +339,46 @@ async def test_closing_keeps_what_is_over(tmp_path):
     sessions = Sessions(SessionStore(path, SessionLimits()))
     assert (await sessions.get(None, "s"))[1] == [5, 6]
     await sessions.close()
+
+
+async def test_a_turn_is_gone_on_with_from_any_of_its_failures(sessions):
+    """An older token may be used again: whatever its request knew, nothing is lost or counted twice."""
+    await sessions.create(None, "s", INFO)
+    first = await sessions.begin(ask(5), None)
+    await first.prompt(ask(5), None, INFO)
+    first.close([])
+    second = await sessions.begin_again(first)
+    second.close([7, 8])
+    third = await sessions.begin_again(first)
+    third.close([7, 8, 9, 10])
+    fourth = await sessions.begin_again(second)
+    fourth.close([7, 8, 9])  # Cut earlier than the one before it: what is kept stays.
+    fifth = await sessions.begin_again(first)
+    fifth.close([7, 8, 9, 10, 11])
+    await fifth.saved()
+    session, token_ids = await sessions.get(None, "s")
+    assert token_ids == [5, 7, 8, 9, 10, 11]
+    assert (session.num_turns, session.num_tokens) == (1, 6)
+    assert await sessions.store.run(lambda database: database.num_tokens) == 6
+
+
+async def test_a_call_that_goes_on_waits_for_the_one_before_it_to_leave(sessions):
+    await sessions.create(None, "s", INFO)
+    first = await sessions.begin(ask(5), None)
+    await first.prompt(ask(5), None, INFO)
+    first.close([7])
+    second = await sessions.begin_again(first)
+    third = asyncio.create_task(sessions.begin_again(first))
+    await asyncio.sleep(0.05)
+    assert not third.done()
+    second.close([7, 8])
+    (await third).close([7, 8, 9])
+    assert (await sessions.get(None, "s"))[1] == [5, 7, 8, 9]
+
+
+async def test_setting_the_clock_expires_nothing(tmp_path, monkeypatch):
+    sessions = Sessions(SessionStore(tmp_path / "s.db", SessionLimits(ttl_s=60.0)))
+    await sessions.create(None, "s", INFO)
+    monkeypatch.setattr("time.time", lambda: 4e9)
+    await sessions.get(None, "s")
+    await sessions.close()
