@@ -8,7 +8,7 @@ MAX_STACK_CHARS = 32 << 10
 _WITHHELD = "(withheld: it may hold what a client wrote)"
 # What these say is about code and files. A ValueError or KeyError quotes the value, a library's own anything.
 _TELLING = (AttributeError, ImportError, IndexError, MemoryError, NameError, OSError, RuntimeError, TypeError)
-_OURS = ("weft.", "services.", "grpc.")
+_OURS = ("weft.", "grpc.")
 
 
 def stack_text(error: BaseException, *, is_private: bool) -> str:
