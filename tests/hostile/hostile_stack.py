@@ -166,9 +166,9 @@ class Stack:
         """A request from a well-behaved client gets the oracle's tokens."""
         seed = next(_numbers) + 1_000_000
         found: list[int] = []
-        async for response in self.stub.Generate(token_request(PROBE, 5, seed), timeout=20):
+        async for response in self.stub.Generate(token_request(PROBE, 3, seed), timeout=20):
             found += response.delta.token_ids
-        assert found == expected_tokens(PROBE, seed, 0, 5)
+        assert found == expected_tokens(PROBE, seed, 0, 3)
 
     def balance(self, allowed: int = 0) -> list[str]:
         """What has begun and not ended, beyond `allowed` at each place."""
@@ -253,7 +253,7 @@ async def running_stack(
 ) -> AsyncIterator[Stack]:
     """A mock engine, a gateway with both faces in front of it, and nobody on it yet."""
     async with contextlib.AsyncExitStack() as stack:
-        knobs = {"num_blocks": NUM_BLOCKS, "block_size": BLOCK_SIZE, "max_model_len": CONTEXT, "step_ms": 2.0}
+        knobs = {"num_blocks": NUM_BLOCKS, "block_size": BLOCK_SIZE, "max_model_len": CONTEXT, "step_ms": 3.0}
         mock = await stack.enter_async_context(MockEngine(**{**knobs, **(engine or {})}))
         flags.setdefault("drain_seconds", 2.0)
         config = GatewayConfig(

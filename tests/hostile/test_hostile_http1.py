@@ -71,7 +71,7 @@ CASES = [
     Raw("H070-chunk-of-no-size", post(CHUNKED, b"zz\r\n{}\r\n0\r\n\r\n"), [400], "invalid_http"),
     Raw("H070-chunk-of-2e80", post(CHUNKED, b"f" * 21 + b"\r\n"), [400], "invalid_http"),
     Raw("H070-chunk-without-end", post(CHUNKED, b"2\r\n{}xx0\r\n\r\n"), [400], "invalid_http"),
-    Raw("H074-header-64KiB", post(b"X: " + b"a" * (64 << 10) + b"\r\n"), [431], "invalid_http"),
+    Raw("H074-header-64KiB", post(b"X: " + b"a" * (64 << 10) + b"\r\n"), [431], "headers_too_long"),
     Raw("H074-1000-headers", post(b"X: 1\r\n" * 1000), [431], "too_many_headers"),
     Raw("H074-9000-headers", post(b"X: 1\r\n" * 9000), [431]),
     Raw("H074-100-headers", post(length(BODY) + b"X: 1\r\n" * 97, BODY), [200]),
@@ -250,7 +250,7 @@ async def test_a_large_body_that_is_refused_is_answered(stack: Stack, http: http
 
 
 async def test_H077_a_compressed_body(stack: Stack, http: httpx.AsyncClient) -> None:
-    bomb = gzip.compress(bytes(64 * MIB))
+    bomb = await asyncio.to_thread(gzip.compress, bytes(64 * MIB))
     for encoding in ("gzip", "deflate", "br", "zstd", "identity, gzip"):
         headers = {"content-type": "application/json", "content-encoding": encoding}
         async with stack.watched(max_hold_s=None):
