@@ -50,12 +50,16 @@ class Launcher:
 
     The exit code is 0 when all ended well after SIGTERM or SIGINT, else the first other one; 1 after a second
     signal, which kills. A process that dies is started again, after a pause that grows while it keeps dying.
-    One that never served and ends with 1 or 2 cannot start, and then neither can the rest.
+    One that never served and ends with 1 or 2 cannot start, and then neither can the rest. `reloads`: a
+    hangup is passed on, for the processes read files again at one; else it ends them, as it ends any.
     """
 
-    def __init__(self, num_processes: int, command: Callable[[int], Sequence[str]]) -> None:
+    def __init__(
+        self, num_processes: int, command: Callable[[int], Sequence[str]], *, reloads: bool = False
+    ) -> None:
         self.children = [Child(index) for index in range(num_processes)]
         self._command = command
+        self._reloads = reloads
         self._stop = asyncio.Event()
         self._failure = 0
 
@@ -133,10 +137,12 @@ class Launcher:
         numbers = (signal.SIGTERM, signal.SIGINT)
         for number in numbers:
             loop.add_signal_handler(number, self.on_signal, number)
+        if self._reloads:
+            loop.add_signal_handler(signal.SIGHUP, self._tell, signal.SIGHUP)
         try:
             yield
         finally:
-            for number in numbers:
+            for number in (*numbers, *((signal.SIGHUP,) if self._reloads else ())):
                 loop.remove_signal_handler(number)
 
 
@@ -166,7 +172,13 @@ def reserve(address: Address) -> tuple[socket.socket, Address]:
 
 
 def launch(
-    argv: Sequence[str], num_processes: int, listen: Address, http: Address | None, *, module: str
+    argv: Sequence[str],
+    num_processes: int,
+    listen: Address,
+    http: Address | None,
+    *,
+    module: str,
+    reloads: bool = False,
 ) -> int:
     """Run `python -m MODULE serve ARGV` so many times. Returns the exit code; raises PortTaken."""
     with contextlib.ExitStack() as stack:
@@ -183,7 +195,7 @@ def launch(
             return [sys.executable, "-m", module, "serve", *argv, *shared, "--process-index", str(index)]
 
         async def run() -> int:
-            return await Launcher(num_processes, command).run()
+            return await Launcher(num_processes, command, reloads=reloads).run()
 
         return asyncio.run(run())
 

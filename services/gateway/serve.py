@@ -82,7 +82,10 @@ def main(argv: list[str]) -> int:
 
 def _launch(argv: list[str], config: GatewayConfig) -> int:
     try:
-        return launch(argv, config.processes, config.listen, config.http, module="services.gateway")
+        reloads = config.api_key_file is not None or config.tls_cert is not None
+        return launch(
+            argv, config.processes, config.listen, config.http, module="services.gateway", reloads=reloads
+        )
     except PortTaken as error:
         log.error("cannot start", reason=str(error))
         return 1

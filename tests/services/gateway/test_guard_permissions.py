@@ -337,3 +337,22 @@ async def test_a_process_reads_its_key_file_again(engine: Any, tmp_path: Path) -
         assert b"secretword" not in b"".join(running.lines)
     finally:
         assert await running.end() == 0
+
+
+async def test_a_hangup_reaches_every_process(engine: Any, tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"a:{hash_key('first')}\n")
+    running = await GuardProcess.start(
+        "services.gateway",
+        *("--listen", "127.0.0.1:0", "--engine", engine.address, "--tokenizer", DEMO),
+        *("--api-key-file", path, "--tls-reload-seconds", 3600, "--processes", 2),
+    )
+    try:
+        for _ in range(2):
+            await running.wait_for("serving")
+        path.write_text(f"a:{hash_key('second')}\n")
+        running.send(signal.SIGHUP)
+        for _ in range(2):
+            await running.wait_for("reloaded")
+    finally:
+        assert await running.end() == 0
