@@ -21,7 +21,7 @@ USAGE = "usage: python -m services.gateway serve [--help | OPTIONS]"
 
 
 # Fewer collections than by default: a token leaves nothing for them to find, a request about 40 objects.
-GC_THRESHOLDS = (50_000, 10, 5)
+GC_THRESHOLDS = (10_000, 20, 10)
 
 
 class _Process(GatewayApplication):
