@@ -27,6 +27,8 @@ _TABLE: dict[grpc.StatusCode, tuple[int, str, str | None]] = {
     _Code.UNAVAILABLE: (503, "server_error", "unavailable"),
     _Code.DEADLINE_EXCEEDED: (504, "server_error", "deadline_exceeded"),
 }
+# When to come back after a 429 or 503 that does not say it itself, in seconds.
+DEFAULT_RETRY_S = 1.0
 _INTERNAL = (500, "server_error", "internal_error")
 _PREFIXES = re.compile(r"^(sampling\.|chat\.)")
 
@@ -92,11 +94,12 @@ def status_of(error: StatusError | HttpError) -> int:
 def headers_of(error: StatusError | HttpError) -> list[tuple[bytes, bytes]]:
     """Headers beside the body."""
     headers = [(b"content-type", b"application/json")]
-    if isinstance(error, HttpError):
-        if error.status == 408:
-            headers.append((b"connection", b"close"))  # what is left of the body is not waited for
-    elif status_of(error) in (429, 503) or error.retry_after_s is not None:
-        wait_s = 1.0 if error.retry_after_s is None else error.retry_after_s
+    if isinstance(error, HttpError) and error.status == 408:
+        headers.append((b"connection", b"close"))  # what is left of the body is not waited for
+    wait_s = None if isinstance(error, HttpError) else error.retry_after_s
+    if status_of(error) in (429, 503) and wait_s is None:
+        wait_s = DEFAULT_RETRY_S
+    if wait_s is not None:
         headers.append((b"retry-after", str(max(1, math.ceil(wait_s))).encode()))
         headers.append((b"retry-after-ms", str(max(1, round(wait_s * 1000))).encode()))
     if status_of(error) == 401:

@@ -11,7 +11,7 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from services.gateway.http.errors import HttpError, body_of, encode
+from services.gateway.http.errors import HttpError, body_of, encode, headers_of
 from weft.limits import DEFAULT_LIMITS
 
 HEADERS_S = 10.0
@@ -125,7 +125,7 @@ class Http11(H11Protocol):
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
             body = encode(body_of(error))
             headers = [
-                (b"content-type", b"application/json"),
+                *headers_of(error),
                 (b"content-length", str(len(body)).encode()),
                 (b"connection", b"close"),
             ]
