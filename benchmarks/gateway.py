@@ -239,9 +239,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", nargs="+", choices=list(PHASES), default=list(PHASES), metavar="PHASE")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--write-results", action="store_true", help="add the rows to results.csv")
+    parser.add_argument("--git-sha", default=git_sha(), help="where there is no repository", metavar="SHA")
     arguments = parser.parse_args(argv)
     size = QUICK if arguments.quick else FULL
-    about = {**machine(), "git_sha": git_sha(), "is_quick": arguments.quick}
+    about = {**machine(), "git_sha": arguments.git_sha, "is_quick": arguments.quick}
     rows: list[Row] = []
     keep: dict[str, Any] = {}
     for name in arguments.only:
