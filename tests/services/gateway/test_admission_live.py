@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import urllib.request
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,7 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from services.gateway import resolution
 from weft.rpc.address import parse_address
-from weft.rpc.auth import ANYBODY, Caller
+from weft.rpc.auth import ANYBODY, Authenticator, Caller, auth_metadata, hash_key
 from weft.rpc.errors import PUSHBACK_KEY, StatusError, error_from_call
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2 as gen
@@ -85,6 +86,32 @@ async def test_requests_a_second_over_grpc(start_gateway: Any, engine: Any) -> N
     assert error.retry_after_s == pytest.approx(100, abs=10)
     pushback = dict(caught.value.trailing_metadata() or ())[PUSHBACK_KEY]
     assert int(pushback) == round(1000 * error.retry_after_s)
+
+
+async def test_limits_of_the_key_file_hold_and_follow_it(
+    start_gateway: Any, engine: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys"
+    line = f"slow:{hash_key('k-slow')} requests_per_second="
+    other = f"fast:{hash_key('k-fast')}\n"
+    path.write_text(f"{line}0.01\n{other}")
+    keys = Authenticator.from_file(path)
+    gateway = await start_gateway(engine, authenticator=keys)
+
+    async def generate(key: str) -> int:
+        call = gateway.stub.Generate(ask(), metadata=auth_metadata(key))
+        return len([response async for response in call])
+
+    assert await generate("k-slow")
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await generate("k-slow")
+    assert error_from_call(caught.value).reason == "QUOTA_EXCEEDED"
+    for _ in range(3):
+        assert await generate("k-fast")
+    path.write_text(f"{line}100\n{other}")
+    keys.reload()
+    for _ in range(3):
+        assert await generate("k-slow")
 
 
 async def test_who_comes_back_when_told_is_let_in(gateway: Any) -> None:
