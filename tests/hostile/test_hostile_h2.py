@@ -459,13 +459,15 @@ async def watches(stack: Stack, count: int) -> None:
             if number % 50 == 0:
                 await h2.drain()
                 await asyncio.sleep(0)
-    for h2, first in zip(opened, range(0, count, 900), strict=True):
-        await h2.wait(lambda h2=h2, n=min(900, count - first): len(h2.data) == n, 60)
-    stack.server.health.set_serving(False)
-    stack.server.health.set_serving(True)
-    assert stack.server.counters.begun - stack.server.counters.ended >= count
-    for h2 in opened:
-        await h2.close()
+    try:
+        for h2, first in zip(opened, range(0, count, 900), strict=True):
+            await h2.wait(lambda h2=h2, n=min(900, count - first): len(h2.data) == n, 240)
+        stack.server.health.set_serving(False)
+        stack.server.health.set_serving(True)
+        assert stack.server.counters.begun - stack.server.counters.ended >= count
+    finally:
+        for h2 in opened:
+            await h2.close()
 
 
 async def test_H117_health_watches(stack: Stack) -> None:
