@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 import tempfile
 from pathlib import Path
+from types import FrameType
 
 from tools.chaos.faults import WEIGHTS
 from tools.chaos.plans import Plan, run_demo, run_mock
@@ -60,6 +62,11 @@ def run_one(name: str, arguments: argparse.Namespace, logs: Path) -> list[str]:
     return report.problems
 
 
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A SIGTERM leaves as a Ctrl-C does: with no process left behind."""
+    raise KeyboardInterrupt
+
+
 def main(argv: list[str]) -> int:
     """Run; 0 when nothing was lost, doubled or wrong and everything is given back."""
     arguments = parse(argv)
@@ -72,4 +79,8 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
