@@ -11,6 +11,7 @@ from prometheus_client.registry import Collector
 from services.gateway.admission_metrics import admission_metrics, dashboard_metrics
 from services.gateway.gateway import Gateway
 from services.gateway.routing_metrics import routing_metrics
+from services.gateway.sessions import Sessions
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -68,6 +69,7 @@ class GatewayMetrics(Collector):
             "Requests without a first token.",
             value=gateway.admission.num_waiting,
         )
+        yield from _session_metrics(gateway.sessions)
         retention = gateway.attendance.retention
         yield GaugeMetricFamily(
             "weft_gateway_requests_kept",
@@ -86,3 +88,12 @@ class GatewayMetrics(Collector):
         yield from admission_metrics(gateway)
         yield from dashboard_metrics(gateway)
         yield from routing_metrics(gateway.router)
+
+
+def _session_metrics(sessions: Sessions) -> Iterable[Metric]:
+    num_sessions, num_tokens = sessions.store.counts
+    yield GaugeMetricFamily("weft_gateway_sessions", "Sessions that are kept.", value=num_sessions)
+    yield GaugeMetricFamily("weft_gateway_session_tokens", "Their tokens.", value=num_tokens)
+    yield GaugeMetricFamily(
+        "weft_gateway_session_turns_live", "Their turns in flight.", value=sessions.num_live
+    )

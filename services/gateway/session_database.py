@@ -85,8 +85,9 @@ class SessionDatabase:
     def __init__(self, path: Path | None, limits: SessionLimits) -> None:
         self._limits = limits
         self._connection = open_database(path)
-        (self.num_tokens,) = self._connection.execute(
-            "SELECT coalesce(sum(num_tokens), 0) FROM sessions"
+        # Other threads may read them.
+        self.num_sessions, self.num_tokens = self._connection.execute(
+            "SELECT count(*), coalesce(sum(num_tokens), 0) FROM sessions"
         ).fetchone()
 
     def close(self) -> None:
@@ -95,14 +96,14 @@ class SessionDatabase:
 
     @contextmanager
     def _transaction(self) -> Iterator[Callable[..., sqlite3.Cursor]]:
-        """All or nothing, `num_tokens` included."""
-        num_tokens = self.num_tokens
+        """All or nothing, the counts included."""
+        counts = self.num_sessions, self.num_tokens
         self._connection.execute("BEGIN IMMEDIATE")
         try:
             yield self._connection.execute
             self._connection.execute("COMMIT")
         except BaseException:
-            self.num_tokens = num_tokens
+            self.num_sessions, self.num_tokens = counts
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
             raise
@@ -117,15 +118,12 @@ class SessionDatabase:
                 "SELECT 1 FROM sessions WHERE owner = ? AND session_id = ?", (new.owner, new.session_id)
             ).fetchone():
                 raise SessionExists
+            (num_own,) = execute("SELECT count(*) FROM sessions WHERE owner = ?", (new.owner,)).fetchone()
             for limit, what, found in (
-                (self._limits.max_sessions, "sessions", execute("SELECT count(*) FROM sessions")),
-                (
-                    self._limits.max_sessions_per_key,
-                    "sessions of one key",
-                    execute("SELECT count(*) FROM sessions WHERE owner = ?", (new.owner,)),
-                ),
+                (self._limits.max_sessions, "sessions", self.num_sessions),
+                (self._limits.max_sessions_per_key, "sessions of one key", num_own),
             ):
-                if found.fetchone()[0] >= limit:
+                if found >= limit:
                     raise NoRoom(f"there are {limit} {what}, which is the limit")
             row = execute(
                 "INSERT INTO sessions (owner, session_id, model, version, artifact_digest, used_ms, roles)"
@@ -135,6 +133,7 @@ class SessionDatabase:
                     *(new.used_ms, _roles_text(new.roles)),
                 ),
             ).fetchone()
+            self.num_sessions += 1
         return _session_of(row)
 
     def get(self, owner: str, session_id: str) -> StoredSession | None:
@@ -216,7 +215,9 @@ class SessionDatabase:
                 "DELETE FROM sessions WHERE owner = ? AND session_id = ? RETURNING num_tokens",
                 (owner, session_id),
             ).fetchone()
-            self.num_tokens -= 0 if row is None else row[0]
+            if row is not None:
+                self.num_sessions -= 1
+                self.num_tokens -= row[0]
         if row is not None:
             self._empty_log()
         return row is not None
@@ -242,6 +243,7 @@ class SessionDatabase:
         gone = [(number, num_tokens) for number, num_tokens in rows if number not in busy]
         for number, num_tokens in gone:
             execute("DELETE FROM sessions WHERE number = ?", (number,))
+            self.num_sessions -= 1
             self.num_tokens -= num_tokens
         return len(gone)
 

@@ -36,6 +36,11 @@ class SessionStore:
             self._thread.shutdown()
             raise
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Sessions that are kept, and their tokens."""
+        return self._database.num_sessions, self._database.num_tokens
+
     async def run(self, function: Callable[[SessionDatabase], T]) -> T:
         """Call `function` with the database, after everything that was asked before. What SQLite cannot do
         becomes a StatusError; what else is raised comes out as it is. Once begun it is done, even if nobody

@@ -268,6 +268,7 @@ def test_any_history_leaves_what_a_dictionary_would(commands):
     database.sweep(clock, ())
     kept = {key: entry for key, entry in model.items() if entry[0] >= clock - 10_000}
     assert database.num_tokens == sum(len(entry[1]) for entry in kept.values())
+    assert database.num_sessions == len(kept)
     database.close()
 
 

@@ -88,6 +88,32 @@ async def kill_after(gateway, delay_s):
     await gateway.process.wait()
 
 
+async def test_a_turn_cut_short_by_the_end_of_the_drain_is_kept_as_far_as_it_was_sent(
+    start_process, tmp_path
+):
+    flags = ["--listen", "127.0.0.1:0", "--tokenizer", DEMO, "--sessions", tmp_path / "sessions.db"]
+    async with MockEngine(step_ms=2, max_model_len=8192) as engine:
+        flags += ["--engine", engine.address]
+        gateway = await start_process(*flags, "--drain-seconds", "0.2")
+        stub = await gateway.stub()
+        await gateway.wait_for("serving")
+        await stub.CreateSession(pb.CreateSessionRequest(session_id="s"))
+        call = stub.Generate(ask([400], 8000))
+        got = []
+        while len(got) < 5:
+            got += (await call.read()).delta.token_ids
+        gateway.process.terminate()
+        rest, is_ok = await read(call)
+        assert not is_ok
+        assert await gateway.process.wait() == 0
+        gateway = await start_process(*flags)
+        stub = await gateway.stub()
+        await gateway.wait_for("serving")
+        found = await kept(stub)
+        assert found[: 1 + len(got) + len(rest)] == [400, *got, *rest]
+        assert found == [400, *expected_tokens([400], 7, 0, len(found) - 1)]
+
+
 @pytest.mark.parametrize("kind", ["garbage", "foreign", "in use"])
 def test_a_file_that_cannot_be_used_is_one_line_and_exit_1(tmp_path, kind):
     path = tmp_path / "sessions.db"

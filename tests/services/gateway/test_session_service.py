@@ -5,6 +5,8 @@ behind however it ends.
 from __future__ import annotations
 
 import asyncio
+import sqlite3
+import threading
 from typing import Any
 
 import grpc
@@ -140,6 +142,51 @@ async def test_turns_equal_a_stateless_run_and_find_their_blocks(served):
         assert (session.num_tokens, session.num_turns) == (len(history), number + 1)
 
 
+async def test_the_end_of_a_call_says_that_the_turn_is_kept(served):
+    talker = await talk(served)
+    store = served.application.sessions.store
+    gate = threading.Event()
+    call = talker.call([400], max_tokens=40)
+    ids = await first_tokens(call)
+    busy = asyncio.create_task(store.run(lambda database: gate.wait(20)))
+    finish = None
+    while finish is None:
+        response = await call.read()
+        ids += response.delta.token_ids
+        finish = response.finish if response.HasField("finish") else None
+    end = asyncio.create_task(call.read())
+    done, _ = await asyncio.wait([end], timeout=0.3)
+    assert not done
+    gate.set()
+    assert await end is grpc.aio.EOF
+    assert await call.code() is grpc.StatusCode.OK
+    assert (await store.run(lambda database: database.load("", "s"))).token_ids == [400, *ids]
+    await busy
+
+
+async def test_a_turn_that_cannot_be_kept_ends_with_an_error(served, monkeypatch):
+    talker = await talk(served)
+
+    def full(*arguments):
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(served.application.sessions.store._database, "append", full)
+    with Refused("UNAVAILABLE", "SESSIONS_UNAVAILABLE"):
+        await talker.turn([400])
+    monkeypatch.undo()
+    assert await talker.ids() == []
+    await talker.turn([400])
+
+
+async def test_metrics_of_sessions(served):
+    talker = await talk(served)
+    await talker.turn([400], max_tokens=5)
+    page = served.application.metrics.text().decode()
+    assert "weft_gateway_sessions 1.0" in page
+    assert "weft_gateway_session_tokens 6.0" in page
+    assert "weft_gateway_session_turns_live 0.0" in page
+
+
 async def test_the_stateless_run_through_the_same_door_agrees(served):
     talker = await talk(served)
     await talker.turn([400] * 9, seed=1)
@@ -226,6 +273,7 @@ async def test_a_chat_is_what_the_template_writes_for_all_of_it(gateway, engine,
 async def test_a_stop_string_ends_a_turn_with_the_token_that_completed_it(gateway, engine):
     talker = await talk(gateway)
     engine.say("weave the red thread STOP and then more of it")
+    engine.steps_per_frame = 40  # All of it comes at once, what is behind the stop string included.
     _, ids, finish = await talker.turn([400], max_tokens=30, stop=["STOP"])
     assert finish.stop_string == "STOP"
     assert "STOP" in engine.library.decode(ids)

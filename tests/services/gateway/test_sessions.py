@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+from types import SimpleNamespace
 
 import grpc
 import pytest
 
 from services.gateway.session_database import SessionLimits
 from services.gateway.session_store import SessionStore
+from services.gateway.session_turn import tokens_to_keep
 from services.gateway.sessions import Sessions
 from weft.rpc.errors import StatusError
 from weft.v1 import engine_service_pb2 as engine_pb
@@ -382,3 +384,15 @@ async def test_setting_the_clock_expires_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr("time.time", lambda: 4e9)
     await sessions.get(None, "s")
     await sessions.close()
+
+
+def test_what_of_an_output_is_kept():
+    sample = SimpleNamespace(
+        token_ids=[1, 2, 3, 4, 5, 6, 7],
+        output=SimpleNamespace(num_tokens=5),  # the stop string was complete with the fifth
+        journal=SimpleNamespace(most_sent=3),
+        end=None,
+    )
+    assert tokens_to_keep(SimpleNamespace(samples=[sample])) == [1, 2, 3]
+    sample.end = "its end"
+    assert tokens_to_keep(SimpleNamespace(samples=[sample])) == [1, 2, 3, 4, 5]
