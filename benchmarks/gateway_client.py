@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import json
+import statistics
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -250,12 +252,12 @@ async def cancels(target: str, pid: int, num_requests: int) -> dict[str, Any]:
 
 
 def slope(points: list[int]) -> float:
-    """Of the least-squares line through equally spaced points, the first left out."""
+    """Of equally spaced points, the first left out: the median over all pairs (Theil and Sen), which one
+    point that is off does not change.
+    """
     values = points[1:]
-    middle = (len(values) - 1) / 2
-    mean = sum(values) / len(values)
-    above = sum((index - middle) * (value - mean) for index, value in enumerate(values))
-    return above / sum((index - middle) ** 2 for index in range(len(values)))
+    pairs = itertools.combinations(enumerate(values), 2)
+    return statistics.median((later - sooner) / (j - i) for (i, sooner), (j, later) in pairs)
 
 
 def main(argv: list[str]) -> int:
