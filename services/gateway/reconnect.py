@@ -16,6 +16,8 @@ from services.gateway.multiplexer import LinkCounters, ProtocolViolation
 from weft import logs
 from weft.rpc.errors import new_error_id
 
+# A session that ends earlier is no reason to come back at once.
+STABLE_S = 1.0
 log = logs.get_logger("gateway.link")
 
 
@@ -34,16 +36,17 @@ class Connected(Protocol):
 
 async def keep_up(link: Connected, times: LinkTimes) -> None:
     """Run sessions until cancelled, or until one ends after the link was given up."""
+    loop = asyncio.get_running_loop()
     backoff_s = times.min_backoff_s
     while True:
-        num_sessions = link.counters.sessions
+        num_sessions, begun_at = link.counters.sessions, loop.time()
         is_refused = await _run_session(link)
         if link.is_leaving:
             return
-        if link.counters.sessions > num_sessions:
-            backoff_s = times.min_backoff_s
-        else:
+        if link.counters.sessions == num_sessions:
             link.breaker.fail_to_connect()
+        elif loop.time() - begun_at > STABLE_S:
+            backoff_s = times.min_backoff_s
         if is_refused:
             backoff_s = times.refused_backoff_s
         # Many gateways that lost the same engine should not come back in the same moment.
@@ -64,12 +67,6 @@ async def _run_session(link: Connected) -> bool:
         _note(link, str(error))
     except grpc.aio.AioRpcError as error:
         _note(link, f"{error.code().name}: {error.details()}")
-    except asyncio.CancelledError:
-        # The library raises it, too, for a call that the other side ended with CANCELLED.
-        task = asyncio.current_task()
-        if task is None or task.cancelling():
-            raise
-        _note(link, "the engine cancelled the stream")
     except Exception as error:  # whatever an engine or its files do, the next try may find another
         _note(link, f"internal error: {type(error).__name__}", error)
         return True

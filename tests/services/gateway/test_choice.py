@@ -10,6 +10,7 @@ from typing import Any
 
 from services.gateway.breaker import CircuitBreaker
 from services.gateway.choice import Choice
+from services.gateway.eligibility import candidates
 from services.gateway.engine_load import EngineLoad
 from services.gateway.prefixes import LENGTHS, Owner, PrefixMap, prefix_of
 from services.gateway.route import Route
@@ -200,3 +201,19 @@ def test_trouble_comes_after_load_and_exactness_before_all() -> None:
 def test_a_full_engine_is_the_last() -> None:
     full, free = Engine("a", num_live=128), Engine("b", num_live=127)
     assert choice().best(sample(), [full, free], 0.0) is free
+
+
+def test_who_began_exactly_waits_for_such_engines_that_have_no_room() -> None:
+    def link(target: str, numerics_id: str) -> Any:
+        described = info(numerics_id=numerics_id, max_model_len=100, artifact_digest="sha256:0")
+        return SimpleNamespace(target=target, is_usable=True, info=described)
+
+    links = [link("exact", "cpu"), link("other", "cuda")]
+    begun = sample(emitted=5)
+    begun.request.resolved.sampling = SimpleNamespace(max_tokens=50)
+    assert [link.target for link in candidates(begun, links, is_late=False)] == ["exact"]
+    begun.route.refused_by = ("exact",)
+    assert candidates(begun, links, is_late=False) == []
+    assert [link.target for link in candidates(begun, links, is_late=True)] == ["other"]
+    begun.request.resolved.sampling.max_tokens = 98
+    assert candidates(begun, links, is_late=True) == [], "it must fit into the context"

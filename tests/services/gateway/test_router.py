@@ -247,16 +247,25 @@ async def test_an_only_engine_is_used_whatever_its_breaker_says(gateway: Any, en
     assert await ids_of(gateway.stub.Generate(wanted())) == expected(engine, 1, 100)
 
 
-async def test_a_stream_that_the_engine_ends_with_cancelled_is_opened_again(
+async def test_an_engine_that_greets_and_breaks_off_is_not_called_all_the_time(
     gateway: Any, engine: Any, settle: Any
 ) -> None:
-    """The library raises CancelledError for it, as if the link's own task had been cancelled."""
-    task = asyncio.create_task(ids_of(gateway.stub.Generate(wanted(1, 300))))
-    await settle(lambda: gateway.link.counters.tokens > 5)
-    for call in list(engine.calls):
-        call.cancel()
-    assert await task == expected(engine, 1, 300)
-    assert gateway.link.counters.sessions == 2
+    steps = engine._steps
+
+    async def abort(context: Any, *rest: Any) -> None:
+        await context.abort(grpc.StatusCode.CANCELLED, "the engine's own idea")
+
+    engine._steps = abort
+    await engine.die()
+    await engine.start(engine.address)
+    sessions = gateway.link.counters.sessions
+    await settle(lambda: "own idea" in gateway.link.last_problem)
+    await asyncio.sleep(1.0)
+    assert gateway.link.counters.sessions - sessions <= 9, "0.1 s, then 0.2 s, a quarter less at most"
+    engine._steps = steps
+    await settle(lambda: gateway.link.is_up and bool(engine.calls))
+    await asyncio.sleep(0.1)
+    assert await ids_of(gateway.stub.Generate(wanted(1, 300))) == expected(engine, 1, 300)
 
 
 async def test_a_stall_of_the_gateway_blames_no_engine(gateway: Any, engine: Any, settle: Any) -> None:
