@@ -39,6 +39,9 @@ class Retention:
         self.num_expired = 0
         self.num_crowded_out = 0
         self._timers: dict[Kept, asyncio.TimerHandle] = {}
+        # As counted last: counting all of them each time that one comes would take milliseconds.
+        self._sizes: dict[Kept, int] = {}
+        self._num_bytes = 0
 
     def __len__(self) -> int:
         return len(self._timers)
@@ -48,31 +51,41 @@ class Retention:
 
     @property
     def num_bytes(self) -> int:
-        """About how much memory all of it takes now."""
-        return sum(item.num_bytes for item in self._timers)
+        """About how much memory all of it takes, as of the last `hold_to_bounds`."""
+        return self._num_bytes
 
     def keep(self, item: Kept) -> None:
         """Keep a thing from now on for `ttl_s`; anew when it was kept before."""
         self.release(item)
         loop = asyncio.get_running_loop()
         self._timers[item] = loop.call_later(self.limits.ttl_s, self._expire, item)
-        self.hold_to_bounds()
+        self._measure(item)
+        self._end_oldest()
 
     def release(self, item: Kept) -> bool:
         """Let go of a thing without ending it. False when it was not kept."""
         timer = self._timers.pop(item, None)
         if timer is not None:
             timer.cancel()
+            self._num_bytes -= self._sizes.pop(item)
         return timer is not None
 
     def hold_to_bounds(self) -> None:
-        """End the oldest until all is within the bounds: things grow while they are kept."""
-        num_bytes = self.num_bytes
-        while self._timers and (len(self) > self.limits.max_items or num_bytes > self.limits.max_bytes):
-            item = next(iter(self._timers))
-            num_bytes -= item.num_bytes
+        """Measure again, as things grow while they are kept, and end the oldest until all is in bounds."""
+        for item in self._timers:
+            self._measure(item)
+        self._end_oldest()
+
+    def _measure(self, item: Kept) -> None:
+        size = item.num_bytes
+        self._num_bytes += size - self._sizes.get(item, 0)
+        self._sizes[item] = size
+
+    def _end_oldest(self) -> None:
+        limits = self.limits
+        while self._timers and (len(self) > limits.max_items or self._num_bytes > limits.max_bytes):
             self.num_crowded_out += 1
-            self._end(item)
+            self._end(next(iter(self._timers)))
 
     def end_all(self) -> None:
         """End everything that is kept."""

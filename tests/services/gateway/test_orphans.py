@@ -42,6 +42,7 @@ async def test_retention_ends_the_oldest_over_its_bounds() -> None:
     assert ended == [things[0], things[2], things[3]]
     assert list(retention) == [things[1]]
     assert retention.num_crowded_out == 3
+    assert retention.num_bytes == 10
     assert retention.release(things[1])
     assert not retention.release(things[1])
     retention.keep(Thing(101, ended))

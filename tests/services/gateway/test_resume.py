@@ -388,7 +388,7 @@ TEXT = "Übermut, naïve 日本語の文 and 🎉 emojis — STOP here, éé and
 
 
 @settings(
-    max_examples=25,
+    max_examples=15,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture],

@@ -52,13 +52,14 @@ async def given_up(call: Any, follower: Follower) -> Any:
 
 
 # 200 tokens of a sample never pause a slot: then nothing but the write itself shows that nobody reads.
-@pytest.mark.parametrize("num_tokens", [200, 900])
+@pytest.mark.parametrize(("num_tokens", "is_resumable"), [(200, False), (900, False), (900, True)])
 async def test_given_up_then_read_then_resumed(
-    start_engine: Any, start_gateway: Any, settle: Any, num_tokens: int
+    start_engine: Any, start_gateway: Any, settle: Any, num_tokens: int, is_resumable: bool
 ) -> None:
     engine = await start_engine(steps_per_frame=8)
     gateway = await start_gateway(engine, slow_client_seconds=0.4)
-    request = large(num_tokens)
+    request = large(num_tokens, "slow")
+    request.resumable = is_resumable
     async with small_window(gateway) as stub:
         call = stub.Generate(request)
         follower = Follower(8)
@@ -76,8 +77,8 @@ async def test_given_up_then_read_then_resumed(
         assert details.reason == "SLOW_CONSUMER"
         assert 0 < sum(map(len, follower.ids)) < 8 * num_tokens
         num_before = [len(ids) for ids in follower.ids]
-        again = stub.Generate(pb.GenerateRequest(resume_token=details.metadata["resume_token"]))
-        await read(again, follower)
+        token = pb.GenerateRequest(resume_token=details.metadata["resume_token"])
+        await read(stub.Generate(follower.resume(request) if is_resumable else token), follower)
     assert all(len(ids) >= before for ids, before in zip(follower.ids, num_before, strict=True))
     assert follower.outcome() == (await whole(gateway, request)).outcome()
     assert follower.logprobs == follower.ids
