@@ -257,6 +257,9 @@ async def test_models_over_grpc(two_models: Any) -> None:
         )
         for call in calls:
             assert await code_of(call) == expected, (name, model)
+        if expected == denied:
+            create = stub.CreateSession(pb.CreateSessionRequest(model=model), metadata=key(name))
+            assert await code_of(create) == denied, (name, model)
         call = stub.Multiplex(metadata=key(name))
         await call.write(pb.MultiplexRequest(stream_id=1, generate=generate))
         await call.done_writing()
@@ -339,6 +342,7 @@ async def test_a_process_reads_its_key_file_again(engine: Any, tmp_path: Path) -
         assert await running.end() == 0
 
 
+@pytest.mark.slow
 async def test_a_hangup_reaches_every_process(engine: Any, tmp_path: Path) -> None:
     path = tmp_path / "keys"
     path.write_text(f"a:{hash_key('first')}\n")
