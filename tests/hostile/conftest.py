@@ -12,11 +12,14 @@ from tests.hostile.hostile_stack import Stack, running_stack
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def stack(request: pytest.FixtureRequest) -> AsyncIterator[Stack]:
-    """Shared by a module's tests; its `FLAGS` are the gateway's. At its end nothing may be left, and no
-    INTERNAL may have been sent.
+async def stack(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Stack]:
+    """Shared by a module's tests; its `FLAGS` are the gateway's, and sessions are kept. At its end nothing
+    may be left, and no INTERNAL may have been sent.
     """
-    async with running_stack(**getattr(request.module, "FLAGS", {})) as stack:
+    sessions = tmp_path_factory.mktemp("sessions") / "sessions.sqlite"
+    async with running_stack(sessions=sessions, **getattr(request.module, "FLAGS", {})) as stack:
         stack.begin_bystanders()
         yield stack
         await stack.end_bystanders()

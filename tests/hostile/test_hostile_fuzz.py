@@ -136,6 +136,31 @@ COMMANDS = st.one_of(
 )  # fmt: skip
 
 
+UNARIES = st.one_of(
+    *(
+        st.tuples(st.just(name), requests)
+        for name, requests in {
+            "Cancel": message(pb.CancelRequest, request_id=maybe(TEXTS)),
+            "Tokenize": st.one_of(
+                message(pb.TokenizeRequest, model=maybe(TEXTS), text=TEXTS),
+                message(pb.TokenizeRequest, model=maybe(TEXTS), chat=CHATS),
+            ),
+            "Detokenize": message(
+                pb.DetokenizeRequest,
+                model=maybe(TEXTS),
+                token_ids=IDS,
+                skip_special_tokens=maybe(st.booleans()),
+            ),
+            "CreateSession": message(pb.CreateSessionRequest, model=maybe(TEXTS), session_id=maybe(TEXTS)),
+            "GetSession": message(
+                pb.GetSessionRequest, session_id=maybe(TEXTS), include_token_ids=maybe(st.booleans())
+            ),
+            "DeleteSession": message(pb.DeleteSessionRequest, session_id=maybe(TEXTS)),
+        }.items()
+    )
+)
+
+
 @st.composite
 def spoiled(draw: Any, messages: SearchStrategy[Any]) -> bytes:
     """The bytes of a message with some changed, cut out, put in, or another's behind."""
@@ -248,6 +273,19 @@ async def messages_to_multiplex(stack: Stack, num_examples: int) -> None:
     await checked(stack, MULTIPLEXES, act, num_examples)
 
 
+async def messages_to_the_rest(stack: Stack, num_examples: int) -> None:
+    async def one(name: str, request: Any) -> None:
+        try:
+            await getattr(stack.stub, name)(request, timeout=2 * CALL_S)
+        except grpc.aio.AioRpcError as error:
+            check_status(error.code())
+
+    async def act(batch: list[tuple[str, Any]]) -> None:
+        await asyncio.gather(*(one(name, request) for name, request in batch))
+
+    await checked(stack, UNARIES, act, num_examples)
+
+
 async def commands_to_the_engine(stack: Stack, num_examples: int) -> None:
     class Engine:
         stub = stack.engine_stub
@@ -324,6 +362,7 @@ async def frames(stack: Stack, num_examples: int) -> None:
 
 FUZZES = {
     "generate": (messages_to_generate, 100),
+    "rest": (messages_to_the_rest, 100),
     "multiplex": (messages_to_multiplex, 100),
     "connect": (commands_to_the_engine, 100),
     "bytes": (spoiled_bytes, 100),
