@@ -1,4 +1,5 @@
-"""`weft chat`: a conversation on the terminal. The history is kept here and sent whole each turn.
+"""`weft chat`: a conversation on the terminal. The history is kept here and sent whole each turn; with
+`--session` the server keeps it.
 
 The server finds the turns it has seen in its prefix cache, so a long conversation is not computed again.
 """
@@ -12,6 +13,7 @@ import grpc
 import typer
 
 from cli.connection import ConnectionOptions, describe, fail, gateway, usage_errors
+from cli.conversation import Conversation, LocalConversation, ServerConversation
 from cli.options import SamplingOptions, flattened
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import gateway_service_pb2_grpc as gateway_grpc
@@ -25,38 +27,41 @@ def chat(
     connection: ConnectionOptions,
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
     model: Annotated[str, typer.Option(help="Needed only where there are several.")] = "",
+    session: Annotated[
+        str | None, typer.Option(metavar="ID", help="Let the server keep the conversation under this name.")
+    ] = None,
 ) -> None:
     """Talk with a model; each line is a turn."""
     with usage_errors():
+        if session == "":
+            raise ValueError("--session: must not be empty")
         opening = [pb.ChatMessage(role="system", content=system)] if system else []
         request = pb.GenerateRequest(model=model, sampling=sampling.to_proto(), stop=sampling.stop or ())
     is_terminal = is_interactive()
     if is_terminal:
         typer.echo(HELP)
-    history = list(opening)
     with gateway(connection) as stub:
+        history: Conversation = LocalConversation(opening)
+        if session is not None:
+            history = ServerConversation(stub, connection, session, model, opening)
         while (line := read_line("> " if is_terminal else "")) is not None:
             if line == "/exit":
                 break
-            if line == "/reset":
-                history = list(opening)
-                continue
             if not line:
                 continue
-            history.append(pb.ChatMessage(role="user", content=line))
-            request.chat.CopyFrom(pb.ChatPrompt(messages=history))
+            answer = None
             try:
+                if line == "/reset":
+                    history.reset()
+                    continue
+                history.prepare(request, line)
                 answer = stream_answer(stub, request, connection)
             except grpc.RpcError as error:
                 if not is_terminal:
                     raise
                 # Whoever sits there may ask again; the conversation so far stays.
                 typer.echo(f"weft: {describe(error)}", err=True)
-                answer = None
-            if answer is None:
-                history.pop()
-            else:
-                history.append(pb.ChatMessage(role="assistant", content=answer))
+            history.answered(answer)
 
 
 def is_interactive() -> bool:

@@ -39,11 +39,14 @@ class FakeGateway(gateway_grpc.GatewayServiceServicer):
         self.remaining: list[float | None] = []
         self.cancelled = threading.Event()
         self.address = ""
+        self.sessions: dict[str, int] = {}
 
     def Generate(
         self, request: pb.GenerateRequest, context: grpc.ServicerContext
     ) -> Iterator[pb.GenerateResponse]:
         self.requests.append(request)
+        if request.session_id:
+            self.sessions[request.session_id] += 1
         self.metadata.append(dict(context.invocation_metadata()))
         self.remaining.append(context.time_remaining())
         if request.text == "bad":
@@ -82,6 +85,26 @@ class FakeGateway(gateway_grpc.GatewayServiceServicer):
                     usage=generation.Usage(prompt_tokens=4, completion_tokens=3, cached_tokens=2),
                 )
             )
+
+    def CreateSession(
+        self, request: pb.CreateSessionRequest, context: grpc.ServicerContext
+    ) -> pb.CreateSessionResponse:
+        if request.session_id in self.sessions:
+            context.abort(grpc.StatusCode.ALREADY_EXISTS, "there is one")
+        self.sessions[request.session_id] = 0
+        return pb.CreateSessionResponse()
+
+    def GetSession(
+        self, request: pb.GetSessionRequest, context: grpc.ServicerContext
+    ) -> pb.GetSessionResponse:
+        session = pb.Session(num_turns=self.sessions[request.session_id])
+        return pb.GetSessionResponse(session=session)
+
+    def DeleteSession(
+        self, request: pb.DeleteSessionRequest, context: grpc.ServicerContext
+    ) -> pb.DeleteSessionResponse:
+        del self.sessions[request.session_id]
+        return pb.DeleteSessionResponse()
 
     def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.ServicerContext
@@ -288,6 +311,19 @@ def test_chat_keeps_the_conversation(fake: FakeGateway) -> None:
         [system, ("user", "one")],
         [system, ("user", "one"), answer, ("user", "two")],
         [system, ("user", "three")],
+    ]
+
+
+def test_chat_in_a_session_sends_what_is_new(fake: FakeGateway) -> None:
+    args = ("chat", "--session", "talk", "--system", "Be brief.")
+    assert weft(fake, *args, stdin="one\ntwo\n").stdout == "Once upon é 0\n" * 2
+    assert weft(fake, *args, stdin="three\n/reset\nfour\n").exit_code == 0
+    assert {request.session_id for request in fake.requests} == {"talk"}
+    assert [[m.content for m in r.chat.messages] for r in fake.requests] == [
+        ["Be brief.", "one"],
+        ["two"],
+        ["three"],
+        ["Be brief.", "four"],
     ]
 
 

@@ -407,10 +407,18 @@ async def test_turns_over_multiplex(served):
     assert await talker.ids() == history
 
 
-async def test_a_lost_turn_is_taken_up_by_its_token(stack, start_gateway, mock):
+@pytest.mark.parametrize("is_resumable", [False, True])
+async def test_a_lost_turn_is_taken_up_by_its_token(start_gateway, mock, is_resumable):
     gateway = await start_gateway(mock, engine_wait_seconds=0.2)
     talker = await talk(gateway)
-    call = talker.call([400], max_tokens=300)
+    request = pb.GenerateRequest(
+        session_id="s",
+        request_id="r",
+        resumable=is_resumable,
+        token_ids=pb.TokenIds(ids=[400]),
+        sampling=gen.SamplingParams(seed=7, max_tokens=300),
+    )
+    call = gateway.stub.Generate(request, timeout=60)
     ids = await first_tokens(call, 3)
     await mock.kill()
     with Refused("UNAVAILABLE", "resume_token") as refused:
@@ -418,6 +426,7 @@ async def test_a_lost_turn_is_taken_up_by_its_token(stack, start_gateway, mock):
             ids += response.delta.token_ids
     assert await talker.ids() == [400, *ids]
     token = dict(refused.error.trailing_metadata())["x-resume-token"]
+    assert gateway.application.sessions.num_live == 0
     await mock.start()
     async with asyncio.timeout(20):
         while not gateway.application.router.is_ready:  # noqa: ASYNC110
