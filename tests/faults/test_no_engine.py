@@ -12,8 +12,9 @@ import grpc
 import pytest
 
 from tests.faults.conftest import DEMO, SLACK_S, mock_engine, spec
+from tools.chaos.calls import LOCAL, MultiplexClient, generate_events
 from tools.chaos.checker import StreamCheck
-from tools.chaos.clients import LOCAL, MultiplexClient, generate_events, resumed
+from tools.chaos.clients import resumed
 from tools.chaos.stack import Stack
 from tools.chaos.workload import Spec, mock_expect
 from weft.rpc.errors import StatusError
