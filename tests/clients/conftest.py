@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tools.demo.processes import Service, command_of
+from tools.demo.processes import Service, ServiceError, command_of
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1.engine_service_pb2_grpc import EngineServiceStub
 
@@ -22,12 +22,20 @@ class LiveStack:
     def __init__(self, logs: Path) -> None:
         flags = ["serve", "--listen", "127.0.0.1:0", "--tokenizer", str(ROOT / "models/demo")]
         mock = [sys.executable, "-m", "tools.mock_engine", *flags, "--step-ms", "8"]
-        self.engines = [Service(f"mock{i}", mock, logs) for i in range(2)]
+        self.services = [Service(f"mock{i}", mock, logs) for i in range(2)]
+        try:
+            self._start(flags, logs)
+        except ServiceError:
+            self.stop()
+            raise
+
+    def _start(self, flags: list[str], logs: Path) -> None:
+        self.engines = self.services[:2]
         self.addresses = [engine.wait_for("listening", READY_S)["address"] for engine in self.engines]
         for address in self.addresses:
             flags += ["--engine", address]
-        self.gateway = Service("gateway", command_of("gateway", flags), logs)
-        self.target = self.gateway.wait_for("serving", READY_S)["address"]
+        self.services.append(Service("gateway", command_of("gateway", flags), logs))
+        self.target = self.services[-1].wait_for("serving", READY_S)["address"]
 
     def kill_busy(self) -> None:
         for engine, address in zip(self.engines, self.addresses, strict=True):
@@ -39,7 +47,7 @@ class LiveStack:
         raise AssertionError("no engine works")
 
     def stop(self) -> None:
-        for service in (self.gateway, *self.engines):
+        for service in reversed(self.services):
             if service.is_running:
                 service.stop()
 
