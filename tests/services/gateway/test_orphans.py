@@ -184,6 +184,20 @@ async def test_a_drain_ends_orphans_and_waits_for_readers(
     await quiet(gateway, settle)
 
 
+async def test_who_leaves_during_a_drain_ends_the_request(
+    start_engine: Any, start_gateway: Any, settle: Any
+) -> None:
+    engine = await start_engine(step_s=0.02)
+    gateway = await start_gateway(engine, drain_seconds=60.0)
+    call = gateway.stub.Generate(ask(max_tokens=1000))
+    await call.read()
+    drain = asyncio.create_task(gateway.application.drain())
+    await asyncio.sleep(0.05)
+    call.cancel()
+    await settle(lambda: not engine.slots)
+    await settle(drain.done)
+
+
 async def test_what_a_drain_cuts_short_says_how_to_go_on(
     start_engine: Any, start_gateway: Any, settle: Any
 ) -> None:

@@ -153,15 +153,33 @@ async def test_a_disconnected_request_runs_on_and_is_taken_up(gateway: Any, engi
 
 async def test_a_running_request_is_attached_to(gateway: Any, engine: Any, settle: Any) -> None:
     engine.step_s = 0.02
-    request = ask(n=3)
+    request = ask(n=3, logprobs=1)
     follower = Follower(3)
     await read(gateway.stub.Generate(request), follower, 9)
     await settle(lambda: len(core(gateway).attendance.retention) == 1)
     assert len(engine.slots) == 3, "no slot was given up"
+    drawn = max(len(slot.ids) for slot in engine.slots.values())
+    await settle(lambda: all(len(slot.ids) >= drawn + 3 for slot in engine.slots.values()))
     await read(gateway.stub.Generate(follower.resume(request)), follower)
     assert core(gateway).counters.resumes == {"attached": 1}
     assert len(engine.submits) == 3
+    assert follower.logprobs == follower.ids
     engine.step_s = 0.002
+    assert follower.outcome() == (await whole(gateway, request)).outcome()
+
+
+async def test_only_the_end_is_missing(gateway: Any, engine: Any, settle: Any) -> None:
+    """Text that was held back to the last, and was sent, does not come again; what follows it does."""
+    engine.say("It may be the start of STO")
+    request = ask(stop=["STOP"])
+    follower = Follower()
+    call = gateway.stub.Generate(request)
+    while follower.texts[0] != engine.text:
+        follower.take(await call.read())
+    call.cancel()
+    await quiet(gateway, settle)
+    follower.finishes[0] = None
+    await read(gateway.stub.Generate(follower.resume(request)), follower)
     assert follower.outcome() == (await whole(gateway, request)).outcome()
 
 
