@@ -261,6 +261,20 @@ def test_the_options_that_matter_are_set():
     assert dict(server_options(is_public=False))["grpc.so_reuseport"] == 0
     assert dict(server_options(is_public=False))["grpc.max_receive_message_length"] == 64 << 20
     assert dict(server_options(is_public=True))["grpc.max_receive_message_length"] == 8 << 20
+
+
+@pytest.mark.slow
+async def test_a_connection_without_calls_is_left_alone():
+    """The library's server takes more than two pings of one for abuse, and ends it."""
+    server = Server(("test.v1.ProbeService",), is_public=True)
+    await server.start(Address("127.0.0.1", 0))
+    server.set_serving()
+    async with open_channel(str(server.address)) as channel:
+        await channel.unary_unary("/grpc.health.v1.Health/Check")(b"")
+        ready = channel.get_state()
+        await asyncio.sleep(50)
+        assert channel.get_state() is ready is grpc.ChannelConnectivity.READY
+    await server.stop(0)
     assert dict(channel_options())["grpc.enable_retries"] == 0
     assert dict(channel_options())["grpc.enable_http_proxy"] == 0
 
