@@ -13,6 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tools.mock_engine import MockEngine
+from tools.mock_engine.oracle import logprob
 from weft.rpc.auth import Authenticator
 from weft.rpc.errors import error_from_call
 from weft.v1 import gateway_service_pb2 as pb
@@ -166,6 +168,24 @@ async def test_a_running_request_is_attached_to(gateway: Any, engine: Any, settl
     assert follower.logprobs == follower.ids
     engine.step_s = 0.002
     assert follower.outcome() == (await whole(gateway, request)).outcome()
+
+
+async def test_log_probabilities_stay_with_their_tokens(start_gateway: Any, settle: Any) -> None:
+    """Through a life without a reader, and on into the running output."""
+    async with MockEngine(step_ms=20) as engine:
+        gateway = await start_gateway(engine)
+        request = ask(logprobs=0, max_tokens=80)
+        entries = []
+        follower = Follower()
+        await read(gateway.stub.Generate(request), follower, 6)
+        (live,) = [entry.live for entry in core(gateway).entries]
+        await settle(lambda: len(live.samples[0].token_ids) > len(follower.ids[0]) + 4)
+        async for response in gateway.stub.Generate(follower.resume(request)):
+            follower.take(response)
+            entries += response.delta.logprobs
+    assert len(entries) > 20
+    assert all(entry.chosen.logprob == logprob(entry.chosen.token_id) for entry in entries)
+    assert [entry.chosen.token_id for entry in entries] == follower.ids[0][-len(entries) :]
 
 
 async def test_only_the_end_is_missing(gateway: Any, engine: Any, settle: Any) -> None:
