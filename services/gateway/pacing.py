@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 # After a round of sending the loop rests so many times as long as the round took.
-REST = 1.0
+REST = 2.0
 
 
 class Paced(Protocol):
@@ -42,7 +42,7 @@ class Pacer:
 
     A round begins with a frame's first token and ends once the loop has been through all the streams that
     the frame woke. For `REST` times its length, tokens that come are held, to go out as the next round. So a
-    loop that sends for less than half of the time holds nothing. Without `clock` it is the running loop.
+    loop that sends for less than a third of the time holds nothing. Without `clock` it is the running loop.
     """
 
     def __init__(self, max_hold_s: float, *, clock: Clock | None = None) -> None:
