@@ -168,7 +168,7 @@ class Attendance:
             key, digest, is_resumable = (caller.name, request.request_id), digest_of(request), True
             remnant = self.remnants.by_key(key)
         entry = self._entries.get(key)
-        if entry is not None and entry.opened is not None and entry.digest == digest:
+        if entry is not None and entry.opened is not None and entry.digest == digest and is_resumable:
             return entry, where
         if entry is not None:
             if not request.resume_token or entry.before is not remnant or entry.live is None:
@@ -182,6 +182,8 @@ class Attendance:
             raise body_differs()
         elif not request.resume_token:
             places(request, remnant.live)
+        if remnant is not None:
+            remnant.live.supersede()  # a call that has not yet told its client of the end
         entry = Entry(key, remnant, digest)
         if is_resumable:
             entry.opened, entry.num_calls = asyncio.get_running_loop().create_future(), -1

@@ -144,6 +144,7 @@ class ClientStreams:
                 reader.cancel()
             await reader.admitted()
             resolved = reader.resolved
+            reader.writing()
             await self._send(stream_id, started(resolved))
             while (updates := await reader.take_updates()) is not None:
                 for update in updates:

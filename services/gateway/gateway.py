@@ -148,7 +148,10 @@ class Gateway:
             live.turn = entry.turn
             if entry.is_cancelled:
                 live.cancel()
-            turn = self.dispatcher.start(live, caller)
+            if live.is_ended:  # an outcome that is read once more
+                ticket.promote()
+            else:
+                turn = self.dispatcher.start(live, caller)
             yield live
         except StatusError as error:
             code = error.code.name

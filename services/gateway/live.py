@@ -100,8 +100,10 @@ class LiveRequest:
             self.wake()
 
     def supersede(self) -> None:
-        """End the request because another one goes on in its place."""
+        """End the request, and a write of its reader that hangs, because another one goes on in its place."""
         self.fail(superseded())
+        if self.reader is not None:
+            self.reader.supersede()
 
     def cancel(self) -> None:
         """End every sample on the client's wish, with FINISH_REASON_CANCELLED."""

@@ -61,8 +61,9 @@ class Mailbox(Generic[M]):
         try:
             while True:
                 while self._messages:
-                    message, size, written = self._messages.popleft()
+                    message, size, written = self._messages[0]
                     await self._write(message)
+                    self._messages.popleft()
                     self._num_bytes -= size
                     if written is not None and not written.done():
                         written.set_result(None)
@@ -74,7 +75,11 @@ class Mailbox(Generic[M]):
             raise
         finally:
             for _, _, written in self._messages:
-                if written is not None:
+                if written is None or written.done():
+                    continue
+                if isinstance(self._error, Exception):
+                    written.set_exception(self._error)
+                else:
                     written.cancel()
             self._messages.clear()
             self._room.set()

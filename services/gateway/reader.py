@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 class Reader:
     """Call `admitted` first, then `next_updates` until None; or `take_updates`, with `sending` for each
-    update at its write. `patience` is the timeout around the reading task.
+    update at its write, and `writing` before a write that comes earlier. `patience` is the timeout around
+    the reading task.
     """
 
     def __init__(self, live: LiveRequest) -> None:
@@ -76,6 +77,9 @@ class Reader:
                 raise failure
             await self._next_wake()
         self.wake()
+
+    def writing(self) -> None:
+        """A write begins that is none of an update."""
         self.given_at = self._live.now()
 
     async def next_updates(self) -> list[SampleUpdate] | None:
@@ -114,7 +118,11 @@ class Reader:
             self._waiter = None
 
     def sending(self, update: SampleUpdate) -> None:
-        """This update's write begins now: a resume goes on after it."""
+        """This update's write begins now: a resume goes on after it. Raises StatusError when another reader
+        has taken over, whose place this would move.
+        """
+        if self._superseded is not None:
+            raise self._superseded
         self._live.samples[update.sample_index].journal.sent(len(update.token_ids), update.next_offset)
 
 

@@ -47,6 +47,7 @@ class GatewayServicer(GatewayServiceServicer):
         ) as reader:
             await reader.admitted()
             resolved = reader.resolved
+            reader.writing()
             await context.write(started(resolved))
             while (updates := await reader.take_updates()) is not None:
                 for update in updates:
