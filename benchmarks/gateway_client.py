@@ -204,7 +204,7 @@ async def idle(target: str, pid: int, http: str, num_streams: int) -> dict[str, 
             call.cancel()
         sent_s = time.perf_counter() - begun
         while await num_live(http) and time.perf_counter() - begun < 60:  # noqa: ASYNC110
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
         storm_s = time.perf_counter() - begun
         storm_cpu_s = cpu_s(pid) - cpu
     return {
