@@ -41,6 +41,7 @@ class ScriptedGateway(GatewayServiceServicer):
         self.requests = []
         self.num_open = 0
         self.was_cancelled = threading.Event()
+        self.pause_s = 0.0  # after the first delta
 
     def Generate(self, request, context):
         self.requests.append(request)
@@ -60,6 +61,8 @@ class ScriptedGateway(GatewayServiceServicer):
                 delta = pb.Delta(sample_index=sample, text=character, token_ids=[ord(character)])
                 delta.next_offset = index + 1
                 yield pb.GenerateResponse(delta=delta)
+            if self.pause_s:
+                self.was_cancelled.wait(self.pause_s)
         for sample in range(num_samples):
             finish = pb.Finish(sample_index=sample, reason=generation_pb2.FINISH_REASON_STOP)
             yield pb.GenerateResponse(finish=finish)
@@ -169,6 +172,26 @@ def test_output_that_cannot_be_taken_up_is_not_asked_for_again(gateway, run):
 
 
 @both
+def test_a_token_outlives_a_connection_that_is_lost_before_it_led_anywhere(gateway, run):
+    gateway.breaks = [(5, engine_lost("t@5")), (0, StatusError(grpc.StatusCode.UNAVAILABLE, "Socket closed"))]
+    completions, error = run(gateway.target)
+    assert error is None
+    assert completions[0].text == TEXT
+    assert [request.resume_token for request in gateway.requests] == ["", "t@5", "t@5"]
+
+
+def test_an_error_behind_the_last_finish_is_no_success():
+    """The output is whole, but the session does not hold it."""
+    progress = Progress(make_request("x", resumable=True, session_id="s"), FAST, None)
+    progress.take(pb.GenerateResponse(finish=pb.Finish(reason=generation_pb2.FINISH_REASON_STOP)))
+    error = StatusError(grpc.StatusCode.UNAVAILABLE, "disk", retry_after_s=1.0, reason="SESSIONS_UNAVAILABLE")
+    with pytest.raises(StatusError, match="disk"):
+        progress.wait_after(error)
+    # The end of the call was lost with the connection: nothing is missing.
+    assert progress.wait_after(StatusError(grpc.StatusCode.UNAVAILABLE, "Socket closed")) > 0
+
+
+@both
 def test_a_busy_server_is_asked_again_before_the_first_token(gateway, run):
     full = StatusError(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", retry_after_s=0.02, reason="QUEUE_FULL")
     gateway.breaks = [(0, full), (0, full)]
@@ -234,6 +257,24 @@ async def test_a_cancelled_task_leaves_as_cancelled(gateway):
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+
+
+async def test_a_task_that_is_cancelled_as_its_stream_is_closed_leaves_as_cancelled(gateway):
+    got = asyncio.Event()
+
+    async def work(stream):
+        async for _ in stream:
+            got.set()
+
+    gateway.pause_s = 60.0
+    async with AsyncClient(gateway.target) as client:
+        stream = client.generate("x")
+        task = asyncio.create_task(work(stream))
+        await got.wait()
+        await stream.aclose()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
 
 
 def test_the_other_methods(gateway):

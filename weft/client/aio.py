@@ -75,7 +75,8 @@ class AsyncStream:
                     return
                 wait_s = progress.wait_after(error_from_call(error))
             except asyncio.CancelledError:
-                if self._is_closed:  # the call's own cancel, not the task's
+                task = asyncio.current_task()
+                if self._is_closed and not (task and task.cancelling()):  # the call's own cancel
                     return
                 raise
             finally:

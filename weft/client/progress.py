@@ -110,11 +110,13 @@ class Progress:
         if token:
             self._token = token
             can_go_on = error.code in _RESUMED
-        elif self._request.resumable:
+        elif self._request.resumable or self._token:
             can_go_on = error.code in _RETRIED
         else:
             # With output and no way to take it up, trying again would give it out twice.
             can_go_on = error.code in _RETRIED and not any(c.token_ids for c in self.completions)
+        if self.is_done and error.reason:
+            can_go_on = False  # the server's word, not a lost connection: the output is not all there is
         if not can_go_on or self._num_failures >= self._retry.max_attempts:
             raise error
         wait_s = error.retry_after_s or self._retry.wait_s(self._num_failures)
