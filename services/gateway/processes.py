@@ -27,6 +27,8 @@ MAX_BACKOFF_S = 5.0
 STEADY_S = 10.0
 # These end a process that cannot start, today or at the next try.
 CANNOT_START = (1, 2)
+# In the environment of a process that a launcher started: the launcher's id.
+LAUNCHER = "WEFT_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
 log = logs.get_logger("gateway.processes")
 
@@ -111,11 +113,19 @@ class Launcher:
                     await self._stop.wait()
 
     async def _live(self, child: Child) -> int:
-        """One life of a process. Its exit code; -N when signal N ended it."""
+        """One life of a process. Its exit code; -N when signal N ended it. 1 when it could not be made."""
         child.num_starts += 1
-        child.process = await asyncio.create_subprocess_exec(
-            *self._command(child.index), stdin=asyncio.subprocess.DEVNULL
-        )
+        try:
+            child.process = await asyncio.create_subprocess_exec(
+                *self._command(child.index),
+                stdin=asyncio.subprocess.DEVNULL,
+                env={**os.environ, LAUNCHER: str(os.getpid())},
+                # A terminal's Ctrl-C reaches the launcher alone, which passes it on: twice would kill.
+                start_new_session=True,
+            )
+        except OSError as error:
+            log.error("a process cannot be made", index=child.index, reason=str(error))
+            return 1
         log.info("process started", index=child.index, child_pid=child.process.pid)
         if self._stop.is_set():  # the signal came while it was being made
             self._tell(signal.SIGTERM)
@@ -204,7 +214,7 @@ def end_with_parent() -> None:
     """Ask Linux to tell this process to stop when the one that started it is gone, and stop if it is."""
     if sys.platform != "linux":
         return
-    parent = os.getppid()
+    parent = int(os.environ.get(LAUNCHER, os.getppid()))
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-    if os.getppid() != parent:  # it died in between
+    if os.getppid() != parent:  # it died before this
         os.kill(os.getpid(), signal.SIGTERM)

@@ -112,6 +112,96 @@ async def test_a_second_signal_kills(tmp_path: Path) -> None:
         assert await task == 1
 
 
+async def test_one_that_cannot_be_made_again_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory, or no process id, is left for a moment: that ends nothing that runs."""
+    launcher = Launcher(2, lambda index: script(DRAINS, tmp_path / str(index), 0))
+    task = asyncio.create_task(launcher.run())
+    await exists(tmp_path / "0", tmp_path / "1")
+    make, num_failures = asyncio.create_subprocess_exec, 0
+
+    async def fail_twice(*arguments: Any, **options: Any) -> Any:
+        nonlocal num_failures
+        num_failures += 1
+        if num_failures <= 2:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        return await make(*arguments, **options)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", fail_twice)
+    (tmp_path / "0").unlink()
+    assert launcher.children[0].process is not None
+    launcher.children[0].process.kill()
+    await exists(tmp_path / "0")
+    launcher.on_signal(signal.SIGTERM)
+    async with asyncio.timeout(30):
+        assert await task == 0
+
+
+# What starts a launcher, and what its processes are: each draws a line when it may be signalled.
+STARTS = """
+import asyncio, signal, sys
+from services.gateway.processes import Launcher
+child = [sys.executable, "-c", sys.argv[1]]
+sys.exit(asyncio.run(Launcher(2, lambda index: child).run()))
+"""
+
+
+async def start_launcher(child: str) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-c", STARTS, child,
+        cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+
+
+async def lines(process: asyncio.subprocess.Process, count: int) -> list[str]:
+    assert process.stdout is not None
+    async with asyncio.timeout(30):
+        return [(await process.stdout.readline()).decode().strip() for _ in range(count)]
+
+
+async def test_a_terminals_interrupt_is_one_signal_to_each() -> None:
+    """It goes to the whole group: who also heard it from the launcher would take it for the second."""
+    child = """
+import signal, sys, time
+num = 0
+def on_signal(*_):
+    global num
+    num += 1
+signal.signal(signal.SIGINT, on_signal)
+signal.signal(signal.SIGTERM, on_signal)
+print("up", flush=True)
+while not num:
+    time.sleep(0.01)
+time.sleep(1.0)
+print(num, flush=True)
+"""
+    process = await start_launcher(child)
+    assert await lines(process, 2) == ["up", "up"]
+    os.killpg(process.pid, signal.SIGINT)
+    assert await lines(process, 2) == ["1", "1"]
+    async with asyncio.timeout(30):
+        assert await process.wait() == 0
+
+
+async def test_processes_end_when_the_launcher_was_killed_before_they_could_ask() -> None:
+    child = """
+import os, time
+parent = os.getppid()
+print("up", flush=True)
+while os.getppid() == parent:
+    time.sleep(0.01)
+from services.gateway.processes import end_with_parent
+end_with_parent()
+print("goes on", flush=True)
+"""
+    process = await start_launcher(child)
+    assert await lines(process, 2) == ["up", "up"]
+    process.kill()
+    assert await lines(process, 2) == ["", ""]
+    await process.wait()
+
+
 def test_a_reserved_port_is_shared_with_nobody_else() -> None:
     holder, address = reserve(parse_address("127.0.0.1:0"))
     with holder:
