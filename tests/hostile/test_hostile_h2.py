@@ -140,7 +140,7 @@ CASES = [
             (
                 "/no.Such/Method", "/weft.v1.GatewayService/Nope", "", "/", "generate", GENERATE.lower(),
                 "/" + GENERATE, GENERATE + "?x", GENERATE + "/", "/weft.v1.EngineService/GetInfo",
-                "/../weft.v1.GatewayService/Generate", "/" + "a" * 4000,
+                "/../weft.v1.GatewayService/Generate", "/" + "a" * 4000, "/\xff", GENERATE + "\xc3",
             )
         )
     ),

@@ -26,6 +26,7 @@ from weft import logs
 from weft.limits import DEFAULT_LIMITS, RequestLimits
 from weft.rpc.address import Address, why_not_bound
 from weft.rpc.auth import Authenticator
+from weft.rpc.call_loop import CallLoop
 from weft.rpc.errors import StatusError
 from weft.rpc.guard import Guard
 from weft.rpc.health import HEALTH_SERVICE, HealthServicer
@@ -91,15 +92,9 @@ class Server:
             max_metadata_bytes=(self.limits or DEFAULT_LIMITS).max_metadata_bytes,
         )
         self.counters: RpcCounters = interceptor.counters
-        self.grpc = grpc.aio.server(
-            interceptors=[interceptor],
-            options=server_options(
-                is_public=self.is_public, limits=self.limits, shares_port=self.shares_port
-            ),
-        )
-        # Services are added when their load is done, after the start; the library takes these only before it,
-        # and finds a method among the generic handlers just as well.
-        self.grpc.add_registered_method_handlers = lambda *_: None  # type: ignore[attr-defined]
+        options = server_options(is_public=self.is_public, limits=self.limits, shares_port=self.shares_port)
+        # Services are added when their load is done, after the start.
+        self.grpc = CallLoop(self.service_names, [interceptor], options)
         health_pb2_grpc.add_HealthServicer_to_server(self.health, self.grpc)
         names = (*self.service_names, HEALTH_SERVICE, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self.grpc)

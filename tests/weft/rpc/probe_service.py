@@ -62,13 +62,17 @@ class ProbeService:
                 await self._act(request.service)
                 yield Probe(service=request.service)
 
+    async def wrong(self, request: Any, context: Any) -> Any:
+        return "no message"
+
     def register(self, server: grpc.aio.Server) -> None:
-        """Add the four methods under the names of their kinds."""
+        """Add the four methods under the names of their kinds, and one that is wrong."""
         make = {
             "unary_unary": grpc.unary_unary_rpc_method_handler,
             "unary_stream": grpc.unary_stream_rpc_method_handler,
             "stream_unary": grpc.stream_unary_rpc_method_handler,
             "stream_stream": grpc.stream_stream_rpc_method_handler,
+            "wrong": grpc.unary_unary_rpc_method_handler,
         }
         handlers = {
             name: kind(
@@ -78,6 +82,7 @@ class ProbeService:
             )
             for name, kind in make.items()
         }
+        server.add_registered_method_handlers(SERVICE, handlers)  # type: ignore[attr-defined]
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
-from tests.weft.rpc.probe_service import KINDS, Probe, call_kind, eventually
+from tests.weft.rpc.probe_service import KINDS, SERVICE, Probe, call_kind, eventually
 from weft import logs
 from weft.rpc import errors
 from weft.rpc.interceptor import request_id_in
@@ -115,18 +115,9 @@ async def test_an_expired_deadline_ends_the_handler(probe_service, probe_channel
     await eventually(lambda: not probe_service.num_live)
 
 
-async def test_an_answer_of_the_wrong_type_is_internal(probe_service, probe_server, probe_channel):
-    async def wrong(request: Any, context: Any) -> Any:
-        return "no message"
-
-    handlers = {
-        "Wrong": grpc.unary_unary_rpc_method_handler(
-            wrong, request_deserializer=Probe.FromString, response_serializer=Probe.SerializeToString
-        )
-    }
-    probe_server.grpc.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.v1.W", handlers),))
+async def test_an_answer_of_the_wrong_type_is_internal(probe_server, probe_channel):
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await probe_channel.unary_unary("/test.v1.W/Wrong")(HELLO)
+        await probe_channel.unary_unary(f"/{SERVICE}/wrong")(HELLO)
     assert caught.value.code() is grpc.StatusCode.INTERNAL
     assert "SerializeToString" not in caught.value.details()
 
