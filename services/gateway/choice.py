@@ -109,8 +109,11 @@ class Choice:
                 self._sessions.popitem(last=False)
 
     def _lighter(self, pool: list[C], num_tokens: int) -> C:
-        """The better of two."""
-        one, other = self._rng.sample(pool, 2)
+        """The better of two; of those with a free place in the batch, if there are any."""
+        free = [link for link in pool if link.load.room(link.num_active)] or pool
+        if len(free) == 1:
+            return free[0]
+        one, other = self._rng.sample(free, 2)
         one_s = one.load.first_token_s(one.num_active, num_tokens)
         other_s = other.load.first_token_s(other.num_active, num_tokens)
         steps = one.load.step_s, other.load.step_s

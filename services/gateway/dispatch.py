@@ -55,7 +55,7 @@ class Dispatcher:
         self._place = place
         self._wait_s = wait_s
         self._ageing_s = ageing_s
-        self._pools: dict[tuple[str, str], Pool] = {}
+        self._pools: dict[tuple[str, str, str], Pool] = {}
         self._look: asyncio.TimerHandle | None = None
         self._is_pump_due = False
 
@@ -142,7 +142,7 @@ class Dispatcher:
         """The artifact's pool. Idle ones go when a new one comes: without load there is nothing to be fair
         about.
         """
-        name = (info.model_name, info.artifact_digest)
+        name = (info.model_name, info.artifact_version, info.artifact_digest)
         pool = self._pools.get(name)
         if pool is None:
             self._pools = {known: other for known, other in self._pools.items() if not other.is_idle}

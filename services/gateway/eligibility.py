@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from services.gateway.choice import is_exact
 from services.gateway.engine_client import EngineLink
@@ -10,7 +11,15 @@ from services.gateway.live import LiveSample
 from weft.v1 import engine_service_pb2 as engine_pb
 
 
-def serves(link: EngineLink, info: engine_pb.GetInfoResponse) -> bool:
+class HasInfo(Protocol):
+    """A link, as far as its engine's artifact is concerned."""
+
+    @property
+    def info(self) -> engine_pb.GetInfoResponse | None:
+        """What the engine said of itself."""
+
+
+def serves(link: HasInfo, info: engine_pb.GetInfoResponse) -> bool:
     """Whether the link's engine serves, or served before it was lost, the same artifact."""
     other = link.info
     return (
@@ -38,6 +47,17 @@ def candidates(sample: LiveSample, links: Sequence[EngineLink], *, is_late: bool
         and num_tokens <= link.info.max_model_len
         and serves(link, resolved.info)
     ]
+    fitting = [link for link in able if _holds(link, num_tokens)]
+    # Without any, an engine shall say so; but what has begun waits for one that is large enough.
+    able = fitting if fitting or sample.token_ids else able
     exact = [link for link in able if is_exact(link, sample)]
     wanted = exact if exact and not is_late else able
     return [link for link in wanted if link.target not in refused_by]
+
+
+def _holds(link: EngineLink, num_tokens: int) -> bool:
+    """Whether so many tokens fit into the engine's whole cache; the last one needs no place in it."""
+    info = link.info
+    if info is None or not info.num_blocks or not info.block_size:
+        return True
+    return num_tokens - 1 <= info.num_blocks * info.block_size

@@ -260,7 +260,7 @@ class EngineLink(LinkSlots):
             self._trust()
         room = self.load.room(multiplexer.num_live)
         self.load.beat(beat, multiplexer.num_live)
-        if self.load.room(multiplexer.num_live) > room:
+        if self.load.room(multiplexer.num_live) > room or beat.waiting:
             self._owner.on_room(self)
         self._check_life(now)
 

@@ -26,6 +26,9 @@ class EngineLoad:
         self.tokens_per_second = 0.0
         self.free_blocks: int | None = None
         self.has_idle_beats = False
+        # Sequences of all gateways that waited there at the last heartbeat, less what has made room since.
+        self.num_waiting = 0
+        self._block_size = info.block_size
         self._waiting_tokens = 0
         self._sent_tokens = 0
         self._num_others = 0
@@ -38,6 +41,7 @@ class EngineLoad:
     def beat(self, beat: engine_pb.Heartbeat, num_live: int) -> None:
         """A heartbeat came while `num_live` sequences of this gateway were there."""
         self._num_others = max(0, beat.running + beat.waiting - num_live)
+        self.num_waiting = beat.waiting
         self._waiting_tokens = beat.waiting_tokens
         self._sent_tokens = 0
         self.tokens_per_second = beat.tokens_per_second
@@ -62,6 +66,7 @@ class EngineLoad:
 
     def freed(self, now: float) -> None:
         """A sequence has ended."""
+        self.num_waiting = max(0, self.num_waiting - 1)
         if self._freed_at is not None:
             self._place_s += SMOOTHING * (now - self._freed_at - self._place_s)
         self._freed_at = now
@@ -76,7 +81,16 @@ class EngineLoad:
 
     def is_full(self, num_live: int) -> bool:
         """Whether the engine would refuse another one."""
-        return self.num_sequences(num_live) >= self.max_batch_size + self.max_queue_size
+        is_queue_full = 0 < self.max_queue_size <= self.num_waiting
+        return is_queue_full or self.num_sequences(num_live) >= self.max_batch_size + self.max_queue_size
+
+    def starts_at_once(self, num_live: int, num_tokens: int) -> bool:
+        """Whether a request of `num_tokens` tokens would find a place in the batch, and blocks."""
+        if self.num_waiting or not self.room(num_live):
+            return False
+        if self.free_blocks is None or not self._block_size:
+            return True
+        return num_tokens + self._sent_tokens < self.free_blocks * self._block_size
 
     def first_token_s(self, num_live: int, num_tokens: int) -> float:
         """The estimated time until a request of `num_tokens` uncomputed tokens has its first one: the prefill

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import grpc
 
+from services.gateway.choice import is_exact
 from services.gateway.engine_client import EngineLink
 from services.gateway.live import LiveSample
 from services.gateway.retry_budget import RetryBudget
@@ -27,19 +28,21 @@ MAX_BUSY_S = 1.0
 PROGRESS_TOKENS = 8
 # Samples that are tried again at once when there is room.
 MAX_RETRIES = 64
-_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
+# A sample without a new token for so long, on an engine where some wait, is one of those.
+STUCK_S = 1.0
+_EXHAUSTED = grpc.StatusCode.RESOURCE_EXHAUSTED.value[0]
 
 
 class Failover:
     """A sample whose engines died `max_fruitless` times in a row without its getting on is given up; one that
-    finds no engine for `wait_s` too. `submit` sends a sample to the best of its `candidates`, if there are
-    any.
+    finds no engine for `wait_s` too. `submit` sends a sample to the best of the links it is given, or of its
+    `candidates`, if there are any.
     """
 
     def __init__(
         self,
         *,
-        submit: Callable[[LiveSample], bool],
+        submit: Callable[..., bool],
         candidates: Callable[[LiveSample], list[EngineLink]],
         counters: Counter[str],
         budget: RetryBudget,
@@ -70,9 +73,9 @@ class Failover:
         self._retry(sample)
 
     def refused(self, sample: LiveSample, failure: pb.Failure, target: str) -> None:
-        """The engine at `target` has no room for a sample. Another may; if none has, one that was admitted
-        before tries again instead of being refused in the middle of its text, and so does one that met the
-        beginning of a drain.
+        """The engine at `target` has no room for a sample. Another may; if none has, it waits: it has passed
+        the gateway's own door, and an engine that others have filled, or whose queue is short, is no reason
+        to send it away.
         """
         route = sample.route
         route.num_placements -= 1  # it was not started
@@ -80,13 +83,12 @@ class Failover:
             return
         route.refused_by = (*route.refused_by, target)
         route.refused_at = sample.request.now()
+        route.refusal = failure
         if self._submit(sample):
             self._counters["rerouted"] += 1
-        elif sample.is_accepted or sample.token_ids or failure.code == _UNAVAILABLE:
+        else:
             self._counters["busy"] += 1
             self.waiting.add(sample, min(max(failure.retry_after_ms / 1000, MIN_BUSY_S), MAX_BUSY_S))
-        else:
-            sample.request.fail(error_from_failure(failure))
 
     def retry_all(self) -> None:
         """An engine came up."""
@@ -108,16 +110,47 @@ class Failover:
         none for stays until they do, or until the engine ends it.
         """
         for sample in link.samples():
-            if sample.is_cancelled or sample.end is not None or sample.request.failure is not None:
+            if _is_wanted(sample):
+                others = [other for other in self._candidates(sample) if other.load.room(other.num_active)]
+                self._move(sample, link, others)
+
+    def relieve(self, link: EngineLink) -> None:
+        """Move what waits on an engine, for a place or for blocks, to others that start it at once. Which of
+        the samples without a new token wait, only the engine knows: it says how many, and the youngest go
+        first, since an engine's own order is that of arrival. Never where other tokens might be drawn.
+        """
+        num_waiting = link.load.num_waiting - link.num_paused
+        for sample in reversed(link.samples() if num_waiting > 0 else []):
+            now = sample.request.now()
+            route, num_tokens = sample.route, len(sample.token_ids)
+            has_got_on = num_tokens > route.num_tokens_then or now < route.placed_at + STUCK_S
+            if has_got_on or sample.paused_at is not None or not _is_wanted(sample):
                 continue
-            if not any(other.load.room(other.num_active) for other in self._candidates(sample)):
-                continue
-            link.detach(sample)
-            sample.link = None
-            link.counters.moved_samples += 1
-            self._counters["moves"] += 1
-            if not self._submit(sample):
-                self.wait(sample)
+            num_tokens += len(sample.request.resolved.prompt_token_ids)
+            others = [
+                other
+                for other in self._candidates(sample)
+                if other is not link
+                and other.load.starts_at_once(other.num_active, num_tokens)
+                and other.breaker.allows(now)
+                and not other.is_quiet(now)
+                and is_exact(other, sample)
+            ]
+            num_waiting -= self._move(sample, link, others)
+            if num_waiting <= 0:
+                return
+
+    def _move(self, sample: LiveSample, link: EngineLink, others: list[EngineLink]) -> bool:
+        """Move a sample from its link to one of these, if there are any."""
+        if not others:
+            return False
+        link.detach(sample)
+        sample.link = None
+        link.counters.moved_samples += 1
+        self._counters["moves"] += 1
+        if not self._submit(sample, others):
+            self.wait(sample)
+        return True
 
     def _has_place(self, sample: LiveSample) -> bool:
         """Whether an engine, one that had no room for the sample included, would now take it."""
@@ -143,7 +176,9 @@ class Failover:
             request.fail(_engine_lost("the engine was lost again and again"))
         elif route.is_charged and not self._budget.has_token(now):
             self._counters["out_of_budget"] += 1
-            self.waiting.add(sample, MAX_BUSY_S)
+            if self._candidates(sample):
+                route.lost_at = None  # it waits for a token, not for an engine, and is not given up for that
+            self.waiting.add(sample, min(MAX_BUSY_S, self._wait_s / 2))
         elif self._submit(sample):
             self._counters["replays"] += 1
             if route.is_charged:
@@ -158,9 +193,18 @@ class Failover:
         deadline = sample.request.resolved.deadline
         if deadline is not None and deadline - sample.request.now() < 0.1:
             sample.finish_at_deadline()
+            return
+        self._counters["given_up"] += 1
+        refusal = sample.route.refusal
+        if refusal is not None and refusal.code == _EXHAUSTED and not sample.is_accepted:
+            sample.request.fail(error_from_failure(refusal))
         else:
-            self._counters["given_up"] += 1
             sample.request.fail(_engine_lost("the engine was lost and no other took the request"))
+
+
+def _is_wanted(sample: LiveSample) -> bool:
+    """Whether a sample that an engine has is to go on."""
+    return not sample.is_cancelled and sample.end is None and sample.request.failure is None
 
 
 def _is_over(sample: LiveSample) -> bool:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import grpc
 
+from services.gateway.link_terms import LinkLost
 from services.gateway.live import LiveSample
 from weft import logs
 from weft.rpc.errors import internal_error, new_error_id
@@ -24,6 +25,7 @@ _REFUSALS = frozenset(
     code.value[0] for code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED)
 )
 _INTERNAL = grpc.StatusCode.INTERNAL.value[0]
+_UNAVAILABLE = grpc.StatusCode.UNAVAILABLE.value[0]
 log = logs.get_logger("gateway.link")
 
 
@@ -167,7 +169,9 @@ class Multiplexer:
             sample.on_rejected(rejected.failure)
 
     def on_frame(self, frame: engine_pb.StepFrame) -> None:
-        """Hand every token, then every end, to its sample; return credit once enough has come together."""
+        """Hand every token, then every end, to its sample; return credit once enough has come together.
+        Raises LinkLost when the engine says that it has failed: then nothing more comes of any slot.
+        """
         self._return_credit(frame.ByteSize())
         if not self._is_ours(frame.epoch):
             return
@@ -198,8 +202,14 @@ class Multiplexer:
                 counters.dropped_position += 1
                 if position > len(sample.token_ids):
                     self._lose(sample)
+        failure: pb.Failure | None = None
         for finished in frame.finished:
-            self._on_finished(finished)
+            if finished.failure.code == _UNAVAILABLE:
+                failure = finished.failure  # the sample keeps its slot, and is lost with the link
+            else:
+                self._on_finished(finished)
+        if failure is not None:
+            raise LinkLost(f"failed: {failure.message}")
 
     def _on_finished(self, finished: engine_pb.Finished) -> None:
         if finished.slot not in self._slots:

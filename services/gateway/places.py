@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
+from services.gateway.eligibility import serves
 from weft.v1 import engine_service_pb2 as engine_pb
 
 # An engine gets this part of its batch on top, and two sequences at least, so that what comes free at one
@@ -39,6 +40,9 @@ class Load(Protocol):
     def num_sequences(self, num_live: int) -> int:
         """Sequences there, when `num_live` are this gateway's."""
 
+    def is_full(self, num_live: int) -> bool:
+        """Whether the engine would refuse another one."""
+
 
 class Engine(Protocol):
     """What is asked of a link."""
@@ -65,12 +69,14 @@ def find_places(engines: Iterable[Engine], info: engine_pb.GetInfoResponse) -> P
     found: Places | None = None
     for engine in engines:
         its = engine.info
-        if its is None or (its.artifact_digest, its.model_name) != (info.artifact_digest, info.model_name):
+        if its is None or not serves(engine, info):
             continue
         size = engine.load.max_batch_size
         ahead = max(MIN_AHEAD, int(size * AHEAD_PART))
         num_own = engine.num_live - engine.num_paused
         num_free = max(0, size + ahead - engine.load.num_sequences(num_own), ahead - num_own)
+        if engine.load.is_full(engine.num_live):
+            num_free = 0
         num_tokens = PREFILL_STEPS * its.max_batched_tokens or UNBOUNDED
         before = found or Places(0, 0, 0)
         found = Places(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from weft.v1 import generation_pb2 as pb
+
 
 @dataclass(slots=True)
 class Route:
@@ -24,3 +26,12 @@ class Route:
     # Engines that had no room for it, since it last ran.
     refused_by: tuple[str, ...] = ()
     refused_at: float = 0.0
+    # The newest refusal, of a sample that no engine has taken in yet.
+    refusal: pb.Failure | None = None
+    # When it was sent to the engine that it is on.
+    placed_at: float = 0.0
+
+    def settle(self) -> None:
+        """An engine has taken it in."""
+        self.lost_at = self.refusal = None
+        self.refused_by = ()

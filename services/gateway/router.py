@@ -24,7 +24,6 @@ from services.gateway.retry_budget import RetryBudget
 from services.gateway.served import Catalog, Served, is_of, no_engine
 from services.gateway.versions import VersionWeight
 from weft.rpc.errors import StatusError
-from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1 import generation_pb2 as pb
 
 
@@ -136,10 +135,6 @@ class Router:
         )
         return max(lost, default=0.0)
 
-    def room(self, info: engine_pb.GetInfoResponse) -> int:
-        """Sequences that engines of this artifact would start without queueing."""
-        return sum(link.load.room(link.num_active) for link in self.usable() if serves(link, info))
-
     def unavailable(self) -> StatusError:
         """No engine can take a request now."""
         return no_engine()
@@ -159,8 +154,9 @@ class Router:
             return True
         return False
 
-    def _submit(self, sample: LiveSample) -> bool:
-        links = self._candidates(sample)
+    def _submit(self, sample: LiveSample, links: list[EngineLink] | None = None) -> bool:
+        """Send a sample to the best of these links, or of all that may take it. False when there is none."""
+        links = self._candidates(sample) if links is None else links
         now = sample.request.now()
         while links:
             link = self.choice.best(sample, links, now)
@@ -183,6 +179,7 @@ class Router:
         route, info = sample.route, link.info
         route.num_placements += 1
         route.num_tokens_then = len(sample.token_ids)
+        route.placed_at = sample.request.now()
         if info is None:
             return
         if not is_exact(link, sample):
@@ -224,5 +221,8 @@ class Router:
         for link in self.links:
             if link.is_up and not link.is_usable and link.num_live:
                 self.failover.move_from(link)
+        if any(link.load.starts_at_once(link.num_active, 0) for link in self.usable()):
+            for link in self.usable():
+                self.failover.relieve(link)
         for listener in self.room_listeners:
             listener()

@@ -56,7 +56,7 @@ class LiveSample:
         self.token_ids: array[int] = self.journal.token_ids
         self.link: Link | None = None
         self.slot = -1
-        self.route = Route()
+        self.route: Route = Route() if before is None else Route(numerics_id=before.route.numerics_id)
         self.is_accepted = False
         self.is_cancelled = False
         self.paused_at: float | None = None
@@ -101,7 +101,7 @@ class LiveSample:
     def on_accepted(self) -> None:
         """The engine has queued or started the sample."""
         self.is_accepted = True
-        self.route.lost_at = None
+        self.route.settle()
         self.request.wake()
 
     def on_rejected(self, failure: pb.Failure) -> None:

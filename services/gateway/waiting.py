@@ -9,7 +9,7 @@ from services.gateway.live import LiveSample
 
 
 class WaitingRoom:
-    """In order of arrival. `retry` is called with a sample whose time has come, and that has left the room;
+    """`retry` is called with a sample whose time has come, and that has left the room;
     `give_up` with one that has waited too long.
     """
 
@@ -26,7 +26,7 @@ class WaitingRoom:
 
     def samples(self) -> list[LiveSample]:
         """Who waits, longest first."""
-        return list(self._timers)
+        return sorted(self._timers, key=lambda sample: sample.route.lost_at or 0.0)
 
     def add(self, sample: LiveSample, retry_s: float) -> None:
         """Try again after `retry_s`, unless it is called earlier; give up after `wait_s` in all, or shortly

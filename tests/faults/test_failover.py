@@ -113,6 +113,18 @@ async def test_a_black_hole_is_noticed_within_a_second(
     assert streams.problems == []
 
 
+async def test_a_device_that_fails_ends_nobodys_stream(stack: Stack, streams: Streams) -> None:
+    streams.start(*all_kinds())
+    await streams.have(10)
+    victim = await busiest(stack)
+    noticed = Noticed(stack, victim)
+    victim.signal(signal.SIGRTMIN)
+    assert await victim.wait_ended(20.0) == 70
+    await streams.end()
+    assert streams.problems == []
+    assert "failed" in (await noticed.find())[1]
+
+
 async def test_a_hung_step_is_noticed_after_its_bound(stack: Stack, streams: Streams) -> None:
     streams.start(*all_kinds())
     await streams.have(10)

@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 from tools.chaos.stack import Engine
 
 KILL, STOP, PARTITION, RESET = "kill", "stop", "partition", "reset"
-HANG, DRAIN, TERMINATE, SLICE = "hang", "drain", "terminate", "slices"
-WEIGHTS = {KILL: 4, STOP: 3, PARTITION: 3, RESET: 2, HANG: 1, DRAIN: 1, TERMINATE: 2, SLICE: 1}
+HANG, DRAIN, TERMINATE, SLICE, FAULT = "hang", "drain", "terminate", "slices", "fault"
+WEIGHTS = {KILL: 4, STOP: 3, PARTITION: 3, RESET: 2, HANG: 1, DRAIN: 1, TERMINATE: 2, SLICE: 1, FAULT: 2}
 # No step counts as hung before two seconds and its grace of one.
 MIN_HANG_S = 2.5
-WITHOUT_HANG = {kind: weight for kind, weight in WEIGHTS.items() if kind != HANG}
+# A real engine cannot be asked for these.
+ONLY_MOCK = (HANG, FAULT)
+OF_REAL_ENGINES = {kind: weight for kind, weight in WEIGHTS.items() if kind not in ONLY_MOCK}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ class Schedule:
             DRAIN: self._drain,
             TERMINATE: self._terminate,
             SLICE: self._slice,
+            FAULT: self._fault,
         }
 
     @property
@@ -143,6 +146,15 @@ class Schedule:
     async def _terminate(self, engine: Engine, away_s: float) -> None:
         engine.signal(signal.SIGTERM)
         await engine.wait_ended()
+        await engine.start()
+
+    async def _fault(self, engine: Engine, away_s: float) -> None:
+        """Its device fails at the next step, and the process ends by itself."""
+        engine.signal(signal.SIGRTMIN)
+        try:
+            await engine.wait_ended(away_s)
+        except TimeoutError:  # nothing ran there
+            await engine.kill()
         await engine.start()
 
     async def _slice(self, engine: Engine, away_s: float) -> None:

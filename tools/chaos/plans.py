@@ -13,7 +13,7 @@ import grpc
 
 from services.gateway.detokenizer import Vocabulary
 from tools.chaos.checker import Expected
-from tools.chaos.faults import WEIGHTS, WITHOUT_HANG, Schedule, Times
+from tools.chaos.faults import OF_REAL_ENGINES, WEIGHTS, Schedule, Times
 from tools.chaos.run import Report, Requests, run
 from tools.chaos.stack import LOCAL, Engine, Stack, mock_command
 from tools.chaos.workload import Mix, Repeated, Spec, Workload, load_vocabulary, mock_expect
@@ -85,7 +85,7 @@ async def run_demo(plan: Plan, logs: Path) -> Report:
             Repeated([workload.finish(spec, outputs[spec.name]) for spec in own])
             for workload, own in zip(drawn, specs, strict=True)
         ]
-        schedule = Schedule(stack.engines, plan.seed, plan.weights(WITHOUT_HANG), DEMO_TIMES)
+        schedule = Schedule(stack.engines, plan.seed, plan.weights(OF_REAL_ENGINES), DEMO_TIMES)
         return await _run(stack, schedule, workloads, plan, checks_logprobs=False)
 
 

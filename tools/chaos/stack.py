@@ -73,7 +73,9 @@ class Engine:
         await asyncio.to_thread(self.service.kill)
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal: SIGSTOP freezes, SIGCONT thaws, SIGTERM drains and ends, SIGUSR2 hangs a mock."""
+        """Send a signal: SIGSTOP freezes, SIGCONT thaws, SIGTERM drains and ends, SIGUSR2 hangs a mock,
+        SIGRTMIN breaks its device.
+        """
         self.service.send_signal(number)
 
     async def wait_ended(self, timeout_s: float = 60.0) -> int:

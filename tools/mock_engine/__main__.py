@@ -1,7 +1,7 @@
 """`python -m tools.mock_engine serve`: the mock engine as a process. Wiring only.
 
-SIGUSR2 makes the next step hang for --hang-seconds, or until another SIGUSR2. Everything else is a real
-engine's.
+SIGUSR2 makes the next step hang for --hang-seconds, or until another SIGUSR2. SIGRTMIN makes it end in a
+fault of the device, which ends the process. Everything else is a real engine's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ USAGE = "usage: python -m tools.mock_engine serve [--help | OPTIONS]"
 
 async def _run(config: MockConfig) -> int:
     runner = make_runner(config)
+    signal.signal(signal.SIGRTMIN, lambda *_: runner.break_next())
     signal.signal(signal.SIGUSR2, lambda *_: runner.release() if runner.is_hanging else runner.hang_next())
     return await serve(make_application(config, runner), config.listen, guard=guard_of(config))
 

@@ -26,6 +26,10 @@ class UnwrittenSlots(Exception):
     """A sequence's own history has slots that nobody wrote."""
 
 
+class DeviceBroken(Exception):
+    """The device that is not there has failed, as it was asked to."""
+
+
 class HashRunner:
     """A `ForwardRunner`. A step takes `step_s` seconds and `token_s` more for each token it computes, slept
     without holding the interpreter up. `vocabulary` is how many different ids are drawn.
@@ -51,7 +55,12 @@ class HashRunner:
         self.memory = [array(oracle.TYPECODE, [POISON]) * block_size for _ in range(num_blocks)]
         self._will_hang = False
         self._hangs = False
+        self._will_break = False
         self._is_released = threading.Event()
+
+    def break_next(self) -> None:
+        """The next step ends in a fault of the device. From any thread or signal handler."""
+        self._will_break = True
 
     def hang_next(self) -> None:
         """The next step takes `hang_s`, or until `release`. From any thread or signal handler."""
@@ -86,6 +95,8 @@ class HashRunner:
             self._will_hang, self._hangs = False, True
             self._is_released.wait(self.hang_s)
             self._hangs = False
+        if self._will_break:
+            raise DeviceBroken("the device is broken")
         duration_s = self.step_s
         if self.token_s:
             duration_s += self.token_s * sum(chunk.length for chunk in chunks)
@@ -141,5 +152,5 @@ class HashRunner:
         """Nothing is held for a sequence."""
 
     def is_device_fault(self, error: BaseException) -> bool:
-        """There is no device."""
-        return False
+        """There is no device; but it can be asked to fail."""
+        return isinstance(error, DeviceBroken)

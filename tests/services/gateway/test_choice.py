@@ -217,3 +217,34 @@ def test_who_began_exactly_waits_for_such_engines_that_have_no_room() -> None:
     assert [link.target for link in candidates(begun, links, is_late=True)] == ["other"]
     begun.request.resolved.sampling.max_tokens = 98
     assert candidates(begun, links, is_late=True) == [], "it must fit into the context"
+
+
+def test_a_free_place_is_found_among_many_full_engines() -> None:
+    full = [Engine(str(number), num_live=66) for number in range(7)]
+    free = Engine("free", num_live=63)
+    assert all(choice().best(sample(), [*full, free], 0.0) is free for _ in range(20))
+
+
+def test_a_full_queue_is_full_however_empty_the_batch() -> None:
+    """An engine short of blocks: its batch has places that it cannot fill."""
+    engine = Engine("a", info=info(max_queue_size=4), num_live=8)
+    engine.beat(running=4, waiting=3)
+    assert not engine.load.is_full(8)
+    engine.beat(running=4, waiting=4)
+    assert engine.load.is_full(8)
+    engine.load.freed(1.0)
+    assert not engine.load.is_full(7), "who has waited takes its place"
+
+
+def test_what_starts_at_once_needs_a_place_and_blocks() -> None:
+    engine = Engine("a", info=info(block_size=16), num_live=4)
+    assert engine.load.starts_at_once(4, 1000), "nothing is known yet"
+    engine.beat(running=4, free_blocks=10)
+    assert engine.load.starts_at_once(4, 159)
+    assert not engine.load.starts_at_once(4, 160)
+    engine.load.sent(100)
+    assert not engine.load.starts_at_once(4, 60), "the blocks of what was sent since are counted"
+    engine.beat(running=4, waiting=1, free_blocks=1000)
+    assert not engine.load.starts_at_once(4, 10), "others wait there"
+    engine.beat(running=64, free_blocks=1000)
+    assert not engine.load.starts_at_once(64, 10)

@@ -308,9 +308,17 @@ async def test_pools_of_artifacts_that_are_gone_go() -> None:
 
 
 def engine(
-    digest: str, size: int, num_there: int, model: str = "demo", num_paused: int = 0, num_others: int = 0
+    digest: str,
+    size: int,
+    num_there: int,
+    model: str = "demo",
+    num_paused: int = 0,
+    num_others: int = 0,
+    is_full: bool = False,
 ) -> Any:
-    load = SimpleNamespace(max_batch_size=size, num_sequences=lambda num_live: num_live + num_others)
+    load = SimpleNamespace(
+        max_batch_size=size, num_sequences=lambda num_live: num_live + num_others, is_full=lambda _: is_full
+    )
     return SimpleNamespace(info=info_of(model, digest), load=load, num_live=num_there, num_paused=num_paused)
 
 
@@ -329,6 +337,10 @@ def test_places_are_those_of_one_artifact_and_a_few_ahead() -> None:
     assert number([engine("d", 8, 1, num_others=40)]) == 1, "another gateway's crowd"
     assert number([engine("d", 8, 2, num_others=40)]) == 0
     assert number([engine("d", 64, 60), engine("d", 8, 20)]) == 12
+    assert number([engine("d", 8, 4, is_full=True)]) == 0, "its queue holds no more"
+    other_version = engine("d", 8, 0)
+    other_version.info.artifact_version = "v2"
+    assert number([other_version]) is None
 
 
 def test_prompts_for_two_steps_are_enough() -> None:

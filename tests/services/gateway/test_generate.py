@@ -304,12 +304,14 @@ async def test_an_error_in_one_sample_ends_the_whole_request(gateway: Any, engin
     await settle(lambda: not engine.slots)
 
 
-async def test_a_refusal_of_the_engine_reaches_the_client(gateway: Any, engine: Any) -> None:
+async def test_a_refusal_that_lasts_reaches_the_client(start_gateway: Any, engine: Any) -> None:
+    gateway = await start_gateway(engine, engine_wait_seconds=0.5)
     engine.reject = gen.Failure(code=8, message="queue full", retry_after_ms=250)
     begin = time.monotonic()
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await collect(gateway.stub.Generate(ask()))
-    assert time.monotonic() - begin < 0.5
+    assert 0.4 < time.monotonic() - begin < 2.5
+    assert len(engine.submits) > 1
     assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
     assert error_from_call(caught.value).retry_after_s == 0.25
     assert ("grpc-retry-pushback-ms", "250") in [tuple(pair) for pair in caught.value.trailing_metadata()]
