@@ -19,7 +19,7 @@ from services.gateway.ownership import refuse_fields_that_need_an_owner
 from services.gateway.reader import Reader
 from services.gateway.resolution import refuse_unknown_fields
 from weft import logs
-from weft.rpc.auth import Caller
+from weft.rpc.auth import Caller, check_method
 from weft.rpc.errors import StatusError, failure_from, internal_error, invalid_argument, new_error_id
 from weft.v1 import gateway_service_pb2 as pb
 
@@ -136,8 +136,11 @@ class ClientStreams:
             await self._end(stream_id, failure)
 
     async def _generate(self, stream_id: int, stream: _Stream, request: pb.MultiplexRequest) -> None:
+        # The key of a call that has long been open may have lost the method since.
+        caller = self._gateway.renew(self._caller)
+        check_method(caller, "Multiplex")
         budget_s = self._budget_s(request)
-        opened = self._gateway.open(request.generate, caller=self._caller, budget_s=budget_s)
+        opened = self._gateway.open(request.generate, caller=caller, budget_s=budget_s)
         async with opened as reader:
             stream.reader = reader
             if stream.is_cancelled:

@@ -81,6 +81,7 @@ class GatewayServicer(GatewayServiceServicer):
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
         """Turn text or chat messages into token ids."""
         refuse_unknown_fields(request)
+        self._gateway.admission.pass_by(current_caller.get())
         link = self._find(request.model)
         if link.info is None or link.assets is None:
             raise self._gateway.router.unavailable()
@@ -91,6 +92,7 @@ class GatewayServicer(GatewayServiceServicer):
     async def Detokenize(self, request: pb.DetokenizeRequest, context: Any) -> pb.DetokenizeResponse:
         """Turn token ids into text."""
         refuse_unknown_fields(request)
+        self._gateway.admission.pass_by(current_caller.get())
         link = self._find(request.model)
         if link.info is None or link.assets is None:
             raise self._gateway.router.unavailable()

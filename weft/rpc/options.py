@@ -10,6 +10,7 @@ import dataclasses
 from weft.limits import DEFAULT_LIMITS, RequestLimits
 
 MAX_INTERNAL_MESSAGE_BYTES = 64 << 20
+HANDSHAKE_MS = 10_000
 INTERNAL_LIMITS = dataclasses.replace(DEFAULT_LIMITS, max_message_bytes=MAX_INTERNAL_MESSAGE_BYTES)
 
 
@@ -33,6 +34,8 @@ def server_options(
         ("grpc.max_receive_message_length", limits.max_message_bytes),
         ("grpc.max_send_message_length", limits.max_message_bytes),
         ("grpc.max_allowed_incoming_connections", limits.max_connections),
+        # Until it has said what HTTP/2 begins with, TLS before it, a connection has no other clock.
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_MS),
         ("grpc.keepalive_time_ms", keepalive_ms),
         ("grpc.keepalive_timeout_ms", timeout_ms),
         ("grpc.http2.ping_timeout_ms", timeout_ms),

@@ -12,13 +12,13 @@ from pathlib import Path
 from weft import logs
 
 log = logs.get_logger("reload")
-_Signature = tuple[tuple[int, int, int] | None, ...]
+_Signature = tuple[tuple[int, int, int, int] | None, ...]
 
 
 @dataclass
 class WatchedFiles:
-    """Files that belong together. `reload` reads them; what it raises is logged, and what was read before
-    goes on.
+    """Files that belong together. `reload` reads them; what it raises is logged and counted, the same of the
+    same files once, and what was read before goes on.
     """
 
     what: str
@@ -27,23 +27,30 @@ class WatchedFiles:
     num_reloads: int = 0
     num_failures: int = 0
     _seen: _Signature = field(init=False)
+    _problem: str = field(init=False, default="")
 
     def __post_init__(self) -> None:
         self._seen = self._signature()
 
     def poll(self, *, is_forced: bool = False) -> None:
-        """Reload if a file is another one than it was, or if told to."""
+        """Reload if a file is another one than it was, if the last time failed, or if told to."""
         # Taken before the files are read: what changes meanwhile is seen the next time.
         signature = self._signature()
-        if signature == self._seen and not is_forced:
+        is_known = signature == self._seen and not is_forced
+        if is_known and not self._problem:
             return
         self._seen = signature
         try:
             self.reload()
         except (OSError, ValueError) as error:
+            problem = str(error) or type(error).__name__
+            if is_known and problem == self._problem:
+                return
+            self._problem = problem
             self.num_failures += 1
-            log.error("not reloaded, the old one stays", what=self.what, reason=str(error))
+            log.error("not reloaded, the old one stays", what=self.what, reason=problem)
         else:
+            self._problem = ""
             self.num_reloads += 1
             log.info("reloaded", what=self.what)
 
@@ -51,12 +58,13 @@ class WatchedFiles:
         return tuple(map(_stat, self.paths))
 
 
-def _stat(path: Path) -> tuple[int, int, int] | None:
+def _stat(path: Path) -> tuple[int, int, int, int] | None:
     try:
         found = path.stat()
     except OSError:
         return None
-    return (found.st_mtime_ns, found.st_size, found.st_ino)
+    # The time of a change of its rights, too: a file that may be read now has changed.
+    return (found.st_mtime_ns, found.st_ctime_ns, found.st_size, found.st_ino)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from services.engine.core.sequence import FinishReason, Sequence
 from services.engine.loop import EngineLoop, LinkEvents
 from services.engine.rpc import convert
 from services.engine.rpc.door import Door
-from services.engine.rpc.errors import shutting_down, status_error
+from services.engine.rpc.errors import UNAVAILABLE_RETRY_S, shutting_down, status_error
 from services.engine.rpc.link import Link, handed_over, read_hello
 from weft.limits import DEFAULT_LIMITS, RequestLimits
 from weft.rpc.errors import StatusError, invalid_argument
@@ -130,7 +130,10 @@ class EngineServicer(EngineServiceServicer):
         while num_live := self.num_live:
             yield num_live
             if self._loop.now() > self._drain_deadline + DRAIN_OVERTIME_S:
-                raise StatusError(grpc.StatusCode.UNAVAILABLE, "the engine does not end its sequences")
+                text = "the engine does not end its sequences"
+                raise StatusError(
+                    grpc.StatusCode.UNAVAILABLE, text, retry_after_s=UNAVAILABLE_RETRY_S, reason="DRAINING"
+                )
             await asyncio.sleep(DRAIN_REPORT_INTERVAL_S)
         yield 0
 

@@ -123,7 +123,7 @@ class Completions(Endpoint):
         """Generate, while watching for the client's leave."""
         limits = self.gateway.limits
         document = await read_object(scope, receive, body_s=self._body_s, max_bytes=limits.max_body_bytes)
-        request = parse_request(document, is_chat=self._is_chat, max_prompts=limits.max_prompts)
+        request = parse_request(document, is_chat=self._is_chat, limits=limits)
         work = asyncio.create_task(self._generate(request, out, caller))
         watch = asyncio.create_task(_wait_for_disconnect(receive))
         try:
@@ -137,12 +137,13 @@ class Completions(Endpoint):
             await asyncio.gather(work, watch, return_exceptions=True)
 
     async def _generate(self, request: HttpRequest, out: Output, caller: Caller) -> None:
-        request_id = request.generates[0].request_id or uuid.uuid4().hex
+        request_id = request.common.request_id or uuid.uuid4().hex
         headers = [(b"x-request-id", request_id.encode("ascii", "replace"))]
         async with contextlib.AsyncExitStack() as stack:
             lives: list[Reader] = []
-            for index, generate in enumerate(request.generates):
-                generate.request_id = request_id if len(request.generates) == 1 else f"{request_id}-{index}"
+            for index in range(request.num_prompts):
+                generate = request.generate(index)
+                generate.request_id = request_id if request.num_prompts == 1 else f"{request_id}-{index}"
                 opened = self.gateway.open(generate, caller=caller, budget_s=None)
                 lives.append(await stack.enter_async_context(opened))
             states = self.gateway.admission.quotas.states(caller, self.gateway.admission.now())
@@ -243,7 +244,7 @@ class Health(Endpoint):
 
 
 class Metrics(Endpoint):
-    """GET /metrics."""
+    """GET /metrics: of every model and every key, so a key of some models must name the method."""
 
     method = "Metrics"
 
@@ -256,4 +257,5 @@ class Metrics(Endpoint):
 
     async def respond(self, scope: Scope, receive: Receive, out: Output, caller: Caller) -> None:
         """The exposition."""
+        check_method(caller, self.method, must_be_named=caller.models is not None)
         await out.whole(200, self._text(), [(b"content-type", self._kind.encode())])

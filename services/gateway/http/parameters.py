@@ -1,21 +1,22 @@
 """OpenAI's request fields as a GenerateRequest. A field is honoured or refused by name, never ignored.
 
-Range checks are the shared validator's; here are only types, the fields that HTTP spells in its own way, and
-those
-whose feature does not exist: they are taken in their neutral value (`best_of` equal to n, `echo` false, no
-tools) and refused otherwise. `user`, `metadata` and `safety_identifier` are labels that change no output by
-contract; they are taken. null always means unset.
+Range checks are the shared validator's; here are only types, the lengths of lists, which cost before they
+are judged, the fields that HTTP spells in its own way, and those whose feature does not exist: they are taken
+in their neutral value (`best_of` equal to n, `echo` false, no tools) and refused otherwise. `user`,
+`metadata` and `safety_identifier` are labels that change no output by contract; they are taken. null always
+means unset.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import heapq
+from collections.abc import Callable, Sized
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from services.gateway.http.errors import HttpError, bad_request
 from services.gateway.http.prompts import add_messages, prompts_of
-from weft.limits import DEFAULT_LIMITS
+from weft.limits import DEFAULT_LIMITS, RequestLimits
 from weft.v1 import gateway_service_pb2 as pb
 
 # /v1/completions has always stopped after 16 tokens unless told otherwise.
@@ -64,17 +65,38 @@ _ONLY_NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
-    """What was asked for: one request a prompt, alike in all else, and how the answer is to be written."""
+    """What was asked for: `common` to all prompts, the `prompts`, and how the answer is to be written. Of a
+    chat there are none: its messages are in `common`.
+    """
 
-    generates: list[pb.GenerateRequest]
+    common: pb.GenerateRequest
+    prompts: list[str | list[int]]
     is_chat: bool
     is_stream: bool
     includes_usage: bool
     has_logprobs: bool
 
+    @property
+    def num_prompts(self) -> int:
+        """How many requests it comes to."""
+        return max(1, len(self.prompts))
+
+    def generate(self, index: int) -> pb.GenerateRequest:
+        """The request of one prompt. Made when it is its turn: one that is refused is not made many times."""
+        if not self.prompts:
+            return self.common
+        found = pb.GenerateRequest()
+        found.CopyFrom(self.common)
+        prompt = self.prompts[index]
+        if isinstance(prompt, str):
+            found.text = prompt
+        else:
+            found.token_ids.ids.extend(prompt)
+        return found
+
 
 def parse_request(
-    document: dict[str, Any], *, is_chat: bool, max_prompts: int = DEFAULT_LIMITS.max_prompts
+    document: dict[str, Any], *, is_chat: bool, limits: RequestLimits = DEFAULT_LIMITS
 ) -> HttpRequest:
     """Read a body. Raises HttpError naming the parameter."""
     fields = {name: value for name, value in document.items() if value is not None}
@@ -87,12 +109,12 @@ def parse_request(
 
     request.model = _typed(take("model"), str, "model") or ""
     if is_chat:
-        add_messages(request.chat, take("messages"))
-    prompts = [] if is_chat else prompts_of(take("prompt"), max_prompts)
-    _sampling(request, take)
+        add_messages(request.chat, take("messages"), limits.max_messages)
+    prompts = [] if is_chat else prompts_of(take("prompt"), limits.max_prompts)
+    _sampling(request, take, limits)
     _lengths(request, take, is_chat)
     has_logprobs = _logprobs(request, take, is_chat)
-    request.stop.extend(_stop(take("stop")))
+    request.stop.extend(_stop(take("stop"), limits.max_stop_strings))
     _labels(request, take)
     is_stream = bool(_typed(take("stream"), bool, "stream"))
     includes_usage = _stream_options(take("stream_options"), is_stream)
@@ -103,22 +125,11 @@ def parse_request(
         value = take(name)
         if value is not None and not any(type(value) is type(a) and value == a for a in allowed):
             raise bad_request(name, "is not supported by this server", code="unsupported_parameter")
-    unknown = sorted(set(document) - taken)
+    unknown = heapq.nsmallest(20, document.keys() - taken)
     if unknown:
-        names = ", ".join(name[:64] for name in unknown[:20])
+        names = ", ".join(name[:64] for name in unknown)
         raise HttpError(400, f"unknown parameter: {names}", param=unknown[0][:64], code="unknown_parameter")
-    generates = [_with_prompt(request, prompt) for prompt in prompts] or [request]
-    return HttpRequest(generates, is_chat, is_stream, includes_usage, has_logprobs)
-
-
-def _with_prompt(request: pb.GenerateRequest, prompt: str | list[int]) -> pb.GenerateRequest:
-    found = pb.GenerateRequest()
-    found.CopyFrom(request)
-    if isinstance(prompt, str):
-        found.text = prompt
-    else:
-        found.token_ids.ids.extend(prompt)
-    return found
+    return HttpRequest(request, prompts, is_chat, is_stream, includes_usage, has_logprobs)
 
 
 _Take = Callable[[str], Any]
@@ -151,6 +162,12 @@ def _number(value: Any, name: str) -> float | None:
     return float(value)
 
 
+def _bounded(value: Sized, max_entries: int, name: str) -> None:
+    """Refuse a list before anything is made of its entries."""
+    if len(value) > max_entries:
+        raise bad_request(name, f"must have at most {max_entries} entries")
+
+
 def _present(value: _Number | None, name: str) -> _Number:
     """null means unset for a parameter; inside of one it means nothing."""
     if value is None:
@@ -158,7 +175,7 @@ def _present(value: _Number | None, name: str) -> _Number:
     return value
 
 
-def _sampling(request: pb.GenerateRequest, take: _Take) -> None:
+def _sampling(request: pb.GenerateRequest, take: _Take, limits: RequestLimits) -> None:
     sampling = request.sampling
     for name in _SAMPLING_FLOATS:
         number = _number(take(name), name)
@@ -172,9 +189,11 @@ def _sampling(request: pb.GenerateRequest, take: _Take) -> None:
     if ignore_eos is not None:
         sampling.ignore_eos = ignore_eos
     stop_ids = _typed(take("stop_token_ids"), list, "stop_token_ids") or []
+    _bounded(stop_ids, limits.max_stop_token_ids, "stop_token_ids")
     for token_id in stop_ids:
         sampling.stop_token_ids.append(_present(_integer(token_id, "stop_token_ids", 32), "stop_token_ids"))
     biases = _typed(take("logit_bias"), dict, "logit_bias") or {}
+    _bounded(biases, limits.max_logit_bias, "logit_bias")
     for key, value in biases.items():
         if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < 2**32):
             raise bad_request("logit_bias", "its keys must be token ids", code="invalid_value")
@@ -210,12 +229,13 @@ def _logprobs(request: pb.GenerateRequest, take: _Take, is_chat: bool) -> bool:
     return wanted
 
 
-def _stop(value: Any) -> list[str]:
+def _stop(value: Any, max_strings: int) -> list[str]:
     if value is None:
         return []
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise bad_request("stop", "must be a string or a list of strings", code="invalid_type")
+    _bounded(stops, max_strings, "stop")
     return stops
 
 

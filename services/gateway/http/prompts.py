@@ -28,10 +28,12 @@ def prompts_of(value: Any, max_prompts: int = DEFAULT_LIMITS.max_prompts) -> lis
     return prompts
 
 
-def add_messages(chat: pb.ChatPrompt, messages: Any) -> None:
+def add_messages(chat: pb.ChatPrompt, messages: Any, max_messages: int = DEFAULT_LIMITS.max_messages) -> None:
     """Fill `chat` from the `messages` of a body. Raises HttpError."""
     if not isinstance(messages, list):
         raise bad_request("messages", "must be a list", code="invalid_type")
+    if len(messages) > max_messages:
+        raise bad_request("messages", f"must have at most {max_messages} entries")
     chat.SetInParent()
     for index, message in enumerate(messages):
         where = f"messages[{index}]"

@@ -38,7 +38,29 @@ log = logs.get_logger("gateway.http")
 
 
 class _Uvicorn(uvicorn.Server):
-    """Signals belong to the gRPC server's life; this one is told when to stop."""
+    """Signals belong to the gRPC server's life; this one is told when to stop. A TLS handshake may take
+    `handshake_s`: nothing else is on the clock before its end, and asyncio would wait for a minute.
+    """
+
+    handshake_s = HEADERS_S
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen on `sockets`."""
+        config = self.config
+        make = functools.partial(
+            config.http_protocol_class, config=config, server_state=self.server_state, app_state={}
+        )
+        self.servers: list[asyncio.base_events.Server] = [
+            await asyncio.get_running_loop().create_server(
+                make,
+                sock=each,
+                ssl=config.ssl,
+                backlog=config.backlog,
+                ssl_handshake_timeout=self.handshake_s if config.ssl else None,
+            )
+            for each in sockets or ()
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -113,6 +135,7 @@ class HttpServer:
         if self._tls is not None:
             config.ssl = self._tls.context()
         self._server = _Uvicorn(config)
+        self._server.handshake_s = self._headers_s
         self._task = asyncio.create_task(self._server.serve(sockets=listeners))
         log.info("http", address=str(self.address), tls=self._tls is not None)
 

@@ -283,6 +283,41 @@ async def test_models_over_http(two_models: Any) -> None:
                 assert answer.status_code == status, (path, model, answer.text)
 
 
+async def test_metrics_are_of_every_model_and_key(start_gateway: Any, engine: Any, tmp_path: Path) -> None:
+    """A key of some models must name them."""
+    path = tmp_path / "keys"
+    path.write_text(
+        f"all:{hash_key('all')}\none:{hash_key('one')} models=demo\n"
+        f"named:{hash_key('named')} models=demo methods=Metrics\n"
+    )
+    gateway = await start_gateway(
+        engine, authenticator=Authenticator.from_file(path), http=parse_address("127.0.0.1:0")
+    )
+    async with httpx.AsyncClient(base_url=gateway.http_url) as client:
+        for name, status in (("all", 200), ("one", 403), ("named", 200)):
+            assert (await client.get("/metrics", headers=key(name))).status_code == status, name
+
+
+async def test_what_is_tokenized_counts_as_a_request_of_its_key(
+    start_gateway: Any, engine: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text(f"slow:{hash_key('slow')} requests_per_second=0.01\nfree:{hash_key('free')}\n")
+    gateway = await start_gateway(engine, authenticator=Authenticator.from_file(path))
+    stub = gateway.stub
+    codes = [
+        await code_of(call)
+        for call in (
+            stub.Tokenize(pb.TokenizeRequest(text="x"), metadata=key("slow")),
+            stub.Tokenize(pb.TokenizeRequest(text="x"), metadata=key("slow")),
+            stub.Detokenize(pb.DetokenizeRequest(token_ids=[300]), metadata=key("slow")),
+            stub.ListModels(pb.ListModelsRequest(), metadata=key("slow")),
+            stub.Tokenize(pb.TokenizeRequest(text="x"), metadata=key("free")),
+        )
+    ]
+    assert codes == ["OK", "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED", "OK", "OK"]
+
+
 async def test_a_key_that_goes_ends_what_its_open_stream_may_begin(
     start_gateway: Any, engine: Any, keys: Authenticator, tmp_path: Path
 ) -> None:
@@ -303,6 +338,9 @@ async def test_a_key_that_goes_ends_what_its_open_stream_may_begin(
     (tmp_path / "keys").write_text(f"all:{hash_key('all')} models=other\n")
     keys.reload()
     assert await end_of(2) == grpc.StatusCode.PERMISSION_DENIED.value[0]
+    (tmp_path / "keys").write_text(f"all:{hash_key('all')} methods=Generate\n")
+    keys.reload()
+    assert await end_of(4) == grpc.StatusCode.PERMISSION_DENIED.value[0]
     (tmp_path / "keys").write_text(f"else:{hash_key('else')}\n")
     keys.reload()
     assert await end_of(3) == grpc.StatusCode.UNAUTHENTICATED.value[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ssl
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.services.gateway.guard_process import DEMO, GuardProcess
 from tests.weft.rpc.certificates import Authority, Pair
 from tools.mock_engine import MockEngine
 from tools.mock_engine.oracle import expected_tokens
+from weft.rpc import options as channel_arguments
 from weft.rpc.address import parse_address
 from weft.rpc.channel import open_channel
 from weft.rpc.tls import ChannelTls, ServerTls
@@ -230,6 +232,28 @@ async def test_http_over_tls_in_process(authority: Authority, engine: Any, start
         assert answer.status_code == 200
     for writer in writers:
         writer.close()
+
+
+async def test_a_handshake_that_does_not_come_is_not_waited_for(
+    authority: Authority, engine: Any, start_gateway: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """asyncio would wait for a minute and gRPC for two; such a connection has no other clock."""
+    monkeypatch.setattr(channel_arguments, "HANDSHAKE_MS", 500)
+    pair = authority.sign("server")
+    gateway = await start_gateway(
+        engine,
+        tls=ServerTls(pair.cert, pair.key),
+        http=parse_address("127.0.0.1:0"),
+        http_header_seconds=0.5,
+    )
+    for address in (gateway.application.http.address, gateway.server.address):
+        for data in (b"", b"\x16\x03\x01"):
+            reader, writer = await asyncio.open_connection(address.host, address.port)
+            writer.write(data)
+            async with asyncio.timeout(30):
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()
+            writer.close()
 
 
 async def test_the_command_line(authority: Authority, engine: Any, start_gateway: Any) -> None:

@@ -316,6 +316,27 @@ async def test_a_hangup_reloads_at_once(tmp_path: Path) -> None:
     await asyncio.gather(watcher, return_exceptions=True)
 
 
+def test_what_could_not_be_read_is_tried_again_and_told_once(tmp_path: Path) -> None:
+    """A volume that is away for a moment: when it is back, the file is the same."""
+    problems = [OSError("away"), OSError("away"), OSError("other"), None, None]
+    calls: list[int] = []
+
+    def reload() -> None:
+        calls.append(1)
+        if (problem := problems.pop(0)) is not None:
+            raise problem
+
+    path = tmp_path / "x"
+    files = WatchedFiles("x", (path,), reload)
+    path.write_text("new")
+    for num_calls, num_failures, num_reloads in ((1, 1, 0), (2, 1, 0), (3, 2, 0), (4, 2, 1), (4, 2, 1)):
+        files.poll()
+        assert (len(calls), files.num_failures, files.num_reloads) == (num_calls, num_failures, num_reloads)
+    path.chmod(0o600)
+    files.poll()
+    assert files.num_reloads == 2
+
+
 class Flags(ServerFlags):
     """A configuration with the flags of every server."""
 
