@@ -48,20 +48,23 @@ export class WeftClient {
   // an Error with `code`, `details` and, when there is one, `resumeToken`.
   async *generate(request, { timeoutMs, onEvent = () => {} } = {}) {
     const deadline = timeoutMs === undefined ? undefined : Date.now() + timeoutMs;
-    const offsets = new Array(request.sampling?.n || 1).fill(0);
+    const samples = Array.from({ length: request.sampling?.n || 1 }, () => new Sample());
     if (request.resumable && !request.request_id) request = { ...request, request_id: randomUUID() };
     let hasOutput = false;
     let token = "";
     for (let failures = 0; ; ) {
-      const call = this.stub.Generate(withResume(request, token, offsets), this.#metadata(), { deadline });
+      for (const sample of samples) sample.begin(token);
+      const call = this.stub.Generate(withResume(request, token, samples), this.#metadata(), { deadline });
       try {
         for await (const event of call) {
           onEvent(event);
           if (!event.delta) continue;
           failures = 0;
+          const delta = samples[event.delta.sample_index].take(event.delta);
+          if (!delta) continue;
           hasOutput = true;
-          offsets[event.delta.sample_index] = Number(event.delta.next_offset);
-          yield event.delta;
+          token = ""; // it leads to a place that lies behind this
+          yield delta;
         }
         return;
       } catch (error) {
@@ -103,7 +106,34 @@ export class WeftClient {
   }
 }
 
-function withResume(request, token, offsets) {
+// What of one sample was given out. A resume by offset brings those tokens again that had no text after them.
+class Sample {
+  offset = 0;
+  #tokens = 0;
+  #tokensAtOffset = 0;
+  #doubles = 0;
+
+  begin(token) {
+    this.#doubles = token ? 0 : this.#tokens - this.#tokensAtOffset;
+  }
+
+  // The delta without what was given out before; undefined when nothing is left of it.
+  take(delta) {
+    const known = Math.min(this.#doubles, delta.token_ids.length);
+    this.#doubles -= known;
+    const token_ids = delta.token_ids.slice(known);
+    if (!token_ids.length && !delta.text) return undefined;
+    this.#tokens += token_ids.length;
+    if (Number(delta.next_offset) > this.offset) {
+      this.offset = Number(delta.next_offset);
+      this.#tokensAtOffset = this.#tokens;
+    }
+    return known ? { ...delta, token_ids, logprobs: delta.logprobs.slice(known) } : delta;
+  }
+}
+
+function withResume(request, token, samples) {
+  const offsets = samples.map((sample) => sample.offset);
   if (token) {
     const { request_id, resumable, ...rest } = request; // the token stands for them
     return { ...rest, resume_token: token };

@@ -4,37 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
-import subprocess
 import sys
-import threading
-from pathlib import Path
+from concurrent import futures
 
 import pytest
 
 pytest.importorskip("tokenizers")
 from tokenizers import Tokenizer
 
+from tests.clients.conftest import CLIENTS, ROOT, run
 from tools.mock_engine.oracle import expected_tokens
 from weft.client import AsyncClient, Client
 
-ROOT = Path(__file__).resolve().parents[2]
-CLIENTS = ROOT / "clients"
 PROMPT = "Once upon a time"
 LIBRARY = Tokenizer.from_file(str(ROOT / "models/demo/tokenizer.json"))
-
-
-def run(*command, cwd=ROOT, timeout=60, **environment):
-    """A client as a newcomer runs it."""
-    return subprocess.run(
-        command,
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-    )
 
 
 def expected(target, seed, num_tokens, sample_index=0):
@@ -112,37 +95,16 @@ def test_reflection_with_mistakes(stack, arguments, said):
     assert "Traceback" not in done.stderr
 
 
-@pytest.fixture(scope="module")
-def node(tmp_path_factory):
-    """The Node client with its dependencies, in a folder of its own: the checkout stays as it is."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("needs node and npm")
-    root = tmp_path_factory.mktemp("node")
-    (root / "protos").symlink_to(ROOT / "protos")
-    folder = root / "clients" / "node"
-    folder.mkdir(parents=True)
-    for path in (CLIENTS / "node").iterdir():
-        if path.is_file():
-            shutil.copy(path, folder)
-    command = ("npm", "ci", "--ignore-scripts", "--no-audit", "--no-fund")
-    try:
-        done = run(*command, cwd=folder, timeout=120)
-    except subprocess.TimeoutExpired:
-        pytest.skip("npm does not answer")
-    if done.returncode:
-        pytest.skip(f"npm could not install: {done.stderr.strip().splitlines()[-1:]}")
-    return folder
-
-
 NODE_STREAMS = """
 import { WeftClient } from "./weft.mjs";
-const [target, count] = process.argv.slice(1);
+const [target, count, length] = process.argv.slice(1);
 const client = new WeftClient(target);
 const one = async (seed) => {
   const ids = [];
   let text = "", reason = "";
   const onEvent = (event) => { if (event.finish) reason = event.finish.reason; };
-  const request = { text: "Once upon a time", sampling: { seed, max_tokens: 60 }, resumable: true };
+  const sampling = { seed, max_tokens: Number(length) };
+  const request = { text: "Once upon a time", sampling, resumable: true };
   for await (const delta of client.generate(request, { onEvent })) {
     ids.push(...delta.token_ids);
     text += delta.text;
@@ -156,25 +118,19 @@ console.log(JSON.stringify({ models: models.models.map((model) => model.name), s
 """
 
 
-def node_streams(node, target, count):
+def node_streams(node, target, count, num_tokens):
     """`count` streams at once by the Node client: their answer, parsed."""
-    command = (
-        "node",
-        "--input-type=module",
-        "-e",
-        NODE_STREAMS,
-        "--",
-        target,
-        str(ROOT / "protos"),
-        str(count),
-    )
+    numbers = (str(count), str(num_tokens))
+    command = ("node", "--input-type=module", "-e", NODE_STREAMS, "--", target, *numbers)
     done = run(*command, cwd=node, timeout=90)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    answer = json.loads(done.stdout)
+    assert len(answer["streams"]) == count
+    return answer
 
 
 def test_node(node, stack):
-    answer = node_streams(node, stack.target, 8)
+    answer = node_streams(node, stack.target, 8, 60)
     assert answer["models"] == ["demo"]
     for seed, stream in enumerate(answer["streams"]):
         ids, text = expected(stack.target, seed, 60)
@@ -189,24 +145,16 @@ def test_the_node_file_to_copy(node, stack):
 
 def test_streams_of_every_client_outlive_an_engine(node, stack):
     """The last test of the module: it kills one of the two engines in the middle of everybody's streams."""
-    first = threading.Event()
-    results = {}
 
     def threads():
         with Client(stack.target) as client:
-            stream = client.generate(PROMPT, seed=100, max_tokens=400)
-            for delta in stream:
-                if len(stream.completions[0].token_ids) > 40:
-                    first.set()
-                assert delta.token_ids
-            results["threads"] = stream.completions[0].token_ids
+            stream = client.generate(PROMPT, seed=100, max_tokens=900)
+            stream.text()
+            return stream.completions[0].token_ids
 
-    reader = threading.Thread(target=threads)
-    reader.start()
-    assert first.wait(30)
-    stack.kill_busy()
-    answer = node_streams(node, stack.target, 4)
-    reader.join(60)
-    assert results["threads"] == expected(stack.target, 100, 400)[0]
-    for seed, stream in enumerate(answer["streams"]):
-        assert stream["ids"] == expected(stack.target, seed, 60)[0]
+    with futures.ThreadPoolExecutor(2) as pool:
+        python, javascript = pool.submit(threads), pool.submit(node_streams, node, stack.target, 4, 400)
+        stack.kill_busy(among=5)
+        assert python.result(90) == expected(stack.target, 100, 900)[0]
+        for seed, stream in enumerate(javascript.result(90)["streams"]):
+            assert stream["ids"] == expected(stack.target, seed, 400)[0]
