@@ -171,7 +171,8 @@ def test_http_streams_and_lists(stack):
         return urllib.request.urlopen(request, timeout=60)
 
     models = json.load(urllib.request.urlopen(stack.http + "/v1/models", timeout=10))
-    assert [model["id"] for model in models["data"]] == ["demo"]
+    version = stack.client.ListModels(pb.ListModelsRequest(), timeout=10).models[0].version
+    assert [model["id"] for model in models["data"]] == ["demo", f"demo@{version}"]
     body = {"model": "demo", "prompt": "The sea", "max_tokens": 12, "seed": 4, "temperature": 0}
     whole = json.load(post("/v1/completions", body))["choices"][0]["text"]
     lines = [line.decode().strip() for line in post("/v1/completions", {**body, "stream": True})]
