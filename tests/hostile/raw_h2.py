@@ -121,7 +121,7 @@ class H2:
         with contextlib.suppress(ConnectionError):
             await self._writer.drain()
 
-    async def status(self, stream_id: int, within_s: float = 10.0) -> str:
+    async def status(self, stream_id: int, within_s: float = 60.0) -> str:
         """How a stream ended: its grpc-status, `http N`, `reset N`, `goaway N` or `closed`."""
         async with asyncio.timeout(within_s):
             while (found := self.outcome(stream_id)) is None:
@@ -141,13 +141,13 @@ class H2:
             return "closed" if self.goaway is None else f"goaway {self.goaway}"
         return None
 
-    async def wait(self, holds: Any, within_s: float = 10.0) -> None:
+    async def wait(self, holds: Any, within_s: float = 60.0) -> None:
         async with asyncio.timeout(within_s):
             while not holds():
                 self._news.clear()
                 await self._news.wait()
 
-    async def closed(self, within_s: float = 10.0) -> int | None:
+    async def closed(self, within_s: float = 60.0) -> int | None:
         """Wait for the server to end the connection; the code of its GOAWAY."""
         await self.wait(lambda: self.is_closed, within_s)
         return self.goaway

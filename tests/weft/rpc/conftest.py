@@ -46,7 +46,7 @@ async def probe_channel(probe_server: Server) -> AsyncIterator[grpc.aio.Channel]
 async def balanced_counters() -> AsyncIterator[None]:
     """After each test as many calls have ended as have begun, on every server."""
     yield
-    for _ in range(100):
+    for _ in range(1000):
         if all(counters.begun == counters.ended for counters in RpcCounters.instances):
             return
         await asyncio.sleep(0.02)

@@ -89,7 +89,7 @@ class ProbeService:
 KINDS = ("unary_unary", "unary_stream", "stream_unary", "stream_stream")
 
 
-async def eventually(is_true: Callable[[], object], within_s: float = 2.0) -> None:
+async def eventually(is_true: Callable[[], object], within_s: float = 20.0) -> None:
     """Wait until a condition holds; fail when it does not in time."""
     for _ in range(int(within_s / 0.01)):
         if is_true():
