@@ -116,15 +116,15 @@ class Failover:
 
     def relieve(self, link: EngineLink) -> None:
         """Move what waits on an engine, for a place or for blocks, to others that start it at once. Which of
-        the samples without a new token wait, only the engine knows: it says how many, and the youngest go
-        first, since an engine's own order is that of arrival. Never where other tokens might be drawn.
+        the samples that do not get on wait, only the engine knows: it says how many, and the youngest go
+        first, since those are the last to start and the first to be preempted. Never where other tokens
+        might be drawn.
         """
         num_waiting = link.load.num_waiting - link.num_paused
         for sample in reversed(link.samples() if num_waiting > 0 else []):
-            now = sample.request.now()
-            route, num_tokens = sample.route, len(sample.token_ids)
-            has_got_on = num_tokens > route.num_tokens_then or now < route.placed_at + STUCK_S
-            if has_got_on or sample.paused_at is not None or not _is_wanted(sample):
+            now, num_tokens = sample.request.now(), len(sample.token_ids)
+            is_stuck = sample.route.is_stuck(num_tokens, now, STUCK_S)
+            if not is_stuck or sample.paused_at is not None or not _is_wanted(sample):
                 continue
             num_tokens += len(sample.request.resolved.prompt_token_ids)
             others = [

@@ -37,6 +37,10 @@ class Load(Protocol):
     def max_batch_size(self) -> int:
         """Sequences that run at once."""
 
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that waited there lately."""
+
     def num_sequences(self, num_live: int) -> int:
         """Sequences there, when `num_live` are this gateway's."""
 
@@ -74,7 +78,11 @@ def find_places(engines: Iterable[Engine], info: engine_pb.GetInfoResponse) -> P
         size = engine.load.max_batch_size
         ahead = max(MIN_AHEAD, int(size * AHEAD_PART))
         num_own = engine.num_live - engine.num_paused
-        num_free = max(0, size + ahead - engine.load.num_sequences(num_own), ahead - num_own)
+        num_free = size + ahead - engine.load.num_sequences(num_own)
+        if engine.load.num_waiting - engine.num_paused >= ahead:
+            # Short of blocks, perhaps; and who waits has mostly run before, so nobody is put beside it.
+            num_free = 0
+        num_free = max(0, num_free, ahead - num_own)
         if engine.load.is_full(engine.num_live):
             num_free = 0
         num_tokens = PREFILL_STEPS * its.max_batched_tokens or UNBOUNDED

@@ -28,10 +28,17 @@ class Route:
     refused_at: float = 0.0
     # The newest refusal, of a sample that no engine has taken in yet.
     refusal: pb.Failure | None = None
-    # When it was sent to the engine that it is on.
-    placed_at: float = 0.0
+    # The tokens that it had when somebody looked last, and since when it has had them.
+    num_tokens_seen: int = 0
+    seen_at: float = 0.0
 
     def settle(self) -> None:
         """An engine has taken it in."""
         self.lost_at = self.refusal = None
         self.refused_by = ()
+
+    def is_stuck(self, num_tokens: int, now: float, for_s: float) -> bool:
+        """Whether it has had so many tokens, and no more, for so long. To be asked again and again."""
+        if num_tokens != self.num_tokens_seen:
+            self.num_tokens_seen, self.seen_at = num_tokens, now
+        return now - self.seen_at >= for_s

@@ -179,7 +179,7 @@ class Router:
         route, info = sample.route, link.info
         route.num_placements += 1
         route.num_tokens_then = len(sample.token_ids)
-        route.placed_at = sample.request.now()
+        route.num_tokens_seen, route.seen_at = route.num_tokens_then, sample.request.now()
         if info is None:
             return
         if not is_exact(link, sample):

@@ -76,7 +76,8 @@ class Report:
             f"clients: {clients.cancelled} cancelled, {clients.slow} read slowly, "
             + f"{clients.returned} lost their connection and came back",
             f"taken up again by a resume token: {clients.resumed} requests",
-            f"started again: {self.num_replays} samples; moved while their engine drained: {self.num_moves}",
+            f"started again: {self.num_replays} samples; moved from engines that drained or were full: "
+            + f"{self.num_moves}",
             f"preempted, on the engines that live at the end: {self.num_preemptions}",
             f"gap between tokens: p50 {p50:.0f} ms, p99 {p99:.0f} ms",
             f"worst gap: {1000 * worst_s:.0f} ms, over {worst_at - self.began:.2f} s after the start",

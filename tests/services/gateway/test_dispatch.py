@@ -314,10 +314,14 @@ def engine(
     model: str = "demo",
     num_paused: int = 0,
     num_others: int = 0,
+    num_waiting: int = 0,
     is_full: bool = False,
 ) -> Any:
     load = SimpleNamespace(
-        max_batch_size=size, num_sequences=lambda num_live: num_live + num_others, is_full=lambda _: is_full
+        max_batch_size=size,
+        num_waiting=num_waiting,
+        num_sequences=lambda num_live: num_live + num_others,
+        is_full=lambda _: is_full,
     )
     return SimpleNamespace(info=info_of(model, digest), load=load, num_live=num_there, num_paused=num_paused)
 
@@ -337,6 +341,11 @@ def test_places_are_those_of_one_artifact_and_a_few_ahead() -> None:
     assert number([engine("d", 8, 1, num_others=40)]) == 1, "another gateway's crowd"
     assert number([engine("d", 8, 2, num_others=40)]) == 0
     assert number([engine("d", 64, 60), engine("d", 8, 20)]) == 12
+    assert number([engine("d", 64, 20, num_waiting=7)]) == 52
+    assert number([engine("d", 64, 20, num_waiting=9)]) == 0, "it is short of blocks"
+    assert number([engine("d", 64, 20, num_waiting=9, num_paused=9)]) == 61, (
+        "who is paused waits for its client"
+    )
     assert number([engine("d", 8, 4, is_full=True)]) == 0, "its queue holds no more"
     other_version = engine("d", 8, 0)
     other_version.info.artifact_version = "v2"
