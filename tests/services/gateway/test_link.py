@@ -63,7 +63,8 @@ async def test_starts_before_its_engine(start_engine: Any, start_gateway: Any, s
     assert (await ids_of(gateway.stub.Generate(wanted())))[0] == expected(engine, 1, 100)
 
 
-async def test_readiness_follows_the_engine(gateway: Any, engine: Any, settle: Any) -> None:
+async def test_readiness_follows_the_engine(engine: Any, start_gateway: Any, settle: Any) -> None:
+    gateway = await start_gateway(engine, engine_wait_seconds=0.2)
     await engine.die()
     await settle(lambda: not gateway.link.is_up)
     assert await readiness(gateway) == health_pb2.HealthCheckResponse.NOT_SERVING

@@ -16,6 +16,12 @@ MESSAGES: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "c
 
 
 @pytest.fixture
+async def gateway(start_gateway: Any, engine: Any) -> Any:
+    """A request that no engine has room for is told so soon."""
+    return await start_gateway(engine, http=parse_address("127.0.0.1:0"), engine_wait_seconds=0.5)
+
+
+@pytest.fixture
 async def client(gateway: Any) -> AsyncIterator[openai.AsyncOpenAI]:
     async with openai.AsyncOpenAI(
         base_url=gateway.http_url + "/v1", api_key="unused", max_retries=0
