@@ -47,6 +47,8 @@ class GatewayServicer(GatewayServiceServicer):
         ) as reader:
             await reader.admitted()
             resolved = reader.resolved
+            # By themselves: a write may be called off, and the library then knows not whether they were sent.
+            await context.send_initial_metadata(())
             reader.writing()
             await context.write(started(resolved))
             while (updates := await reader.take_updates()) is not None:

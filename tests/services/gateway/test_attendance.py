@@ -12,6 +12,7 @@ import pytest
 
 from services.gateway import gateway as gateway_module
 from services.gateway.places import Places
+from services.gateway.reader import Reader
 from tests.services.gateway.test_resume import Follower, ask, core, cut, quiet, read, refused, whole
 from weft.rpc.address import parse_address
 from weft.rpc.auth import ANYBODY
@@ -164,3 +165,24 @@ async def test_a_prompt_that_waits_for_its_turn_is_not_a_slow_client(
         answer = await posted
     assert answer.status_code == 200, answer.text
     assert len(answer.json()["choices"]) == 2
+
+
+async def test_who_is_superseded_in_its_first_write_is_told(
+    gateway: Any, settle: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The library counts initial metadata as sent only when the write that brings it has returned; sent once
+    more, with the status, they are refused, and the client would wait for ever.
+    """
+    writing = Reader.writing
+
+    def begin(reader: Reader) -> None:
+        writing(reader)
+        reader.supersede()
+
+    monkeypatch.setattr(Reader, "writing", begin)
+    async with asyncio.timeout(10):
+        for _ in range(20):
+            error = await refused(gateway.stub.Generate(ask(max_tokens=5)))
+            assert error.code() == CODE.ABORTED
+            assert error_from_call(error).reason == "SUPERSEDED"
+            await quiet(gateway, settle)
