@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -25,6 +26,8 @@ LOOKUP_TIMEOUT_S = 10.0
 MAX_FILE_BYTES = 1 << 20
 MAX_ENGINES = 1024
 DNS_PREFIX, FILE_PREFIX = "dns:", "file:"
+# A bracket begins a JSON list, or a line.
+_IPV6_LINE = re.compile(r"\[[^\]\s\"]*:[^\]\s\"]*\]:")
 log = logs.get_logger("gateway.discovery")
 T = TypeVar("T")
 
@@ -111,17 +114,15 @@ def parse_engine_list(text: str, name: str) -> frozenset[str]:
     """The addresses in the text of a file. Raises DiscoveryError."""
     if not text.strip():
         raise DiscoveryError(f"{name}: is empty")
-    entries: object
-    if text.lstrip()[0] in "[{":
+    lines = (line.partition("#")[0].strip() for line in text.splitlines())
+    entries: object = [line for line in lines if line]
+    if text.lstrip()[0] in "[{" and not _IPV6_LINE.match(text.lstrip()):
         try:
             entries = json.loads(text)
         except (ValueError, RecursionError):
             raise DiscoveryError(f"{name}: is no JSON") from None
         if isinstance(entries, dict):
             entries = entries.get("engines")
-    else:
-        lines = (line.partition("#")[0].strip() for line in text.splitlines())
-        entries = [line for line in lines if line]
     if not isinstance(entries, list) or not all(isinstance(entry, str) for entry in entries):
         raise DiscoveryError(f"{name}: a list of HOST:PORT is expected")
     return _bounded(map(_canonical, entries), name)
@@ -198,6 +199,13 @@ class Discovery:
                 if text != problem:
                     log.warning("engines not found, the last list stays", reason=text)
                 problem = text
+            except (
+                Exception
+            ) as error:  # whatever it is: neither the other sources nor the next look end by it
+                self.num_failures += 1
+                if type(error).__name__ != problem:
+                    log.failure("unhandled exception", error)
+                problem = type(error).__name__
             else:
                 if answer is not None:
                     problem = ""

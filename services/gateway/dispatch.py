@@ -84,6 +84,8 @@ class Dispatcher:
         if must_wait:
             self._check_deadline(live, pool.wait_s(key, rank), now)
             pool.settle(now)
+        if not len(pool.queue):
+            pool.no_engine_since = None  # of those who waited before
         turn = Turn(pool, key, live, now)
         turn.entry = pool.queue.push(turn, key, rank=rank, now=now)
         if must_wait:

@@ -70,6 +70,11 @@ def test_lists_of_every_form(text: str) -> None:
     assert parse_engine_list(text, "f") == {"127.0.0.1:1", "127.0.0.1:2"}
 
 
+def test_a_line_may_begin_with_the_bracket_of_an_address() -> None:
+    assert parse_engine_list("[::1]:50\n127.0.0.1:1\n", "f") == {"[::1]:50", "127.0.0.1:1"}
+    assert parse_engine_list('["[::1]:50"]', "f") == {"[::1]:50"}
+
+
 def test_no_engines_at_all_are_said_in_so_many_words() -> None:
     assert parse_engine_list("[]", "f") == frozenset()
 
@@ -177,6 +182,26 @@ async def test_a_name_is_resolved_again_and_keeps_its_last_answer(
     answers.addresses = ["10.0.0.3"]
     answers.hangs.set()
     await settle(lambda: told[-1] == ("10.0.0.9:7", "10.0.0.3:50051"))
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def test_whatever_a_source_does_it_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, settle: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise ValueError("of no kind that anybody thought of")
+
+    answers, told = Answers(monkeypatch), []
+    resolve = discovery.socket.getaddrinfo
+    monkeypatch.setattr(discovery.socket, "getaddrinfo", fail)
+    watched = Discovery([DnsSource("engines", 50051, period_s=0.02)], told.append)
+    task = asyncio.create_task(watched.run())
+    await settle(lambda: watched.num_failures >= 3)
+    assert len([line for line in caplog.records if "unhandled" in line.message]) == 1
+    answers.addresses = ["10.0.0.1"]
+    monkeypatch.setattr(discovery.socket, "getaddrinfo", resolve)
+    await settle(lambda: told == [("10.0.0.1:50051",)])
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
 

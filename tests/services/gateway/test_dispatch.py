@@ -270,6 +270,16 @@ async def test_no_engine_for_long_fails_who_waits() -> None:
     assert engines.dispatcher.num_waiting == 0
 
 
+async def test_who_missed_an_engine_before_shortens_nobodys_wait() -> None:
+    engines = Engines()
+    engines.room["demo"] = None
+    engines.start(FakeLive("a")).leave()
+    await asyncio.sleep(0.2)  # longer than the wait
+    live = FakeLive("b")
+    engines.start(live)
+    assert live.failure is None
+
+
 async def test_an_engine_that_comes_back_in_time_takes_who_waits() -> None:
     engines = Engines()
     engines.room["demo"] = None
