@@ -70,19 +70,20 @@ async def told(stub: Any, number: int) -> tuple[list[Told], int]:
 
 async def test_the_same_with_and_without(start_engine: Any, start_gateway: Any) -> None:
     engine = await start_engine(step_s=0.001)
-    answers, counts = {}, {}
+    answers, held = {}, {}
     for max_coalesce in (0.0, 20.0):
         gateway = await start_gateway(engine, max_coalesce=max_coalesce)
         found = await asyncio.gather(*(told(gateway.stub, number) for number in range(NUM_STREAMS)))
         answers[max_coalesce] = [samples for samples, _ in found]
-        counts[max_coalesce] = sum(num_messages for _, num_messages in found)
+        held[max_coalesce] = gateway.application.gateway.pacer.num_held
         await gateway.application.close()
     assert answers[0.0] == answers[20.0]
     assert {sample.reason for samples in answers[0.0] for sample in samples} >= {
         gen.FINISH_REASON_LENGTH,
         gen.FINISH_REASON_STOP,
     }
-    assert counts[20.0] < counts[0.0]
+    # Not the number of messages: a machine that is busy enough sends several tokens together either way.
+    assert held[20.0] > held[0.0] == 0
 
 
 @pytest.mark.parametrize("max_coalesce", [0.0, 20.0])
