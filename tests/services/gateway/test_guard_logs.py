@@ -324,10 +324,10 @@ asyncio.run(main())
     try:
         assert process.stdout is not None
         worst, dropped, stopping = map(float, process.stdout.readline().split())
-        assert worst < 2
+        assert worst < 30  # a write that blocks would never end
         assert dropped > 15_000  # of 30,000, with a queue of 10,000 and 64 KiB of pipe
-        assert stopping < 10
-        assert process.wait(20) == 0
+        assert stopping < 60
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
