@@ -82,7 +82,8 @@ async def test_crowded_streams_are_the_oracles() -> None:
     """Few blocks, so that sequences are preempted, and shared heads, so that blocks and copies are reused."""
     rng, pool = random.Random(1), []
     wanted = [(prompt_of(rng, pool), rng.getrandbits(64), rng.randint(1, 60), i % 3) for i in range(60)]
-    async with MockEngine(step_ms=0, num_blocks=48, max_batch_size=32) as engine:
+    # Steps of no time would end requests as fast as a busy machine sends them, one by one.
+    async with MockEngine(step_ms=5, num_blocks=48, max_batch_size=32) as engine:
         async with stub_of(engine.address) as stub:
             streams = [
                 generate(stub, request(prompt, seed, length, sample_index=sample))
