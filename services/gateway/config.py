@@ -91,6 +91,9 @@ class GatewayConfig(AdmissionFlags, ServerFlags, EngineTlsFlags, TextLimitFlags,
     process_index: int | None = option(
         None, "which of them this is; --processes sets it for those it starts", metavar="I"
     )
+    launcher_pid: int | None = option(
+        None, "the process with which this one ends; --processes sets it for those it starts", metavar="PID"
+    )
     log_level: str = option("info", "what is logged", choices=LEVELS)
 
     def __post_init__(self) -> None:

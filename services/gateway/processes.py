@@ -27,8 +27,6 @@ MAX_BACKOFF_S = 5.0
 STEADY_S = 10.0
 # These end a process that cannot start, today or at the next try.
 CANNOT_START = (1, 2)
-# In the environment of a process that a launcher started: the launcher's id.
-LAUNCHER = "WEFT_LAUNCHER_PID"
 _PR_SET_PDEATHSIG = 1
 log = logs.get_logger("gateway.processes")
 
@@ -119,7 +117,6 @@ class Launcher:
             child.process = await asyncio.create_subprocess_exec(
                 *self._command(child.index),
                 stdin=asyncio.subprocess.DEVNULL,
-                env={**os.environ, LAUNCHER: str(os.getpid())},
                 # A terminal's Ctrl-C reaches the launcher alone, which passes it on: twice would kill.
                 start_new_session=True,
             )
@@ -202,7 +199,8 @@ def launch(
 
         def command(index: int) -> list[str]:
             # A flag that is given twice counts as given last.
-            return [sys.executable, "-m", module, "serve", *argv, *shared, "--process-index", str(index)]
+            own = ("--process-index", str(index), "--launcher-pid", str(os.getpid()))
+            return [sys.executable, "-m", module, "serve", *argv, *shared, *own]
 
         async def run() -> int:
             return await Launcher(num_processes, command, reloads=reloads).run()
@@ -210,11 +208,10 @@ def launch(
         return asyncio.run(run())
 
 
-def end_with_parent() -> None:
-    """Ask Linux to tell this process to stop when the one that started it is gone, and stop if it is."""
+def end_with_parent(parent: int) -> None:
+    """Ask Linux to tell this process to stop when `parent`, which started it, is gone, and stop if it is."""
     if sys.platform != "linux":
         return
-    parent = int(os.environ.get(LAUNCHER, os.getppid()))
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:  # it died before this
         os.kill(os.getpid(), signal.SIGTERM)

@@ -70,7 +70,8 @@ def main(argv: list[str]) -> int:
     if config.processes > 1:
         if config.process_index is None:
             return _launch(argv[1:], config)
-        end_with_parent()
+        if config.launcher_pid is not None:
+            end_with_parent(config.launcher_pid)
         config = _of_process(config)
     log.info("configuration", **effective(config))
     try:

@@ -150,7 +150,7 @@ sys.exit(asyncio.run(Launcher(2, lambda index: child).run()))
 async def start_launcher(child: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         sys.executable, "-c", STARTS, child,
-        cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL, start_new_session=True,
+        cwd=ROOT, stdout=asyncio.subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
 
 
@@ -192,7 +192,7 @@ print("up", flush=True)
 while os.getppid() == parent:
     time.sleep(0.01)
 from services.gateway.processes import end_with_parent
-end_with_parent()
+end_with_parent(parent)
 print("goes on", flush=True)
 """
     process = await start_launcher(child)
