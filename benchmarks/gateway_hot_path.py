@@ -61,6 +61,9 @@ class _Context:
         """No deadline."""
         return None
 
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        """Once a call: no part of a token's way."""
+
     async def write(self, message: Any) -> None:
         """What the library would do first."""
         data = message if isinstance(message, bytes) else message.SerializeToString()

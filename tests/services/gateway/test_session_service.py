@@ -361,8 +361,8 @@ async def test_a_refused_turn_changes_nothing(gateway, engine):
             await talker.turn([401], **fields)
     with Refused("INVALID_ARGUMENT"):
         await talker.turn([VOCABULARY])
-    engine.reject = gen.Failure(code=8, message="full")
-    with Refused("RESOURCE_EXHAUSTED"):
+    engine.reject = gen.Failure(code=9, message="larger than the cache")
+    with Refused("FAILED_PRECONDITION"):
         await talker.turn([401])
     engine.reject = None
     assert await talker.ids() == before
