@@ -75,7 +75,6 @@ def throughput(size: Size, keep: dict[str, Any]) -> list[Row]:
             engine("clock", step_ms=step_ms, **CLOCK_FLAGS) as server,
             gateway(server.address(), **flags) as door,
         ):
-            door.bind_to_one_core()
             found = client("throughput", door.address(), door.pid, size.streams, size.seconds)
         keep[name] = found
         rate, each = found["tokens_per_cpu_s"], found["tokens_per_message"]

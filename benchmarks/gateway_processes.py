@@ -61,14 +61,6 @@ class Service:
         """Of the process."""
         return self.process.pid
 
-    def bind_to_one_core(self) -> None:
-        """Keep all of its threads on one core: the library's thread and the event loop then wake each other
-        without going from core to core, so a CPU second does the same on an idle and on a busy machine.
-        """
-        core = min(os.sched_getaffinity(0))
-        for thread in os.listdir(f"/proc/{self.pid}/task"):
-            os.sched_setaffinity(int(thread), {core})
-
     def address(self, event: str = "listening") -> str:
         """The address that an event told."""
         return str(self.events[event]["address"])
