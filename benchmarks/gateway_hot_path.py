@@ -18,13 +18,13 @@ from dataclasses import replace
 from typing import Any
 
 from benchmarks.gateway_processes import ROOT
-from services.gateway.detokenizer import Vocabulary
-from services.gateway.live import LiveRequest
-from services.gateway.multiplexer import LinkCounters, Multiplexer
-from services.gateway.pacing import Pacer
+from services.gateway.links.multiplexer import LinkCounters, Multiplexer
 from services.gateway.request import ResolvedRequest
 from services.gateway.servicer import GatewayServicer
-from services.gateway.tokenization import Tokenizer
+from services.gateway.streams.live import LiveRequest
+from services.gateway.streams.pacing import Pacer
+from services.gateway.text.detokenizer import Vocabulary
+from services.gateway.text.tokenization import Tokenizer
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1 import gateway_service_pb2 as gateway_pb
 from weft.v1 import generation_pb2 as pb

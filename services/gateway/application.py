@@ -8,23 +8,23 @@ import uuid
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from services.gateway.admission import Admission, AdmissionLimits
-from services.gateway.admission_flags import quota_limits_of
-from services.gateway.assets import AssetSource
+from services.gateway.admission.admission import Admission, AdmissionLimits
+from services.gateway.admission.flags import quota_limits_of
+from services.gateway.admission.quotas import Quotas
 from services.gateway.config import GatewayConfig
-from services.gateway.discovery import Discovery, parse_source
-from services.gateway.engine_client import EngineLink
-from services.gateway.fleet import Fleet
 from services.gateway.gateway import Gateway
-from services.gateway.link_terms import LinkTimes
+from services.gateway.links.discovery import Discovery, parse_source
+from services.gateway.links.engine_client import EngineLink
+from services.gateway.links.fleet import Fleet
+from services.gateway.links.terms import LinkTimes
 from services.gateway.metrics import GatewayMetrics
-from services.gateway.orphans import RetentionLimits
-from services.gateway.quotas import Quotas
-from services.gateway.router import Router
+from services.gateway.routing.router import Router
 from services.gateway.servicer import GatewayServicer
-from services.gateway.session_database import SessionLimits
-from services.gateway.session_store import SessionStore
-from services.gateway.sessions import Sessions
+from services.gateway.sessions.database import SessionLimits
+from services.gateway.sessions.sessions import Sessions
+from services.gateway.sessions.store import SessionStore
+from services.gateway.streams.orphans import RetentionLimits
+from services.gateway.text.assets import AssetSource
 from weft import logs
 from weft.limits import limits_of
 from weft.rpc.address import Address

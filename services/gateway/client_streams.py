@@ -14,10 +14,10 @@ import grpc
 
 from services.gateway.events import responses, started
 from services.gateway.gateway import Gateway
-from services.gateway.mailbox import Mailbox
 from services.gateway.ownership import refuse_fields_that_need_an_owner
-from services.gateway.reader import Reader
 from services.gateway.resolution import refuse_unknown_fields
+from services.gateway.streams.mailbox import Mailbox
+from services.gateway.streams.reader import Reader
 from weft import logs
 from weft.rpc.auth import Caller, check_method
 from weft.rpc.errors import StatusError, failure_from, internal_error, invalid_argument, new_error_id

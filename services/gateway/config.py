@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.gateway.admission_flags import AdmissionFlags, check_admission_flags
-from services.gateway.routing_flags import RoutingFlags, check_routing_flags, merge_repeated, parse_engines
+from services.gateway.admission.flags import AdmissionFlags, check_admission_flags
+from services.gateway.routing.flags import RoutingFlags, check_routing_flags, merge_repeated, parse_engines
 from weft.config import ConfigError, load_config, option
 from weft.limits import TextLimitFlags
 from weft.logs import LEVELS

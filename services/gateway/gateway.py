@@ -15,24 +15,24 @@ from dataclasses import replace
 
 import grpc
 
-from services.gateway.admission import Admission, Ticket
-from services.gateway.attendance import Attendance, stopping
+from services.gateway.admission.admission import Admission, Ticket
+from services.gateway.admission.dispatch import Dispatcher
+from services.gateway.admission.quotas import charge_at_the_door
+from services.gateway.admission.usage import KeyUsage
 from services.gateway.counters import RequestCounters
-from services.gateway.dispatch import Dispatcher
-from services.gateway.entries import Entries, Entry
-from services.gateway.live import LiveRequest
-from services.gateway.orphans import RetentionLimits
-from services.gateway.pacing import Pacer
 from services.gateway.permissions import check_model, meant_model
-from services.gateway.places import find_places
-from services.gateway.quotas import charge_at_the_door
-from services.gateway.reader import Reader
 from services.gateway.resolution import check_fields, resolve
-from services.gateway.resumption import digest_of
-from services.gateway.router import Router
-from services.gateway.session_turn import Turn, end_turn
-from services.gateway.sessions import Sessions
-from services.gateway.usage import KeyUsage
+from services.gateway.routing.places import find_places
+from services.gateway.routing.router import Router
+from services.gateway.sessions.sessions import Sessions
+from services.gateway.sessions.turn import Turn, end_turn
+from services.gateway.streams.attendance import Attendance, stopping
+from services.gateway.streams.entries import Entries, Entry
+from services.gateway.streams.live import LiveRequest
+from services.gateway.streams.orphans import RetentionLimits
+from services.gateway.streams.pacing import Pacer
+from services.gateway.streams.reader import Reader
+from services.gateway.streams.resumption import digest_of
 from weft import logs
 from weft.limits import DEFAULT_LIMITS, RequestLimits
 from weft.rpc.auth import Caller

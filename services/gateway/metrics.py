@@ -8,10 +8,10 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from services.gateway.admission_metrics import admission_metrics, dashboard_metrics
+from services.gateway.admission.metrics import admission_metrics, dashboard_metrics
 from services.gateway.gateway import Gateway
-from services.gateway.routing_metrics import routing_metrics
-from services.gateway.sessions import Sessions
+from services.gateway.routing.metrics import routing_metrics
+from services.gateway.sessions.sessions import Sessions
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from services.gateway.assets import ModelAssets
+from services.gateway.text.assets import ModelAssets
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1 import generation_pb2 as pb
 

@@ -15,10 +15,10 @@ import grpc
 from google.protobuf.message import Message
 from google.protobuf.unknown_fields import UnknownFieldSet
 
-from services.gateway.assets import ModelAssets
-from services.gateway.chat_template import ConversationRefused, TemplateBusy, TemplateError
 from services.gateway.request import ResolvedRequest
-from services.gateway.tokenization import INLINE_BYTES, TokenizationError
+from services.gateway.text.assets import ModelAssets
+from services.gateway.text.chat_template import ConversationRefused, TemplateBusy, TemplateError
+from services.gateway.text.tokenization import INLINE_BYTES, TokenizationError
 from weft import logs
 from weft.limits import DEFAULT_LIMITS, RequestLimits
 from weft.rpc.errors import StatusError, internal_error, invalid_argument, new_error_id
@@ -38,7 +38,7 @@ USUAL_ROLES = frozenset({"system", "developer", "user", "assistant", "tool"})
 _ROLE = re.compile(r"[a-z_]{1,32}")
 log = logs.get_logger("gateway")
 if TYPE_CHECKING:
-    from services.gateway.session_turn import Turn
+    from services.gateway.sessions.turn import Turn
 
 
 def refuse_unknown_fields(message: Message) -> None:

@@ -16,9 +16,9 @@ from services.gateway.gateway import Gateway
 from services.gateway.ownership import refuse_fields_that_need_an_owner, refuse_without_one_owner
 from services.gateway.permissions import check_model
 from services.gateway.resolution import oversize, refuse_unknown_fields, tokenize
-from services.gateway.served import Served
-from services.gateway.session_database import StoredSession
-from services.gateway.sessions import Sessions
+from services.gateway.routing.served import Served
+from services.gateway.sessions.database import StoredSession
+from services.gateway.sessions.sessions import Sessions
 from weft.rpc.errors import invalid_argument
 from weft.rpc.interceptor import current_caller
 from weft.sampling import validate_token_ids

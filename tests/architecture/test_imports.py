@@ -30,6 +30,38 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
         "services.engine",
         "services.quantizer",
     ),
+    "services/gateway/text": (
+        "grpc",
+        "services.gateway.links",
+        "services.gateway.routing",
+        "services.gateway.admission",
+        "services.gateway.sessions",
+        "services.gateway.streams",
+        "services.gateway.http",
+    ),
+    # A request in flight does not know where its tokens come from, nor who let it in.
+    "services/gateway/streams": (
+        "services.gateway.links",
+        "services.gateway.routing",
+        "services.gateway.admission",
+        "services.gateway.http",
+    ),
+    "services/gateway/sessions": (
+        "services.gateway.links",
+        "services.gateway.routing",
+        "services.gateway.admission",
+        "services.gateway.http",
+    ),
+    "services/gateway/links": (
+        "services.gateway.admission",
+        "services.gateway.sessions",
+        "services.gateway.http",
+    ),
+    "services/gateway/routing": (
+        "services.gateway.admission",
+        "services.gateway.sessions",
+        "services.gateway.http",
+    ),
     "services/quantizer": ("triton", "services.engine", "services.gateway"),
     "services/engine": ("services.gateway", "services.quantizer", "transformers", "tokenizers"),
     "services/engine/core": (
@@ -197,7 +229,7 @@ def test_one_file_of_the_gateway_speaks_to_engines() -> None:
         for p in python_files("services/gateway")
         if "EngineServiceStub" in (ROOT / p).read_text(encoding="utf-8")
     ]
-    assert [path.as_posix() for path in named] == ["services/gateway/engine_client.py"]
+    assert [path.as_posix() for path in named] == ["services/gateway/links/engine_client.py"]
 
 
 def test_relative_imports_are_resolved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from services.gateway.tokenization import TokenizationError, Tokenizer
+from services.gateway.text.tokenization import TokenizationError, Tokenizer
 from weft.artifact.checkpoint import Checkpoint, CheckpointError
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"

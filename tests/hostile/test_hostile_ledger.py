@@ -20,10 +20,10 @@ ITEMS = [f"H{number:03}" for number in range(1, 141)]
 CHECKPOINT = "tests/weft/artifact/test_checkpoint.py"
 STORE = "tests/weft/artifact/test_store.py"
 REFUSALS = "tests/services/engine/models/test_refusals.py"
-ASSETS = "tests/services/gateway/test_assets.py"
-TEMPLATE = "tests/services/gateway/test_chat_template.py"
-TOKENS = "tests/services/gateway/test_tokenization.py"
-LINK = "tests/services/gateway/test_link.py"
+ASSETS = "tests/services/gateway/text/test_assets.py"
+TEMPLATE = "tests/services/gateway/text/test_chat_template.py"
+TOKENS = "tests/services/gateway/text/test_tokenization.py"
+LINK = "tests/services/gateway/links/test_link.py"
 TEXTS = "tests/services/quantizer/test_texts.py"
 BAD = "tests/services/quantizer/test_bad_input.py"
 JOBS = "tests/services/quantizer/jobs/test_job_servicer.py"
@@ -32,7 +32,7 @@ COMMAND = "tests/services/quantizer/test_command.py"
 
 ELSEWHERE: dict[str, list[str]] = {
     # What a model says in its output, and what an engine sends: the gateway's own tests.
-    "H047": ["tests/services/gateway/test_detokenizer.py"],
+    "H047": ["tests/services/gateway/text/test_detokenizer.py"],
     "H115": [
         f"{LINK}::test_wrong_epochs_are_dropped_and_counted",
         f"{LINK}::test_doubled_tokens_are_dropped_and_counted",

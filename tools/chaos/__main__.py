@@ -15,7 +15,7 @@ from types import FrameType
 from tools.chaos.faults import WEIGHTS
 from tools.chaos.plans import Plan, run_demo, run_mock
 from tools.chaos.run import Report
-from tools.demo.processes import ServiceError
+from cli.demo.processes import ServiceError
 
 RUNS = {"mock": run_mock, "demo": run_demo}
 NUM_ENGINES = {"mock": 3, "demo": 2}

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from services.gateway.detokenizer import Vocabulary
-from services.gateway.tokenization import Tokenizer
+from services.gateway.text.detokenizer import Vocabulary
+from services.gateway.text.tokenization import Tokenizer
 from tools.chaos.checker import STOP, Expected, stopped_at
 from tools.mock_engine import oracle
 from weft.v1 import gateway_service_pb2 as pb

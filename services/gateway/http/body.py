@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from services.gateway import strict_json
 from services.gateway.http.errors import HttpError
+from services.gateway.text import strict_json
 from weft.limits import DEFAULT_LIMITS
 
 BODY_S = 10.0

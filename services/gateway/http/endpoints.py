@@ -14,7 +14,7 @@ from services.gateway.http.body import BODY_S, Disconnected, Receive, Scope, rea
 from services.gateway.http.errors import HttpError, body_of, encode, headers_of, status_of
 from services.gateway.http.parameters import HttpRequest, parse_request
 from services.gateway.http.rate_limits import rate_limit_headers
-from services.gateway.reader import Reader
+from services.gateway.streams.reader import Reader
 from weft import logs
 from weft.rpc.auth import ANYBODY, Authenticator, Caller, check_method
 from weft.rpc.errors import StatusError, internal_error, new_error_id

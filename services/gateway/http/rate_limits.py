@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from services.gateway.quotas import QuotaState
+from services.gateway.admission.quotas import QuotaState
 
 
 def rate_limit_headers(states: Mapping[str, QuotaState]) -> Iterator[tuple[bytes, bytes]]:

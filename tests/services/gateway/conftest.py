@@ -23,7 +23,7 @@ from tokenizers import Tokenizer
 from services.gateway.application import GatewayApplication
 from services.gateway.config import GatewayConfig
 from services.gateway.gateway import RequestCounters
-from services.gateway.link_terms import LinkTimes
+from services.gateway.links.terms import LinkTimes
 from weft.limits import limits_of
 from weft.rpc.address import Address, parse_address
 from weft.rpc.auth import Authenticator

@@ -10,7 +10,7 @@ from typing import Any
 import grpc
 import pytest
 
-from services.gateway import chat_template
+from services.gateway.text import chat_template
 from weft.rpc.errors import error_from_call
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2 as gen
@@ -320,7 +320,7 @@ async def test_a_refusal_that_lasts_reaches_the_client(start_gateway: Any, engin
 async def test_a_bug_in_the_text_path_ends_one_request(
     gateway: Any, engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from services.gateway.sample_output import SampleOutput
+    from services.gateway.streams.sample_output import SampleOutput
 
     push = SampleOutput.push
 

@@ -15,7 +15,7 @@ import grpc
 import httpx
 import pytest
 
-from services.gateway.tokenization import TokenizationError
+from services.gateway.text.tokenization import TokenizationError
 from tests.services.gateway.guard_process import DEMO, ROOT, GuardProcess
 from weft import logs
 from weft.rpc.address import parse_address

@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from services.gateway.config import load
-from services.gateway.routing_flags import merge_repeated
+from services.gateway.routing.flags import merge_repeated
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2 as gen
 from weft.v1.gateway_service_pb2_grpc import GatewayServiceStub

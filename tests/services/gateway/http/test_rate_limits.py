@@ -7,8 +7,8 @@ from typing import Any
 import httpx
 import pytest
 
+from services.gateway.admission.quotas import QuotaState
 from services.gateway.http.rate_limits import rate_limit_headers
-from services.gateway.quotas import QuotaState
 from weft.rpc.address import parse_address
 
 

@@ -1,0 +1,1 @@
+"""Conversations whose exact tokens the gateway keeps."""
