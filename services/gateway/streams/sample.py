@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Protocol
 import grpc
 
 from services.gateway.request import SampleEnd, SampleUpdate
-from services.gateway.streams.route import Route
 from services.gateway.streams.journal import Journal, Replay
+from services.gateway.streams.route import Route
 from services.gateway.streams.sample_output import SampleOutput
 from weft import logs
 from weft.rpc.errors import StatusError, error_from_failure, internal_error, new_error_id
