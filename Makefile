@@ -70,13 +70,13 @@ bench-quant: $(STAMP)  ## this quantizer beside llm-compressor and plain roundin
 	$(PY) -m benchmarks.quant $(BENCH_FLAGS)
 
 demo: $(STAMP)  ## quantize the demo model, serve it on two engines, stream sixteen completions, kill an engine under them
-	$(PY) -m tools.demo
+	$(PY) -m cli demo
 
 chaos: $(STAMP)  ## kill, freeze and cut off engines under 64 streams, and check every token (CHAOS_FLAGS: see --help)
 	$(PY) -m tools.chaos $(CHAOS_FLAGS)
 
 up: $(STAMP)  ## the same services, left running in the foreground
-	$(PY) -m tools.demo --up
+	$(PY) -m cli demo --up
 
 size:  ## the longest files and functions, lines a folder
 	@$(PYTHON) tools/size.py

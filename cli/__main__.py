@@ -8,6 +8,7 @@ import typer
 
 from cli.artifacts import artifacts
 from cli.chat import chat
+from cli.demo.command import demo
 from cli.generate import generate
 from cli.jobs import jobs
 from cli.models import models
@@ -26,6 +27,7 @@ app.command()(generate)
 app.command()(chat)
 app.command()(models)
 app.command()(plan)
+app.command()(demo)
 _PASSES_FLAGS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=_PASSES_FLAGS_ON)(quantize)
 app.command("import", context_settings=_PASSES_FLAGS_ON)(import_checkpoint)

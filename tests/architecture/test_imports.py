@@ -95,7 +95,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
     "services/engine/runner": ("grpc", "services.engine.rpc"),
     "services/engine/loop.py": ("torch", "grpc"),
     "cli": ("torch", "triton", "transformers", "tools", "tests"),
-    "tools/demo": ("services", "torch", "tests"),
+    "cli/demo": ("services", "torch", "tests"),
     "tools/gpu": ("services", "weft", "torch", "triton", "grpc", "tests"),
     # Runs without grpc on a machine that has little but torch and triton.
     "tools/kernels": ("grpc", "weft", "tests", "services.gateway", "services.quantizer"),
@@ -203,7 +203,7 @@ EXTRAS = {"services/engine": "engine", "services/gateway": "gateway", "services/
 OPTIONAL = {"services/quantizer": "ray"}
 
 
-@pytest.mark.parametrize("area", ["cli", "tools/demo", *EXTRAS])
+@pytest.mark.parametrize("area", ["cli", "cli/demo", *EXTRAS])
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported(area: str) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = [name for name in (EXTRAS.get(area), OPTIONAL.get(area)) if name]

@@ -11,7 +11,7 @@ from pathlib import Path
 import grpc
 import pytest
 
-from tools.demo.processes import Service, command_of
+from cli.demo.processes import Service, command_of
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1.engine_service_pb2_grpc import EngineServiceStub
 from weft.v1.gateway_service_pb2_grpc import GatewayServiceStub

@@ -13,9 +13,9 @@ from pathlib import Path
 import grpc
 import pytest
 
+from cli.demo.processes import Service, ServiceError, command_of
 from tests.e2e.conftest import quantize
 from tests.e2e.test_streams import read, request_of
-from tools.demo.processes import Service, ServiceError, command_of
 from weft.v1 import generation_pb2 as generation
 
 ROOT = Path(__file__).resolve().parents[2]

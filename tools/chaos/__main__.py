@@ -12,10 +12,10 @@ import tempfile
 from pathlib import Path
 from types import FrameType
 
+from cli.demo.processes import ServiceError
 from tools.chaos.faults import WEIGHTS
 from tools.chaos.plans import Plan, run_demo, run_mock
 from tools.chaos.run import Report
-from cli.demo.processes import ServiceError
 
 RUNS = {"mock": run_mock, "demo": run_demo}
 NUM_ENGINES = {"mock": 3, "demo": 2}

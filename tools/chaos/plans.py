@@ -11,13 +11,13 @@ from pathlib import Path
 
 import grpc
 
+from cli.demo.processes import ROOT, command_of
 from services.gateway.text.detokenizer import Vocabulary
 from tools.chaos.checker import Expected
 from tools.chaos.faults import OF_REAL_ENGINES, WEIGHTS, Schedule, Times
 from tools.chaos.run import Report, Requests, run
 from tools.chaos.stack import LOCAL, Engine, Stack, mock_command
 from tools.chaos.workload import Mix, Repeated, Spec, Workload, load_vocabulary, mock_expect
-from cli.demo.processes import ROOT, command_of
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1.engine_service_pb2_grpc import EngineServiceStub
 

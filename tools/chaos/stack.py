@@ -15,8 +15,8 @@ from pathlib import Path
 
 import grpc
 
-from tools.chaos.proxy import Proxy
 from cli.demo.processes import Service, ServiceError, command_of
+from tools.chaos.proxy import Proxy
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1.engine_service_pb2_grpc import EngineServiceStub
 

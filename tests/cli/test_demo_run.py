@@ -23,7 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def demo(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tools.demo", *arguments]
+    command = [sys.executable, "-m", "cli", "demo", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
@@ -37,7 +37,8 @@ def up(data: Path, first: object) -> Iterator[subprocess.Popen[str]]:
     command = [
         sys.executable,
         "-m",
-        "tools.demo",
+        "cli",
+        "demo",
         "--up",
         "--listen",
         "0",

@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from tools.demo.streams import Fault, Load, Stream, percentile
+from cli.demo.streams import Fault, Load, Stream, percentile
 
 REFRESH_PER_S = 8
 TITLE_WIDTH = 36

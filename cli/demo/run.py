@@ -1,18 +1,20 @@
-"""`python -m tools.demo`: the whole path on this machine, from a checkpoint to streamed text.
+"""The whole path on this machine, from a checkpoint to streamed text.
 
-Two engines serve sixteen streams; in the middle one of the engines is killed, and the streams go on.
---up leaves the services running in the foreground and prints how to call them. Everything lives in .weft/
-below the repository root; a second run finds the artifact there and skips the quantization.
+Two engines serve sixteen streams; in the middle one of the engines is killed, and the streams go on. With
+`is_up` one engine serves in the foreground instead, and how to call it is printed. A second run finds the
+artifact of the first and skips the quantization. Does not know how its options came in.
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
+import contextlib
 import signal
+import socket
 import sys
 import time
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,59 +22,67 @@ from typing import Any
 import grpc
 from rich.console import Console
 
-from tools.demo.processes import ROOT, Service, ServiceError, Stack, command_of, run
-from tools.demo.streams import MAX_TOKENS, Fault, Load, Stream, demo_streams, run_streams
-from tools.demo.view import summary, watching
+from cli.demo.processes import ROOT, Service, ServiceError, Stack, command_of, run
+from cli.demo.streams import MAX_TOKENS, Fault, Load, Stream, demo_streams, run_streams
+from cli.demo.view import summary, watching
 from weft.artifact.manifest import ArtifactError
 from weft.artifact.store import ArtifactStore
 
 MODEL = "demo"
-SOURCE = ROOT / "models" / MODEL
+# In a wheel the model lies beside this file, in a checkout among the models.
+MODEL_PLACES = (Path(__file__).parent / "model", ROOT / "models" / MODEL)
 READY_TIMEOUT_S = 180.0
 REPLAYS = "weft_gateway_replays_total"
-GRPC_PORT, HTTP_PORT = 50052, 8080
+LOCALHOST = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """What a run is asked for. `data` holds artifacts and logs; the ports are those of `is_up`, 0 any free
+    one.
+    """
+
+    data: Path
+    is_up: bool
+    grpc_port: int
+    http_port: int
+
 
 HOW_TO_CALL = """
-The services are up: gRPC on 127.0.0.1:{grpc}, HTTP on 127.0.0.1:{http}. Ctrl-C stops them.
+The services are up: gRPC on {grpc}, HTTP on {http}. Ctrl-C stops them.
 
-  command line   {python} -m cli generate --server 127.0.0.1:{grpc} --max-tokens 60 "Once upon a time"
-                 {python} -m cli chat --server 127.0.0.1:{grpc}
+  command line   {weft} generate --server {grpc} --max-tokens 60 "Once upon a time"
+                 {weft} chat --server {grpc}
 
   Python         import grpc
                  from weft.v1 import gateway_service_pb2 as pb, gateway_service_pb2_grpc as rpc
-                 stub = rpc.GatewayServiceStub(grpc.insecure_channel("127.0.0.1:{grpc}"))
+                 stub = rpc.GatewayServiceStub(grpc.insecure_channel("{grpc}"))
                  for event in stub.Generate(pb.GenerateRequest(text="Once upon a time")):
                      print(event.delta.text, end="", flush=True)
 
-  curl           curl -N http://127.0.0.1:{http}/v1/completions -H 'content-type: application/json' \\
+  curl           curl -N http://{http}/v1/completions -H 'content-type: application/json' \\
                    -d '{{"model": "demo", "prompt": "Once upon a time", "max_tokens": 60, "stream": true}}'
 
   grpcurl        grpcurl -plaintext -d '{{"text": "Once upon a time"}}' \\
-                   127.0.0.1:{grpc} weft.v1.GatewayService/Generate
+                   {grpc} weft.v1.GatewayService/Generate
 """
 
 
-def main() -> int:
+def run_demo(options: DemoOptions) -> int:
     """Run the demo; 0 when every stream ended well and every service stopped well."""
-    parser = argparse.ArgumentParser(prog="python -m tools.demo", description=__doc__)
-    parser.add_argument("--up", action="store_true", help="leave the services running in the foreground")
-    parser.add_argument(
-        "--data", type=Path, default=ROOT / ".weft", help="where artifacts and logs go (.weft)"
-    )
-    parser.add_argument("--listen", type=int, default=GRPC_PORT, help=f"gRPC port of --up ({GRPC_PORT})")
-    parser.add_argument("--http", type=int, default=HTTP_PORT, help=f"HTTP port of --up ({HTTP_PORT})")
-    arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, interrupt)
     console = Console()
     stack = Stack()
     try:
-        problems = work(console, stack, arguments)
+        problems = work(console, stack, options)
     except ServiceError as error:
         problems = [str(error)]
     except grpc.RpcError as error:
         problems = [f"{error}\n{stack.tails()}"]
+    except OSError as error:
+        problems = [f"{error.filename or options.data}: {error.strerror or error}"]
     except KeyboardInterrupt:
-        problems = [] if arguments.up else ["interrupted"]
+        problems = [] if options.is_up else ["interrupted"]
     finally:
         # A second Ctrl-C would leave the services behind; each of them ends within its own limit.
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -83,25 +93,54 @@ def main() -> int:
     return 1 if all_problems else 0
 
 
+def demo_model() -> Path:
+    """The demo model's folder. Raises ServiceError."""
+    for place in MODEL_PLACES:
+        if (place / "config.json").is_file():
+            return place
+    raise ServiceError("this installation came without the demo model")
+
+
+def check_before(options: DemoOptions) -> None:
+    """What would fail minutes later fails now. Raises OSError, ServiceError."""
+    options.data.mkdir(parents=True, exist_ok=True)
+    probe = options.data / ".writable"
+    probe.touch()
+    probe.unlink()
+    if not options.is_up:
+        return
+    for flag, port in (("--listen", options.grpc_port), ("--http", options.http_port)):
+        with contextlib.closing(socket.socket()) as listener:
+            # As the services do: a port whose last connections are still closing is free.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((LOCALHOST, port))
+                listener.listen()
+            except OSError as error:
+                reason = error.strerror or str(error)
+                raise ServiceError(f"port {port}: {reason}; {flag} takes another") from None
+
+
 def interrupt(number: int, frame: FrameType | None) -> None:
     """A SIGTERM leaves the same way as a Ctrl-C: in order."""
     raise KeyboardInterrupt
 
 
-def work(console: Console, stack: Stack, arguments: argparse.Namespace) -> list[str]:
-    """Quantize, start, stream. Returns what went wrong; raises ServiceError."""
+def work(console: Console, stack: Stack, options: DemoOptions) -> list[str]:
+    """Quantize, start, stream. Returns what went wrong; raises ServiceError, OSError."""
+    check_before(options)
     began = time.monotonic()
-    artifacts = arguments.data / "artifacts"
+    artifacts = options.data / "artifacts"
     console.rule("quantize")
-    run("quantizer", ["run", "--source", str(SOURCE), "--artifacts", str(artifacts), "--name", MODEL])
+    run("quantizer", ["run", "--source", str(demo_model()), "--artifacts", str(artifacts), "--name", MODEL])
     console.rule("serve")
-    engines, gateway = start_services(stack, artifacts, arguments)
+    engines, gateway = start_services(stack, artifacts, options)
     addresses = [address_of(engine) for engine in engines]
     ready_s = time.monotonic() - began
     shown = " and ".join(addresses)
     console.print(f"engine on {shown}, gateway on {address_of(gateway)}, ready after {ready_s:.1f} s")
-    if arguments.up:
-        text = HOW_TO_CALL.format(grpc=arguments.listen, http=arguments.http, python=sys.executable)
+    if options.is_up:
+        text = HOW_TO_CALL.format(grpc=address_of(gateway), http=http_of(gateway), weft=weft_command())
         console.print(text, markup=False, highlight=False, soft_wrap=True)
         return wait_until_told(stack)
     console.rule("stream")
@@ -109,23 +148,21 @@ def work(console: Console, stack: Stack, arguments: argparse.Namespace) -> list[
     # About a third of what comes: every stream is in the middle of its text.
     fault = Fault(len(streams) * MAX_TOKENS // 3, lambda index: stack.kill(engines[index]))
     seconds = asyncio.run(stream_all(console, streams, address_of(gateway), addresses, load, fault))
-    num_moved = count_moved(gateway.wait_for("http", READY_TIMEOUT_S)["address"])
+    num_moved = count_moved(http_of(gateway))
     console.print(summary(streams, seconds, load, perplexities(artifacts), fault, num_moved))
     problems = complaints(streams, load, fault, num_moved)
     return [*problems, stack.tails()] if problems else []
 
 
-def start_services(
-    stack: Stack, artifacts: Path, arguments: argparse.Namespace
-) -> tuple[list[Service], Service]:
+def start_services(stack: Stack, artifacts: Path, options: DemoOptions) -> tuple[list[Service], Service]:
     """Start engines, one of them for --up and two otherwise, and a gateway; all are serving then."""
-    logs = arguments.data / "logs"
-    grpc_port, http_port = (arguments.listen, arguments.http) if arguments.up else (0, 0)
+    logs = options.data / "logs"
+    grpc_port, http_port = (options.grpc_port, options.http_port) if options.is_up else (0, 0)
     common = ["--artifacts", str(artifacts)]
     listen = ["--listen", "127.0.0.1:0", "--metrics", "127.0.0.1:0"]
     # One thread is enough for a model this small; the other cores are the gateway's and the clients'.
     flags = ["serve", *common, "--model", MODEL, "--threads", "1", *listen]
-    names = ["engine"] if arguments.up else ["engine", "engine-2"]
+    names = ["engine"] if options.is_up else ["engine", "engine-2"]
     engines = [stack.start(name, command_of("engine", flags), logs) for name in names]
     # Bound before they are loaded: the gateway may start meanwhile and waits for one of them.
     addresses = [engine.wait_for("listening", READY_TIMEOUT_S)["address"] for engine in engines]
@@ -138,9 +175,21 @@ def start_services(
     return engines, gateway
 
 
+def weft_command() -> str:
+    """What to type for the `weft` command; a bare clone has none."""
+    script = Path(sys.executable).with_name("weft")
+    return str(script) if script.exists() else f"{sys.executable} -m cli"
+
+
 def address_of(service: Service) -> str:
     """Where a service that serves listens."""
     address: str = service.wait_for("serving", READY_TIMEOUT_S)["address"]
+    return address
+
+
+def http_of(gateway: Service) -> str:
+    """Where the gateway's HTTP listens."""
+    address: str = gateway.wait_for("http", READY_TIMEOUT_S)["address"]
     return address
 
 
@@ -205,7 +254,3 @@ def complaints(
     elif fault is not None and not num_moved:
         found.append("no stream was on the engine that was killed")
     return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())

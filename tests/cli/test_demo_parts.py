@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tools.demo.__main__ import complaints
-from tools.demo.processes import Service, ServiceError, Stack
-from tools.demo.streams import Fault, Load, Stream, demo_streams, percentile
-from tools.demo.view import fault_rows
+from cli.demo.processes import Service, ServiceError, Stack
+from cli.demo.run import complaints
+from cli.demo.streams import Fault, Load, Stream, demo_streams, percentile
+from cli.demo.view import fault_rows
 from weft.v1 import engine_service_pb2 as engine_pb
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2 as generation

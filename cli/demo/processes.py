@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# What the services' packages are imported from: a checkout, or where pip has put them. Children run in it, so
+# that a file of the user's folder cannot stand in for a module; paths that they are given must be whole.
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.05
 STOP_TIMEOUT_S = 60.0
@@ -121,7 +123,7 @@ class Service:
 
 
 def command_of(name: str, arguments: list[str]) -> list[str]:
-    """The command line of a service of this checkout, with this interpreter."""
+    """The command line of a service of this installation, with this interpreter."""
     return [sys.executable, "-m", f"services.{name}", *arguments]
 
 
