@@ -26,7 +26,7 @@ from services.engine.runner.kv_cache import KVCache, choose_kv_format, kv_bytes_
 from services.engine.runner.load import choose_numerics, make_info
 from services.engine.runner.sampler import Sampler
 from services.engine.runner.self_test import settle_numerics
-from services.engine.runner.source import open_source
+from services.engine.runner.source import Source, open_source
 
 if TYPE_CHECKING:
     from services.engine.runner.device_runner import DeviceRunner
@@ -95,7 +95,11 @@ def load_runner(config: RunnerConfig) -> ModelRunner | DeviceRunner:
         from services.engine.runner.device_load import load_device_runner
 
         return load_device_runner(config)
-    source = open_source(config)
+    return load_from(open_source(config), config)
+
+
+def load_from(source: Source, config: RunnerConfig) -> ModelRunner:
+    """`load_runner` on the CPU, of a source that is open already."""
     model_config = read_model_config(source.checkpoint)
     numerics = choose_numerics(config, model_config)
     max_model_len = resolve_max_model_len(model_config, config.max_model_len)
