@@ -3,7 +3,7 @@
 #   VENV         where the environment goes
 #   TORCH_INDEX  an index to take torch from, e.g. https://download.pytorch.org/whl/cpu for the small CPU build
 #   GPU_FLAGS    more flags for make gpu, e.g. --write-results
-#   BENCH_FLAGS  flags for make bench-quant and make bench-gateway
+#   BENCH_FLAGS  flags for make bench-cpu, make bench-quant and make bench-gateway
 #   CHAOS_FLAGS  flags for make chaos, e.g. --engines mock --seed 7
 #   PY           another interpreter with everything installed; then nothing is set up
 PYTHON ?= python3
@@ -19,7 +19,7 @@ SHELL := /bin/bash
 # A given PY is taken as it is; otherwise the stamp says when the environment was last brought up to date.
 STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.weft-installed,)
 
-.PHONY: help setup protos format check test retest test-slow kernels gpu bench-gateway bench-quant demo chaos up size
+.PHONY: help setup protos format check test retest test-slow kernels gpu bench-cpu bench-gateway bench-quant demo chaos up size
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -62,6 +62,9 @@ kernels: $(STAMP)  ## compile every GPU kernel without a GPU and hold the machin
 
 gpu: $(STAMP)  ## kernel tests, model parity and benchmarks on a CUDA device (DRY=1: tiny, on the CPU; OUT=folder)
 	$(PY) -m tools.gpu $(if $(DRY),--dry) $(if $(OUT),--out $(OUT)) $(GPU_FLAGS)
+
+bench-cpu: $(STAMP)  ## this engine beside llama.cpp and transformers on the CPU (BENCH_FLAGS: see --help)
+	$(PY) -m benchmarks.cpu $(BENCH_FLAGS)
 
 bench-gateway: $(STAMP)  ## what the gateway costs: tokens per CPU second, latency, memory (BENCH_FLAGS: see --help)
 	$(PY) -m benchmarks.gateway $(BENCH_FLAGS)
