@@ -19,7 +19,7 @@ SHELL := /bin/bash
 # A given PY is taken as it is; otherwise the stamp says when the environment was last brought up to date.
 STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.weft-installed,)
 
-.PHONY: help setup protos format check test retest test-slow kernels gpu bench-cpu bench-gateway bench-quant demo chaos up size
+.PHONY: help setup protos format check test retest test-slow kernels gpu bench-cpu bench-core bench-gateway bench-quant demo chaos up size
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -65,6 +65,9 @@ gpu: $(STAMP)  ## kernel tests, model parity and benchmarks on a CUDA device (DR
 
 bench-cpu: $(STAMP)  ## this engine beside llama.cpp and transformers on the CPU (BENCH_FLAGS: see --help)
 	$(PY) -m benchmarks.cpu $(BENCH_FLAGS)
+
+bench-core: $(STAMP)  ## what a step costs the host: scheduler, blocks, events, collector (BENCH_FLAGS: see --help)
+	$(PY) -m benchmarks.core $(BENCH_FLAGS)
 
 bench-gateway: $(STAMP)  ## what the gateway costs: tokens per CPU second, latency, memory (BENCH_FLAGS: see --help)
 	$(PY) -m benchmarks.gateway $(BENCH_FLAGS)
