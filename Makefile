@@ -2,6 +2,7 @@
 #   PYTHON       the interpreter the virtual environment is made with (3.11 to 3.13)
 #   VENV         where the environment goes
 #   TORCH_INDEX  an index to take torch from, e.g. https://download.pytorch.org/whl/cpu for the small CPU build
+#   WORKERS      processes that make test runs tests in: a number, or auto, one more than there are cores (8 at most)
 #   GPU_FLAGS    more flags for make gpu, e.g. --write-results
 #   BENCH_FLAGS  flags for make bench-cpu, make bench-quant and make bench-gateway
 #   CHAOS_FLAGS  flags for make chaos, e.g. --engines mock --seed 7
@@ -9,6 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
+WORKERS ?= auto
 PY ?= $(VENV)/bin/python
 
 SHELL := /bin/bash
@@ -48,10 +50,10 @@ check: $(STAMP)  ## lint, format check, types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
-test: $(STAMP)  ## the default tests: no GPU, no docker, no network
-	$(PY) -m pytest
+test: $(STAMP)  ## the default tests: no GPU, no docker, no network, in several processes (WORKERS=0: in one)
+	$(PY) -m pytest -n $(WORKERS)
 
-retest: $(STAMP)  ## the tests that failed last, once more
+retest: $(STAMP)  ## the tests that failed last, once more, in one process
 	$(PY) -m pytest --last-failed --last-failed-no-failures none
 
 test-slow: $(STAMP)  ## the tests that take minutes

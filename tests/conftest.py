@@ -4,15 +4,40 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 # Before torch is imported anywhere: more threads than the few cores of a test machine only slow it down.
+THREADS_ARE_GIVEN = "OMP_NUM_THREADS" in os.environ
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Waiting threads that spin take the cores from the processes they wait for.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What `-n auto` stands for."""
+    from tests.schedule import num_workers
+
+    return num_workers(len(os.sched_getaffinity(0)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes(config: pytest.Config) -> None:
+    """Worker processes are as many as the cores already: one thread each."""
+    if not THREADS_ARE_GIVEN:
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files to worker processes in an order of our own, whatever `--dist` says."""
+    from tests.schedule import ScheduleByFile
+
+    return ScheduleByFile(config, log)
 
 
 @pytest.fixture(scope="session")
