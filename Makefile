@@ -6,6 +6,7 @@
 #   GPU_FLAGS    more flags for make gpu, e.g. --write-results
 #   BENCH_FLAGS  flags for make bench-cpu, make bench-quant and make bench-gateway
 #   CHAOS_FLAGS  flags for make chaos, e.g. --engines mock --seed 7
+#   RELEASE_FLAGS  flags for make release-check, e.g. --skip demo
 #   PY           another interpreter with everything installed; then nothing is set up
 PYTHON ?= python3
 VENV ?= .venv
@@ -21,7 +22,7 @@ SHELL := /bin/bash
 # A given PY is taken as it is; otherwise the stamp says when the environment was last brought up to date.
 STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.weft-installed,)
 
-.PHONY: help setup protos format check test retest test-slow kernels gpu bench-cpu bench-core bench-gateway bench-quant demo chaos up size
+.PHONY: help setup protos format check test retest test-slow kernels gpu bench-cpu bench-core bench-gateway bench-quant demo chaos up release-check size
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -85,6 +86,9 @@ chaos: $(STAMP)  ## kill, freeze and cut off engines under 64 streams, and check
 
 up: $(STAMP)  ## the same services, left running in the foreground
 	$(PY) -m cli demo --up
+
+release-check: $(STAMP)  ## is HEAD a release: build, install, demo in an empty folder, SBOM, audit (RELEASE_FLAGS: see --help)
+	$(PY) -m tools.release $(if $(TORCH_INDEX),--torch-index $(TORCH_INDEX)) $(RELEASE_FLAGS)
 
 size:  ## the longest files and functions, lines a folder
 	@$(PYTHON) tools/size.py

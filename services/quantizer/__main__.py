@@ -24,6 +24,7 @@ from weft import logs
 from weft.artifact.manifest import ArtifactError
 from weft.artifact.publish import claim_fence
 from weft.artifact.store import Artifact, ArtifactStore
+from weft.extras import said_in_one_line
 
 _PROGRAM = "python -m services.quantizer"
 _COMMANDS = ("run", "import", "export", "serve")
@@ -162,4 +163,5 @@ def _terminate(number: int, _frame: FrameType | None) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with said_in_one_line("quantizer", _PROGRAM):
+        sys.exit(main())
