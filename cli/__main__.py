@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from cli.artifacts import artifacts
+from cli.bench import bench
 from cli.chat import chat
 from cli.demo.command import demo
 from cli.generate import generate
@@ -32,6 +33,7 @@ _PASSES_FLAGS_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 app.command(context_settings=_PASSES_FLAGS_ON)(quantize)
 app.command("import", context_settings=_PASSES_FLAGS_ON)(import_checkpoint)
 app.command("export", context_settings=_PASSES_FLAGS_ON)(export_artifact)
+app.add_typer(bench, name="bench")
 app.add_typer(jobs, name="jobs")
 app.add_typer(artifacts, name="artifacts")
 

@@ -1,0 +1,145 @@
+"""Which curves a result is drawn as. Reads documents alone; knows no picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+PERCENTILES = ("p50", "p90", "p99")
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one curve; `rank` is its place among the percentiles, `run` among the documents. A scatter is
+    not joined up.
+    """
+
+    name: str
+    points: tuple[tuple[float, float], ...]
+    rank: int = 0
+    run: int = 0
+    is_scatter: bool = False
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One pair of axes."""
+
+    title: str
+    unit: str
+    x_title: str
+    series: tuple[Series, ...]
+    is_log_x: bool = False
+
+
+def charts_of(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Chart]:
+    """Latency and throughput against load where there are several loads; over time for a single run."""
+    if len(documents) == 1 and len(documents[0]["points"]) == 1:
+        return over_time(documents[0]["points"][0])
+    return against_load(documents, names)
+
+
+def against_load(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Chart]:
+    """Each load is a point of each curve."""
+    x_title, xs = _axis(documents)
+    is_log = bool(xs) and max(xs) / min(xs) >= 8
+
+    def prefix(run: int) -> str:
+        return f"{names[run]} " if len(documents) > 1 else ""
+
+    def curves(metric: str) -> tuple[Series, ...]:
+        return tuple(
+            Series(f"{prefix(run)}{p}", _values(document, ("latency_ms", metric, p)), rank, run)
+            for run, document in enumerate(documents)
+            for rank, p in enumerate(PERCENTILES)
+        )
+
+    def rates(*wanted: tuple[str, str]) -> tuple[Series, ...]:
+        return tuple(
+            Series(f"{prefix(run)}{title}", _values(document, ("throughput", name)), rank, run)
+            for run, document in enumerate(documents)
+            for rank, (name, title) in enumerate(wanted)
+        )
+
+    charts = [
+        Chart("Time to first token", "ms", x_title, curves("ttft"), is_log),
+        Chart("Gap between tokens (ITL)", "ms", x_title, curves("itl"), is_log),
+        Chart("End to end", "ms", x_title, curves("e2e"), is_log),
+        Chart(
+            "Output tokens", "per second", x_title, rates(("output_tokens_per_s", "output tokens")), is_log
+        ),
+        Chart(
+            "Requests",
+            "per second",
+            x_title,
+            rates(("requests_per_s", "answered"), ("goodput_requests_per_s", "within the targets")),
+            is_log,
+        ),
+    ]
+    return _drawn(charts)
+
+
+def over_time(point: dict[str, Any]) -> list[Chart]:
+    """What came when, in one run."""
+    timeline = [entry for entry in point["timeline"] if entry["group"] == "measured"]
+
+    def scatter(name: str, key: str) -> Series:
+        points = tuple((e["at_s"], e[key]) for e in timeline if e["outcome"] == "ok" and e[key] is not None)
+        return Series(name, points, is_scatter=True)
+
+    seconds = point["per_second"]
+    step = seconds["step_s"]
+
+    def steps(name: str, key: str) -> Series:
+        return Series(name, tuple((index * step, value) for index, value in enumerate(seconds[key])))
+
+    when, second = "seconds since the start, when it was due", "seconds since the start"
+    charts = [
+        Chart("Time to first token", "ms", when, (scatter("request", "ttft_ms"),)),
+        Chart("Mean gap between tokens (TPOT)", "ms", when, (scatter("request", "tpot_ms"),)),
+        Chart("End to end", "ms", when, (scatter("request", "e2e_ms"),)),
+        Chart("Output tokens", "per second", second, (steps("output tokens", "output_tokens_per_s"),)),
+        Chart("Requests in flight", "in each second", second, (steps("in flight", "in_flight"),)),
+    ]
+    return _drawn(charts)
+
+
+def _drawn(charts: list[Chart]) -> list[Chart]:
+    """Without what has no point."""
+    found = []
+    for chart in charts:
+        series = tuple(one for one in chart.series if one.points)
+        if series:
+            found.append(Chart(chart.title, chart.unit, chart.x_title, series, chart.is_log_x))
+    return found
+
+
+def _axis(documents: Sequence[dict[str, Any]]) -> tuple[str, list[float]]:
+    kinds = {point["load"]["kind"] for document in documents for point in document["points"]}
+    if kinds == {"closed"}:
+        title = "requests at once"
+    elif kinds == {"open"}:
+        title = "requests sent per second"
+    else:
+        title = "requests in flight, mean"
+    return title, [x for d in documents for p in d["points"] if (x := _x(p, kinds)) > 0]
+
+
+def _x(point: dict[str, Any], kinds: set[str]) -> float:
+    load = point["load"]
+    if kinds == {"closed"}:
+        return float(load["concurrency"])
+    return float(load["rate"]) if kinds == {"open"} else float(point["concurrency"]["mean"])
+
+
+def _values(document: dict[str, Any], path: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
+    kinds = {point["load"]["kind"] for point in document["points"]}
+    found = []
+    for point in document["points"]:
+        value: Any = point
+        for key in path:
+            value = value[key]
+        if value is not None:
+            found.append((_x(point, kinds), float(value)))
+    return tuple(sorted(found))
