@@ -22,7 +22,7 @@ SHELL := /bin/bash
 # A given PY is taken as it is; otherwise the stamp says when the environment was last brought up to date.
 STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.weft-installed,)
 
-.PHONY: help setup protos format check test retest test-slow kernels gpu bench-cpu bench-core bench-gateway bench-quant demo chaos up release-check size
+.PHONY: help setup protos format check test retest test-slow kernels gpu bench-cpu bench-core bench-gateway bench-quant demo chaos up release-check size wheels docker-test
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -38,6 +38,19 @@ $(VENV)/.weft-installed: pyproject.toml constraints.txt
 	if [ "$$(uname -sm)" = "Linux x86_64" ] && ! $(VENV)/bin/python -c 'import triton' 2>/dev/null; then \
 	  $(VENV)/bin/python -m pip install --quiet 'triton==3.6.0'; fi
 	@touch $@
+
+# What the images install, for builds without a network. The images' Python is 3.11, whatever this one is.
+WHEELS_FOR ?= quantizer engine gateway
+WHEEL = $(PY) -m pip download --quiet --only-binary=:all: --python-version 3.11 -c constraints.txt -d docker/wheels
+
+wheels: $(STAMP)  ## fill docker/wheels for docker builds without a network (WHEELS_FOR="gateway": for one image)
+	@mkdir -p .weft
+	$(PY) docker/requirements.py pyproject.toml $(WHEELS_FOR) > .weft/wheels.txt
+	$(if $(TORCH_INDEX),$(WHEEL) --no-deps --index-url $(TORCH_INDEX) torch)
+	$(WHEEL) --find-links docker/wheels -r .weft/wheels.txt
+
+docker-test: $(STAMP)  ## build the images and run the compose file: needs a Docker engine with compose
+	$(PY) -m pytest -m docker
 
 protos: $(STAMP)  ## generate weft/v1 from protos/weft/v1
 	$(PY) tools/generate_stubs.py .

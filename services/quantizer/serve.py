@@ -23,7 +23,7 @@ from services.quantizer.jobs.store import JobStore
 from services.quantizer.jobs.supervisor import Supervisor
 from services.quantizer.jobs.watchers import Watchers
 from services.quantizer.rpc.servicer import SERVICE_NAME, QuantizerServicer
-from weft import logs
+from weft import __version__, logs
 from weft.config import REQUIRED, ConfigError, effective, load_config, option
 from weft.rpc.address import Address, parse_address
 from weft.rpc.auth import Authenticator
@@ -77,7 +77,7 @@ class ServeConfig:
     max_queued: int = option(100, "jobs that may wait", metavar="N")
     max_kept: int = option(1000, "jobs that have ended and are remembered", metavar="N")
     max_watchers: int = option(1000, "WatchJob calls at once", metavar="N")
-    docker_image: str = option("weft/quantizer", "image of --runner docker")
+    docker_image: str = option(f"weft/quantizer:{__version__}", "image of --runner docker")
     docker_sources: str | None = option(
         None, "the sources as the docker engine knows them: path or volume; default --sources"
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shutil
 import subprocess
@@ -12,9 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
+from weft import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 SERVICES = ("quantizer", "engine", "gateway")
 # Compose service -> the folder of services/ whose image it runs.
+BASE = "python:3.11-slim-bookworm"
 IMAGES = {"jobs": "quantizer"} | {service: service for service in SERVICES}
 
 
@@ -33,15 +38,18 @@ def gpu() -> dict[str, Any]:
 
 
 KNOWN_KEYS = {
-    "": "name services volumes networks x-manners x-torch x-gpu",
+    "": "name services volumes networks x-manners x-torch x-gpu x-airgap",
     "service": "profiles build image command environment restart init read_only cap_drop security_opt "
-    "pids_limit logging stop_grace_period depends_on healthcheck networks ports tmpfs volumes deploy",
-    "build": "context dockerfile args",
+    "pids_limit mem_limit logging stop_grace_period depends_on healthcheck networks ports tmpfs volumes "
+    "deploy",
+    "build": "context dockerfile args network",
     "healthcheck": "test interval timeout retries start_period",
 }
 
 
-@pytest.mark.parametrize("name", ["docker-compose.yml", "docker-compose.gpu.yml"])
+@pytest.mark.parametrize(
+    "name", ["docker-compose.yml", "docker-compose.gpu.yml", "docker-compose.airgap.yml"]
+)
 def test_every_key_is_one_that_compose_knows(name: str) -> None:
     """What compose itself would refuse, for machines without it: a misspelt key changes nothing silently."""
     loaded = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
@@ -63,9 +71,11 @@ def dockerfile(service: str) -> str:
 
 def test_services_start_in_order(compose: dict[str, Any]) -> None:
     services = compose["services"]
-    assert sorted(services) == sorted(IMAGES)
-    assert {name for name, settings in services.items() if "profiles" in settings} == {"jobs"}
-    assert services["jobs"]["profiles"] == ["jobs"]
+    assert set(IMAGES) <= set(services)
+    profiles = {name: settings["profiles"] for name, settings in services.items() if "profiles" in settings}
+    assert profiles.pop("jobs") == ["jobs"]
+    assert set(profiles) == set(services) - set(IMAGES), "nothing else starts unless it is asked for"
+    assert all(profile == ["observe"] for profile in profiles.values())
     assert "depends_on" not in services["jobs"]
     assert "depends_on" not in services["quantizer"]
     assert services["engine"]["depends_on"] == {"quantizer": {"condition": "service_completed_successfully"}}
@@ -87,7 +97,8 @@ def test_every_service_runs_with_little_power(compose: dict[str, Any], service: 
 
 def test_what_clients_talk_to_is_published_and_only_here(compose: dict[str, Any]) -> None:
     published = {name: s["ports"] for name, s in compose["services"].items() if s.get("ports")}
-    assert sorted(published) == ["gateway", "jobs"]
+    assert {"gateway", "jobs"} <= set(published)
+    assert "engine" not in published
     assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
     assert compose["services"]["engine"]["networks"] == ["back"]
     assert compose["networks"]["back"] == {"internal": True}
@@ -140,8 +151,10 @@ def test_commands_are_the_services_own(compose: dict[str, Any], gpu: dict[str, A
 def test_dockerfiles_are_small_and_not_root(service: str) -> None:
     text = dockerfile(service)
     assert "\nUSER 10001:10001\n" in text
-    assert re.findall(r"^FROM (.+)$", text, re.M) == ["python:3.11-slim"]
+    assert re.findall(r"^FROM (.+)$", text, re.M) == ["scratch AS wheels", "${PYTHON_IMAGE}"]
+    assert re.findall(r"^ARG PYTHON_IMAGE=(.+)$", text, re.M) == [BASE]
     assert "# syntax" not in text
+    assert f'org.opencontainers.image.version="{__version__}"' in text
     copied = re.findall(r"^COPY (services/\S+)", text, re.M)
     assert copied == ["services/__init__.py", f"services/{service}"], "an image holds its own service alone"
     assert all(
@@ -172,13 +185,87 @@ def test_the_gpu_file_reserves_a_device_for_known_services(gpu: dict[str, Any]) 
         assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
 
 
-@pytest.mark.parametrize("files", [["docker-compose.yml"], ["docker-compose.yml", "docker-compose.gpu.yml"]])
+OVERRIDES = [
+    ["docker-compose.yml"],
+    ["docker-compose.yml", "docker-compose.gpu.yml"],
+    ["docker-compose.yml", "docker-compose.airgap.yml"],
+]
+
+
+@pytest.mark.parametrize("files", OVERRIDES)
 def test_compose_reads_it(files: list[str]) -> None:
+    assert compose_config(files)["name"] == "weft"
+
+
+def test_the_gpu_override_reserves_and_sets_the_device() -> None:
+    """As compose merges the files, not as they are written."""
+    services = compose_config(["docker-compose.yml", "docker-compose.gpu.yml"], "--profile=jobs")["services"]
+    for name, variable in (("engine", "WEFT_ENGINE_DEVICE"), ("quantizer", "WEFT_QUANTIZER_DEVICE")):
+        (device,) = services[name]["deploy"]["resources"]["reservations"]["devices"]
+        assert (device["driver"], device["count"], device["capabilities"]) == ("nvidia", 1, ["gpu"])
+        assert services[name]["environment"][variable] == "cuda"
+        assert services[name]["build"]["args"]["TORCH_INDEX"] == ""
+        assert services[name]["read_only"] is True, "what the override does not name stays"
+    assert services["jobs"]["environment"] == {"WEFT_QUANTIZER_DEVICES": "cuda:0"}
+    assert "deploy" not in services["gateway"]
+
+
+def test_the_override_for_no_network_covers_every_build() -> None:
+    services = compose_config(["docker-compose.yml", "docker-compose.airgap.yml"], "--profile=*")["services"]
+    builds = {name: settings["build"] for name, settings in services.items() if "build" in settings}
+    assert set(builds) == set(IMAGES)
+    for build in builds.values():
+        assert build["network"] == "none"
+        assert build["args"]["PIP_NO_INDEX"] == "1"
+        assert not build["args"].get("TORCH_INDEX")
+
+
+def test_images_are_named_by_their_version(compose: dict[str, Any]) -> None:
+    for name, image in IMAGES.items():
+        found = compose["services"][name]["image"]
+        assert found == f"${{WEFT_IMAGES:-weft}}/{image}:${{WEFT_TAG:-{__version__}}}"
+    for name, settings in compose["services"].items():
+        tag = settings["image"].rpartition(":")[2].strip("}-")
+        assert tag, f"{name}: an image without a tag is the latest"
+        assert "latest" not in settings["image"], name
+
+
+def test_the_engine_and_the_quantizer_share_a_torch() -> None:
+    """The same words up to torch are one layer: built, stored and pulled once."""
+    shared = [
+        re.search(r"^FROM \$\{.*?-c constraints.txt torch$", dockerfile(s), re.M | re.S) for s in SERVICES[:2]
+    ]
+    first, second = (found.group() for found in shared if found)
+    assert first == second
+
+
+def test_a_build_sees_only_what_is_named() -> None:
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] not in ("#", "")]
+    assert lines[0] == "*", "everything is out"
+    needed = {
+        name.split("/")[0] if not name.startswith("docker/") else name
+        for service in SERVICES
+        for line in re.findall(r"^COPY (.+) \S+$", dockerfile(service), re.M)
+        for name in line.split()
+    }
+    assert {line[1:] for line in lines if line[0] == "!"} == needed
+
+
+def compose_config(files: list[str], *flags: str) -> dict[str, Any]:
     docker = shutil.which("docker")
     if docker is None or subprocess.run([docker, "compose", "version"], capture_output=True).returncode != 0:
         pytest.skip("docker compose is not installed")
-    flags = [word for name in files for word in ("-f", name)]
+    words = [word for name in files for word in ("-f", name)]
+    # A caller's own settings are none of this test's.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("WEFT_", "TORCH_", "PYTHON_I"))}
     done = subprocess.run(
-        [docker, "compose", *flags, "config", "-q"], cwd=ROOT, capture_output=True, text=True
+        [docker, "compose", *words, *flags, "config", "--format=json"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
+    loaded = json.loads(done.stdout)
+    assert isinstance(loaded, dict)
+    return loaded
