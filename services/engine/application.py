@@ -32,6 +32,7 @@ from services.engine.runner.config import RunnerConfig, RunnerInfo
 from weft import __version__, logs
 from weft.artifact.store import ArtifactStore
 from weft.limits import limits_of
+from weft.process_metrics import add_process_metrics
 from weft.rpc.errors import StatusError
 from weft.rpc.server import Server, in_daemon_thread
 from weft.v1.engine_service_pb2_grpc import add_EngineServiceServicer_to_server
@@ -66,6 +67,8 @@ def runner_config(config: EngineConfig) -> RunnerConfig:
         max_batch_size=config.max_batch_size,
         max_model_len=config.max_model_len,
         num_threads=config.threads,
+        has_native_kernels=config.native_kernels,
+        quantize_head=config.quantize_head,
         cache_dir=config.cache_dir or user_cache_dir(),
     )
 
@@ -131,6 +134,7 @@ class EngineApplication:
         """Load the model, start the loop, register the service. Raises what the runner raises."""
         config = self._config
         if config.metrics is not None:
+            add_process_metrics(self._registry, "engine")
             self._metrics_server = MetricsServer(self._registry, config.metrics)
             log.info("metrics", address=str(self._metrics_server.address))
         started = time.monotonic()

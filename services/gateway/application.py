@@ -17,6 +17,7 @@ from services.gateway.links.discovery import Discovery, parse_source
 from services.gateway.links.engine_client import EngineLink
 from services.gateway.links.fleet import Fleet
 from services.gateway.links.terms import LinkTimes
+from services.gateway.loop_lag import watch_lag
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.routing.router import Router
 from services.gateway.servicer import GatewayServicer
@@ -120,7 +121,8 @@ class GatewayApplication:
             GatewayServicer(self.gateway, num_processes=self.config.processes), server.grpc
         )
         self.fleet.start()
-        works = (self.discovery.run(), self.gateway.sweep(), self.sessions.sweep())
+        lag = watch_lag(self.metrics.lag_s.observe)
+        works = (self.discovery.run(), self.gateway.sweep(), self.sessions.sweep(), lag)
         self._tasks = [asyncio.create_task(work) for work in works]
         if self.config.http is not None:
             await self._start_http(self.config.http)

@@ -80,6 +80,8 @@ class Gateway:
         # Seconds since the request's arrival, for whoever measures.
         self.observe_first_token: Callable[[float], None] = lambda seconds: None
         self.observe_request: Callable[[float], None] = lambda seconds: None
+        # Seconds a token after the first, of a request that had more than one.
+        self.observe_pace: Callable[[float], None] = lambda seconds: None
         # What a key may do now: a call on which many requests come outlives a change of its key.
         self.renew: Callable[[Caller], Caller] = lambda caller: caller
         self._max_request_s = max_request_s
@@ -122,7 +124,7 @@ class Gateway:
         counters.begun += 1
         begun_at = self.now()
         code = "OK"
-        ticket = live = turn = None
+        ticket = live = turn = first_at = None
         try:
             if self.is_draining:
                 raise stopping()
@@ -132,8 +134,10 @@ class Gateway:
             entry.turn = await self._begin_turn(entry, request, caller)
 
             def on_first_token(ticket: Ticket = ticket) -> None:
+                nonlocal first_at
                 ticket.promote()
-                self.observe_first_token(self.now() - begun_at)
+                first_at = self.now()
+                self.observe_first_token(first_at - begun_at)
 
             if entry.before is not None:
                 live = self._revive(entry, caller, deadline, on_first_token)
@@ -177,6 +181,14 @@ class Gateway:
             counters.ended += 1
             counters.by_code[code] += 1
             self.observe_request(self.now() - begun_at)
+            if live is not None and first_at is not None and entry.before is None:
+                self._observe_pace(live, self.now() - first_at)
+
+    def _observe_pace(self, live: LiveRequest, seconds: float) -> None:
+        """`seconds` from the first token to the end, over the tokens of the longest sample."""
+        num_tokens = max(len(sample.token_ids) for sample in live.samples)
+        if num_tokens > 1:
+            self.observe_pace(seconds / (num_tokens - 1))
 
     async def _resolve(
         self,

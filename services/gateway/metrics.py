@@ -12,9 +12,12 @@ from services.gateway.admission.metrics import admission_metrics, dashboard_metr
 from services.gateway.gateway import Gateway
 from services.gateway.routing.metrics import routing_metrics
 from services.gateway.sessions.sessions import Sessions
+from weft.process_metrics import add_process_metrics
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+_PACE_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0)
+_LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
 class GatewayMetrics(Collector):
@@ -24,6 +27,7 @@ class GatewayMetrics(Collector):
         self._gateway = gateway
         self.registry = CollectorRegistry()
         self.registry.register(self)
+        add_process_metrics(self.registry, "gateway")
         self.first_token_s = Histogram(
             "weft_gateway_time_to_first_token_seconds",
             "Time from a request's arrival to its first token.",
@@ -43,9 +47,22 @@ class GatewayMetrics(Collector):
             buckets=_SECONDS,
             registry=self.registry,
         )
+        self.pace_s = Histogram(
+            "weft_gateway_time_per_output_token_seconds",
+            "Time from a request's first token to its end, for each token after the first.",
+            buckets=_PACE_S,
+            registry=self.registry,
+        )
+        self.lag_s = Histogram(
+            "weft_gateway_loop_lag_seconds",
+            "How late the event loop came to what was due, four times a second.",
+            buckets=_LAG_S,
+            registry=self.registry,
+        )
         gateway.dispatcher.observe_wait = lambda name, seconds: self.queue_s.labels(name).observe(seconds)
         gateway.observe_first_token = self.first_token_s.observe
         gateway.observe_request = self.request_s.observe
+        gateway.observe_pace = self.pace_s.observe
 
     def text(self) -> bytes:
         """The exposition."""
@@ -68,6 +85,11 @@ class GatewayMetrics(Collector):
             "weft_gateway_requests_waiting",
             "Requests without a first token.",
             value=gateway.admission.num_waiting,
+        )
+        yield CounterMetricFamily(
+            "weft_gateway_coalesced",
+            "Times that a stream's tokens were held, to be sent with those that came after.",
+            value=gateway.pacer.num_held,
         )
         yield from _session_metrics(gateway.sessions)
         retention = gateway.attendance.retention

@@ -1,6 +1,6 @@
-"""What `kubectl kustomize` makes of a folder, for the part of it that deploy/kubernetes uses; all else is refused.
-Where kubectl is installed a test holds the two against each other.
+"""What `kubectl kustomize` makes of a folder, for the part of it that deploy/kubernetes uses.
 
+All else is refused. Where kubectl is installed a test holds the two against each other.
 Strategic merges know the lists that pods have: what merges by a key, and by which; every other list is
 replaced.
 """
