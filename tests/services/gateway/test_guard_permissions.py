@@ -305,14 +305,16 @@ async def test_what_is_tokenized_counts_as_a_request_of_its_key(
     path.write_text(f"slow:{hash_key('slow')} requests_per_second=0.01\nfree:{hash_key('free')}\n")
     gateway = await start_gateway(engine, authenticator=Authenticator.from_file(path))
     stub = gateway.stub
+    tokenize, detokenize = pb.TokenizeRequest(text="x"), pb.DetokenizeRequest(token_ids=[300])
+    # One after the other: a call is under way as soon as it is made.
     codes = [
-        await code_of(call)
-        for call in (
-            stub.Tokenize(pb.TokenizeRequest(text="x"), metadata=key("slow")),
-            stub.Tokenize(pb.TokenizeRequest(text="x"), metadata=key("slow")),
-            stub.Detokenize(pb.DetokenizeRequest(token_ids=[300]), metadata=key("slow")),
-            stub.ListModels(pb.ListModelsRequest(), metadata=key("slow")),
-            stub.Tokenize(pb.TokenizeRequest(text="x"), metadata=key("free")),
+        await code_of(method(request, metadata=key(name)))
+        for method, request, name in (
+            (stub.Tokenize, tokenize, "slow"),
+            (stub.Tokenize, tokenize, "slow"),
+            (stub.Detokenize, detokenize, "slow"),
+            (stub.ListModels, pb.ListModelsRequest(), "slow"),
+            (stub.Tokenize, tokenize, "free"),
         )
     ]
     assert codes == ["OK", "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED", "OK", "OK"]
