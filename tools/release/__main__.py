@@ -87,8 +87,9 @@ def run_steps(
             state, detail = "passed", step(work)
         except NotRun as reason:
             state, detail = "not run", str(reason)
-        except StepFailed as reason:
-            state, detail = "failed", str(reason)
+        except (StepFailed, OSError, ValueError, KeyError) as reason:
+            kind = "" if isinstance(reason, StepFailed) else f"{type(reason).__name__}: "
+            state, detail = "failed", f"{kind}{reason}"
             broken = name if name in NEEDED else ""
         outcomes.append(Outcome(name, state, detail, time.monotonic() - began))
         told(outcomes[-1])

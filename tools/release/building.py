@@ -7,7 +7,10 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+from tools.release.pins import read_pins
 from tools.release.work import ROOT, StepFailed, Work
+
+TOOLS = Path("tools/release/requirements.txt")
 
 
 def clone(work: Work) -> str:
@@ -29,10 +32,10 @@ def _clone(work: Work, target: Path) -> None:
 def make_tools(work: Work) -> str:
     """The environment with build, twine and the others, at their pinned versions."""
     python = work.make_environment("tools")
-    wanted = work.checkout / "tools" / "release" / "requirements.txt"
+    wanted = work.checkout / TOOLS
     work.run([python, "-m", "pip", "install", "--quiet", "-r", wanted])
-    pins = [line for line in wanted.read_text(encoding="utf-8").splitlines() if "==" in line]
-    return ", ".join(line.replace("==", " ") for line in pins)
+    pins = read_pins(wanted.read_text(encoding="utf-8"))
+    return ", ".join(f"{name} {version}" for name, version in pins.items())
 
 
 def build(work: Work) -> str:
@@ -43,7 +46,9 @@ def build(work: Work) -> str:
 
 
 def _build(work: Work, checkout: Path, out: Path, *flags: str) -> tuple[Path, Path]:
-    constraint = checkout / "tools" / "release" / "requirements.txt"
+    pins = read_pins((checkout / TOOLS).read_text(encoding="utf-8"))
+    constraint = work.folder / "build-constraint.txt"
+    constraint.write_text(f"setuptools=={pins['setuptools']}\n", encoding="ascii")
     variables = {"SOURCE_DATE_EPOCH": str(work.epoch), "PIP_CONSTRAINT": str(constraint)}
     command = [work.tool_python, "-m", "build", "--outdir", out, *flags, checkout]
     work.run(command, variables=variables)

@@ -33,9 +33,10 @@ sys.exit(None if error is None else str(error)[:2000])
 
 def make(work: Work) -> str:
     """Write one for each extra, and hold each to the schema."""
+    reports = work.need_reports
     version = package_version(work.checkout)
     counts = []
-    for extra, path in work.need_reports.items():
+    for extra, path in reports.items():
         document = bill(read_report(path), extra, version, work.epoch)
         out = work.folder / "dist" / f"weft-{version}-{extra}.cdx.json"
         out.write_text(json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
