@@ -140,7 +140,8 @@ def test_commands_are_the_services_own(compose: dict[str, Any], gpu: dict[str, A
     verb, *rest = compose["services"][service]["command"]
     passed = {word.partition("=")[0] for word in rest if word.startswith("--")}
     for file in (compose, gpu):
-        passed |= file["services"].get(service, {}).get("environment", {}).keys()
+        environment = file["services"].get(service, {}).get("environment", {})
+        passed |= {name for name in environment if name.startswith("WEFT_")}
     command = [sys.executable, "-m", f"services.{IMAGES[service]}", verb, "--help"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert shown.returncode == 0, shown.stderr
@@ -220,10 +221,12 @@ def test_the_override_for_no_network_covers_every_build() -> None:
         assert not build["args"].get("TORCH_INDEX")
 
 
-def test_images_are_named_by_their_version(compose: dict[str, Any]) -> None:
+def test_images_are_named_by_their_version(compose: dict[str, Any], gpu: dict[str, Any]) -> None:
     for name, image in IMAGES.items():
         found = compose["services"][name]["image"]
         assert found == f"${{WEFT_IMAGES:-weft}}/{image}:${{WEFT_TAG:-{__version__}}}"
+        if name in gpu["services"]:
+            assert gpu["services"][name]["image"] == f"{found}-cuda", "another torch: not the same image"
     for name, settings in compose["services"].items():
         tag = settings["image"].rpartition(":")[2].strip("}-")
         assert tag, f"{name}: an image without a tag is the latest"

@@ -1,6 +1,6 @@
 """The compose file, run: a clean checkout, its three images, one stack. Skips where no Docker engine answers.
 
-Published ports are on 127.0.0.1 where the engine is: if that has a network namespace of its own, so has pytest.
+Published ports are on 127.0.0.1 where the engine is: in its network namespace, if it has one of its own.
 """
 
 from __future__ import annotations

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# The docker tests with an engine of their own: brings one up where that can be done, runs `pytest -m docker` where its
+# published ports are, takes it down again. Says why and ends well where no engine is to be had. Needs git, make, pip.
+#
+#   PY              the interpreter with everything installed
+#   WEFT_ENGINE_UP  a script that brings an engine up (`up`, `env`, `exec CMD`), with engine-down.sh beside it
+#
+# An engine that answers already is used as it is, and left as it is.
+set -uo pipefail
+cd "$(dirname "$0")/../.."
+PY=${PY:-.venv/bin/python}
+LIMIT_S=1800
+UP=${WEFT_ENGINE_UP:-../shared/docker/engine-up.sh}
+LOG=.weft/docker-lane.log
+mkdir -p .weft
+say() { printf 'docker lane: %s\n' "$*"; }
+not_run() { say "not run: $*"; exit 0; }
+answers() { timeout 30 docker version >/dev/null 2>&1 && timeout 30 docker compose version >/dev/null 2>&1; }
+
+# Volumes and images of a run that was cut off, and more build cache than the next run can use.
+tidy() {
+  docker ps -aq --filter name=weft-test | xargs -r docker rm -fv
+  docker volume ls -q --filter name=weft-test | xargs -r docker volume rm -f
+  docker images -q --filter 'reference=weft-test/*' | sort -u | xargs -r docker image rm -f
+  docker builder prune --force --keep-storage 6GB
+} >/dev/null 2>&1
+
+WHERE=()
+if [ -x "$UP" ] && ! "$UP" exec true 2>/dev/null && ! answers; then
+  [ "$(id -u)" = 0 ] || not_run "no Docker engine answers, and only root can bring one up"
+  begin=$SECONDS
+  trap '"$(dirname "$UP")/engine-down.sh"' EXIT
+  trap 'exit 130' INT TERM
+  timeout 900 "$UP" >"$LOG" 2>&1 || not_run "no engine came up: $(tail -1 "$LOG")"
+  say "engine up after $((SECONDS - begin)) s"
+fi
+if [ -x "$UP" ] && "$UP" exec true 2>/dev/null; then
+  eval "$("$UP" env)"
+  WHERE=("$UP" exec)
+fi
+answers || not_run "no Docker engine with compose answers"
+
+# Outside of the engine's network, where the package index surely is.
+ls docker/wheels/torch-2.13.0*.whl >/dev/null 2>&1 ||
+  "$PY" -m pip download --quiet --no-deps torch==2.13.0 -d docker/wheels || not_run "no wheel of torch for the images"
+
+begin=$SECONDS
+"${WHERE[@]}" timeout --kill-after=30 "$LIMIT_S" "$PY" -m pytest -m docker -v --durations=10 2>&1 | tee "$LOG"
+code=${PIPESTATUS[0]}
+tidy
+[ "$code" != 124 ] || say "cut off after $LIMIT_S s"
+say "ended after $((SECONDS - begin)) s with $code; the log is $LOG"
+exit "$code"
