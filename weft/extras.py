@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import importlib.util
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,12 @@ def said_in_one_line(extra: str, program: str) -> Iterator[None]:
             raise
         print(f"{program}: {module} is not installed: {how_to_install([extra])}", file=sys.stderr)
         raise SystemExit(_EXIT_USAGE) from None
+
+
+def need(module: str) -> None:
+    """For a package that is imported late: raises ModuleNotFoundError now if it is not there."""
+    if importlib.util.find_spec(module) is None:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
 
 def how_to_install(extras: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from weft.config import keep_grpc_quiet
-from weft.extras import said_in_one_line
+from weft.extras import need, said_in_one_line
 from weft.rpc.early import leave_on_signals
 
 if __name__ == "__main__":
@@ -13,6 +13,7 @@ if __name__ == "__main__":
     keep_grpc_quiet()
 
     with said_in_one_line("engine", "python -m services.engine"):
+        need("torch")  # imported once the server listens
         from services.engine.serve import main
     from weft.rpc.server import exit_process
 
