@@ -30,7 +30,17 @@ from benchmarks.cpu_machine import (
 )
 from benchmarks.cpu_process import ROOT, Beside, Watch, Worker, WorkerFailed
 from benchmarks.cpu_report import OWN, Outcome, judged_lines, ratios, result_rows, roofline, table
-from benchmarks.cpu_shape import QUICK, TINY, TINYLLAMA, WORKLOAD, Dimensions, Workload, folder_name, to_spec
+from benchmarks.cpu_shape import (
+    CLOCKS,
+    QUICK,
+    TINY,
+    TINYLLAMA,
+    WORKLOAD,
+    Dimensions,
+    Workload,
+    folder_name,
+    to_spec,
+)
 
 RIVALS = ("llama.cpp", "transformers")
 
@@ -74,15 +84,13 @@ class Bench:
     def measure(self) -> tuple[list[Outcome], dict[str, Beside]]:
         """All systems, and what was beside each timed run ("round, case, system")."""
         spec = self.prepare()
-        workers = {
-            name: Worker(name, python, spec, self.out / f"{name}.log")
-            for name, python in self.pythons.items()
-        }
-        outcomes = {name: Outcome(name) for name in workers}
+        workers: dict[str, Worker] = {}
+        outcomes = {name: Outcome(name) for name in self.pythons}
         try:
-            for name, worker in workers.items():
+            for name, python in self.pythons.items():
                 print(f"{name}: loading, checking its logits", flush=True)
-                _check(worker, outcomes[name])
+                workers[name] = Worker(name, python, spec, self.out / f"{name}.log")
+                _check(workers[name], outcomes[name])
             beside = self._rounds(workers, outcomes)
         finally:
             for worker in workers.values():
@@ -131,6 +139,8 @@ def report(
 ) -> dict[str, Any]:
     """Print everything; return what goes into results.json."""
     lines = judged_lines(outcomes) if bench.dimensions == TINYLLAMA else []
+    if bench.settings[OWN]["clock"] != "wall":
+        print("\nPER SECOND OF PROCESSOR TIME, not of the clock")
     others = [entry.others for entry in beside.values()] or [0.0]
     idle = max((entry.idle_workers for entry in beside.values()), default=0.0)
     print(
@@ -153,6 +163,7 @@ def report(
         print(f"    logits off by: {errors}")
     return {
         "machine": machine(bench.threads),
+        "clock": bench.settings[OWN]["clock"],
         "git_sha": git_sha(),
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "load_average": os.getloadavg(),
@@ -173,6 +184,14 @@ def _rivals(text: str) -> list[str]:
     return names
 
 
+def _batches(text: str) -> tuple[int, ...]:
+    known = [batch for batch, _ in WORKLOAD.steps]
+    found = tuple(int(part) if part.isdigit() else 0 for part in text.split(","))
+    if not set(found) <= set(known):
+        raise argparse.ArgumentTypeError(f"{text!r}: any of {', '.join(map(str, known))}")
+    return found
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -182,6 +201,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--threads", type=int, default=physical_cores(), help="of each system; default: all cores"
+    )
+    parser.add_argument(
+        "--batches", type=_batches, default=(1, 4, 16), metavar="1,4,16", help="decode these only"
+    )
+    parser.add_argument(
+        "--clock",
+        choices=tuple(CLOCKS),
+        default="wall",
+        help="cpu: tokens per second of processor time, for a machine that others use (with --threads 1)",
     )
     parser.add_argument("--runs", type=int, default=5, help="timed runs of each case")
     parser.add_argument(
@@ -209,6 +237,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def make_bench(options: argparse.Namespace) -> Bench:
     """From the command line; makes llama.cpp's environment where it is missing."""
     dimensions, workload = (TINY, QUICK) if options.quick else (TINYLLAMA, WORKLOAD)
+    steps = tuple((batch, steps) for batch, steps in workload.steps if batch in options.batches)
+    workload = dataclasses.replace(workload, steps=steps)
     pythons = {OWN: sys.executable}
     if "llama.cpp" in options.rivals:
         pythons["llama.cpp"] = options.rival_python or llama_cpp_environment(
@@ -224,7 +254,11 @@ def make_bench(options: argparse.Namespace) -> Bench:
         pythons,
         (options.work / folder_name(dimensions, workload)).absolute(),
         (options.work / time.strftime("run-%Y%m%d-%H%M%S")).absolute(),
-        {"llama.cpp": {"flash_attention": options.flash_attention}, "transformers": {"cache": options.cache}},
+        {
+            OWN: {"clock": options.clock},
+            "llama.cpp": {"clock": options.clock, "flash_attention": options.flash_attention},
+            "transformers": {"clock": options.clock, "cache": options.cache},
+        },
     )
 
 
@@ -242,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     path = bench.out / "results.json"
     path.write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(f"\n{path}")
-    if options.write_results:
+    if options.write_results and options.clock == "wall":
         results.append(result_rows(outcomes, found["machine"], found["git_sha"]))
     has_failed = any(outcome.failure is not None for outcome in outcomes)
     is_missed = options.check and not all(line["is_accepted"] for line in found["lines"])

@@ -9,7 +9,6 @@ prefix cache, so each run starts with its context computed. Knows nothing of the
 from __future__ import annotations
 
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.cpu_shape import Dimensions, Workload
+from benchmarks.cpu_shape import CLOCKS, Dimensions, Workload
 from services.engine.application import load_model, make_core
 from services.engine.config import load
 from services.engine.core.events import StepReport
@@ -33,6 +32,7 @@ class System:
     def __init__(
         self, folder: Path, dimensions: Dimensions, workload: Workload, threads: int, settings: dict[str, Any]
     ) -> None:
+        self._now = CLOCKS[settings.get("clock", "wall")]
         each = -(-max(workload.tokens_each, workload.prefill) // 128)
         flags = ["--source", str(folder / "awq"), "--dtype", str(settings.get("dtype", "bfloat16"))]
         flags += [
@@ -45,9 +45,9 @@ class System:
         config = load(flags)
         runner, info = load_model(config)
         # Its own forward is kept for the check of logits, which are the runner's and not the core's.
-        self._runner: Any = runner
+        self.runner: Any = runner
         self._info = info
-        self._core = make_core(config, runner, info)
+        self.core = make_core(config, runner, info)
         self._number = 0
         self._prompts: list[list[int]] = []
 
@@ -75,23 +75,23 @@ class System:
             self._add(prompt, warm_steps + steps + 1)
         for _ in range(warm_steps):
             self._step(batch)
-        began = time.perf_counter()
+        began = self._now()
         for _ in range(steps):
             self._step(batch)
-        seconds = time.perf_counter() - began
+        seconds = self._now() - began
         self._finish()
         return seconds
 
     def prefill(self, prompt: list[int]) -> float:
         """Seconds from a prompt to its first token."""
-        began = time.perf_counter()
+        began = self._now()
         self._add(prompt, 1)
         self._step(len(prompt))
-        return time.perf_counter() - began
+        return self._now() - began
 
     def facts(self) -> dict[str, Any]:
         """Versions and settings; bytes of weights, and of those a decode step of one row reads."""
-        info, model = self._info, self._runner.model
+        info, model = self._info, self.runner.model
         return {
             "version": f"torch {torch.__version__}",
             "python": platform.python_version(),
@@ -105,35 +105,35 @@ class System:
     def _add(self, prompt: list[int], max_tokens: int) -> None:
         self._number += 1
         params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
-        self._core.add(Sequence(key=self._number, prompt_token_ids=list(prompt), params=params))
+        self.core.add(Sequence(key=self._number, prompt_token_ids=list(prompt), params=params))
 
     def _step(self, num_tokens: int) -> StepReport:
         """One step that computes exactly so many tokens. Raises RuntimeError otherwise: then it is not what
         the other systems compute.
         """
-        report = self._core.step()
+        report = self.core.step()
         if report.num_batched_tokens != num_tokens:
             raise RuntimeError(f"the step computed {report.num_batched_tokens} tokens, expected {num_tokens}")
         return report
 
     def _finish(self) -> None:
-        while self._core.has_work():
-            self._core.step()
+        while self.core.has_work():
+            self.core.step()
 
     def _capture(self, num_tokens: int) -> Tensor:
         """The logits of the next step, which computes so many tokens and ends what is live."""
         kept: list[Tensor] = []
-        forward = self._runner.forward
+        forward = self.runner.forward
 
         def keeping(chunks: Any) -> Tensor:
             logits = forward(chunks)
             kept.append(logits.clone())
             return logits
 
-        self._runner.forward = keeping
+        self.runner.forward = keeping
         try:
             self._step(num_tokens)
         finally:
-            del self._runner.forward
+            del self.runner.forward
         self._finish()
         return kept[0].float()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import platform
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import llama_cpp
 import numpy as np
 
-from benchmarks.cpu_shape import Dimensions, Workload
+from benchmarks.cpu_shape import CLOCKS, Dimensions, Workload
 
 _FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 
@@ -29,6 +28,7 @@ class System:
     def __init__(
         self, folder: Path, dimensions: Dimensions, workload: Workload, threads: int, settings: dict[str, Any]
     ) -> None:
+        self._now = CLOCKS[settings.get("clock", "wall")]
         self._context_length = workload.context
         self._prefill_row = workload.max_batch
         self._vocab_size = dimensions.vocab_size
@@ -83,19 +83,19 @@ class System:
         tokens, began = [prompt[-1] for prompt in self._prompts[:batch]], 0.0
         for number in range(warm_steps + steps):
             if number == warm_steps:
-                began = time.perf_counter()
+                began = self._now()
             self._step(tokens, self._context_length + number)
             tokens = [int(self._logits(row).argmax()) for row in range(batch)]
-        return time.perf_counter() - began
+        return self._now() - began
 
     def prefill(self, prompt: list[int]) -> float:
         """Seconds from a prompt to its first token."""
         llama_cpp.llama_memory_seq_rm(self._memory, self._prefill_row, -1, -1)
-        began = time.perf_counter()
+        began = self._now()
         last = len(prompt) - 1
         self._compute([(token, at, self._prefill_row, at == last) for at, token in enumerate(prompt)])
         int(self._logits(last).argmax())
-        return time.perf_counter() - began
+        return self._now() - began
 
     def facts(self) -> dict[str, Any]:
         """Versions and settings; bytes of weights, and of those a decode step of one row reads."""

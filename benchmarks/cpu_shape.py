@@ -6,9 +6,13 @@ Standard library only: every system's process reads it, each with packages of it
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
+
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
+"""What seconds are told by. "cpu" counts processor time of all threads: for a machine that others use."""
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,14 @@ class Dimensions:
 class Workload:
     """What is timed. `steps` maps a batch size to its timed decode steps; before them come `warm_steps` that
     are not timed. Each sequence starts with `context` tokens of its own in the cache.
+    The reference knows `num_prompts` of them, at least as many as the largest batch.
     """
 
     context: int = 128
     prefill: int = 512
     steps: tuple[tuple[int, int], ...] = ((1, 24), (4, 16), (16, 12))
     warm_steps: int = 2
+    num_prompts: int = 16
 
     @property
     def max_batch(self) -> int:
@@ -98,8 +104,8 @@ class Workload:
         return self.context + 1 + self.warm_steps + max(steps for _, steps in self.steps)
 
     def prompts(self, vocab_size: int) -> list[list[int]]:
-        """One prompt for each sequence: `context` tokens and the first that decoding computes."""
-        return [_tokens(f"context {i}", self.context + 1, vocab_size) for i in range(self.max_batch)]
+        """`num_prompts` of them: `context` tokens each, and the first token that decoding computes."""
+        return [_tokens(f"context {i}", self.context + 1, vocab_size) for i in range(self.num_prompts)]
 
     def prefill_prompt(self, vocab_size: int, run: int) -> list[int]:
         """Another one for each run, so that no cache of prompts can serve it. Run 0 is for the check."""
@@ -117,12 +123,12 @@ TINY = Dimensions(
     max_positions=512,
 )
 WORKLOAD = Workload()
-QUICK = Workload(context=128, prefill=160, steps=((1, 3), (4, 3)), warm_steps=1)
+QUICK = Workload(context=128, prefill=160, steps=((1, 3), (4, 3)), warm_steps=1, num_prompts=4)
 
 
 def folder_name(dimensions: Dimensions, workload: Workload) -> str:
     """Equal names: equal weights and prompts."""
-    values = (*asdict(dimensions).values(), workload.context, workload.prefill, workload.max_batch)
+    values = (*asdict(dimensions).values(), workload.context, workload.prefill, workload.num_prompts)
     return "-".join(str(value) for value in values)
 
 

@@ -72,7 +72,8 @@ class Worker:
             self._folder, self.dimensions, self.workload, spec["threads"], settings
         )
         self._loaded_bytes = resident_bytes()
-        self.system.fill(self.workload.prompts(self.dimensions.vocab_size))
+        prompts = self.workload.prompts(self.dimensions.vocab_size)
+        self.system.fill(prompts[: self.workload.max_batch])
 
     def answer(self, command: dict[str, Any]) -> dict[str, Any]:
         """Do one thing: facts, check or run."""
