@@ -8,12 +8,14 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from services.quantizer.serve import ServeConfig
 from weft import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -231,6 +233,12 @@ def test_images_are_named_by_their_version(compose: dict[str, Any], gpu: dict[st
         tag = settings["image"].rpartition(":")[2].strip("}-")
         assert tag, f"{name}: an image without a tag is the latest"
         assert "latest" not in settings["image"], name
+
+
+def test_the_job_service_starts_the_image_that_is_built() -> None:
+    """With `--runner docker`: a name without a tag would be the latest, which no build makes."""
+    (default,) = (field.default for field in fields(ServeConfig) if field.name == "docker_image")
+    assert default == f"weft/quantizer:{__version__}"
 
 
 def test_the_engine_and_the_quantizer_share_a_torch() -> None:

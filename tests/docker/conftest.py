@@ -35,10 +35,12 @@ Measure = Callable[[str, str], None]
 def measure(request: pytest.FixtureRequest) -> Measure:
     """measure(what, value): a line in the log of the run, whatever pytest captures."""
     reporter = request.config.pluginmanager.getplugin("terminalreporter")
+    capture = request.config.pluginmanager.getplugin("capturemanager")
 
     def write(what: str, value: str) -> None:
-        reporter.ensure_newline()
-        reporter.write_line(f"measured: {what}: {value}")
+        with capture.global_and_fixture_disabled():
+            reporter.ensure_newline()
+            reporter.write_line(f"measured: {what}: {value}")
 
     return write
 

@@ -59,7 +59,8 @@ def test_an_image_holds_its_own_service_and_no_model(images: dict[str, str], ser
     code = (
         "import os; print(sorted(n for n in os.listdir('services') if n[0] != '_'), sorted(os.listdir('.')));"
         "print([f for t, _, fs in os.walk('/') if not t.startswith(('/proc', '/sys')) for f in fs"
-        " if f.endswith(('.safetensors', '.whl', '.gguf')) or f == 'conftest.py' and '/app' in t])"
+        " if not t.endswith(('/python-wheels', '/ensurepip/_bundled')) and"
+        " f.endswith(('.safetensors', '.whl', '.gguf')) or f == 'conftest.py' and '/app' in t])"
     )
     own, found = python(images[service], code).splitlines()
     assert own.startswith(f"['{service}'] ")
