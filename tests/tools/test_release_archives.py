@@ -56,6 +56,7 @@ Version: 1.2.3
 License-Expression: Apache-2.0 AND CC0-1.0
 Requires-Python: >=3.11
 Requires-Dist: grpcio>=1.74
+Provides-Extra: bench
 Provides-Extra: engine
 Provides-Extra: gateway
 Provides-Extra: quantizer

@@ -18,6 +18,7 @@ APART = {
     "engine": ("transformers", "tokenizers", "huggingface-hub", "starlette", "uvicorn", "docker", "ray"),
     "gateway": ("torch", "numpy", "transformers", "safetensors", "docker", "ray", "triton"),
     "quantizer": ("starlette", "uvicorn", "prometheus-client", "ray"),
+    "bench": ("torch", "transformers", "starlette", "uvicorn", "docker", "ray"),
     "ray": ("torch", "transformers", "starlette", "uvicorn", "docker"),
 }
 # A CUDA build of torch brings its own, at versions that it names itself.

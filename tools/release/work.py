@@ -17,7 +17,7 @@ from pathlib import Path
 from weft.config import environment_without
 
 ROOT = Path(__file__).resolve().parents[2]
-EXTRAS = ("engine", "gateway", "quantizer", "ray")
+EXTRAS = ("engine", "gateway", "quantizer", "ray", "bench")
 TAIL_LINES = 12
 # What would lead a child to the packages of this process, or to a server of the user's.
 _UNWANTED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
