@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import tarfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -62,17 +63,18 @@ def docker_engine() -> None:
 
 @pytest.fixture(scope="session")
 def clean_copy(docker_engine: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """clean_copy(name): a new directory with what git tracks, as it is here, and nothing else."""
+    """clean_copy(name): a new directory with what the last commit holds, and nothing else."""
 
     def make(name: str) -> Path:
         target = tmp_path_factory.mktemp(name)
-        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-        if listed.returncode != 0:
-            pytest.skip("not a git checkout")
-        for path in filter(None, listed.stdout.split("\0")):
-            if (ROOT / path).is_file():
-                (target / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(ROOT / path, target / path)
+        archive = target.with_suffix(".tar")
+        command = ["git", "archive", f"--output={archive}", "HEAD"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        if done.returncode != 0:
+            pytest.skip(f"not a git checkout: {done.stderr.strip()}")
+        with tarfile.open(archive) as packed:
+            packed.extractall(target, filter="data")
+        archive.unlink()
         target.chmod(0o755)
         return target
 
