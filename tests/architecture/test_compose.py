@@ -110,7 +110,8 @@ def test_only_the_quantizer_writes_the_volume(compose: dict[str, Any]) -> None:
     assert "artifacts" in compose["volumes"]
     mounts = {name: s["volumes"] for name, s in compose["services"].items()}
     assert "artifacts:/artifacts" in mounts["quantizer"]
-    assert mounts["engine"] == ["artifacts:/artifacts:ro"]
+    assert mounts["engine"] == ["artifacts:/artifacts:ro", "cache:/cache"]
+    assert "/cache" in dockerfile("engine")
     assert mounts["gateway"] == ["artifacts:/artifacts:ro", "sessions:/state"]
     assert "--sessions=/state/sessions.db" in compose["services"]["gateway"]["command"]
     assert mounts["jobs"] == ["artifacts:/artifacts", "jobs:/state", "./models:/models:ro"]
