@@ -17,12 +17,12 @@ say() { printf 'docker lane: %s\n' "$*"; }
 not_run() { say "not run: $*"; exit 0; }
 answers() { timeout 30 docker version >/dev/null 2>&1 && timeout 30 docker compose version >/dev/null 2>&1; }
 
-# Volumes and images of a run that was cut off, and more build cache than the next run can use.
+# Volumes and images of a run that was cut off; of the lane's own engine also more build cache than the next run can use.
 tidy() {
   docker ps -aq --filter name=weft-test | xargs -r docker rm -fv
   docker volume ls -q --filter name=weft-test | xargs -r docker volume rm -f
   docker images -q --filter 'reference=weft-test/*' | sort -u | xargs -r docker image rm -f
-  docker builder prune --force --keep-storage 6GB
+  [ ${#WHERE[@]} -eq 0 ] || docker builder prune --force --keep-storage 6GB
 } >/dev/null 2>&1
 
 WHERE=()
