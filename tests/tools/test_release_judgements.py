@@ -116,11 +116,11 @@ def test_a_bill_is_the_same_again_and_another_for_another_extra() -> None:
 
 
 def answers(monkeypatch: pytest.MonkeyPatch, **outs: dict[str, Any] | str) -> None:
-    """pip-audit's answers by service."""
+    """pip-audit's answers by service; a text is what it says when it has none."""
 
     def run(_: Work, command: list[object], **__: object) -> Finished:
-        out = outs[str(command[command.index("--service") + 1])]
-        return Finished(1, out if isinstance(out, str) else json.dumps(out), "")
+        out = outs[str(command[command.index("--vulnerability-service") + 1])]
+        return Finished(1, "", out) if isinstance(out, str) else Finished(1, json.dumps(out), "")
 
     monkeypatch.setattr(Work, "run", run)
 
@@ -134,9 +134,9 @@ FOUND = {"dependencies": [{"name": "rich", "version": "15.0.0", "vulns": [ADVISO
 
 
 def test_nobody_to_ask_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    answers(monkeypatch, pypi=SKIPPED, osv="Traceback: no name")
+    answers(monkeypatch, pypi=SKIPPED, osv="x\nrequests.exceptions.ConnectionError: no name")
     with pytest.raises(
-        NotRun, match=r"no advisory service \(pypi: none of 2 packages known; osv: no answer\)"
+        NotRun, match=r"no advisory service \(pypi knows none of 2 packages; osv cannot be reached\)"
     ):
         audit.check(work_with(tmp_path, REPORT))
 
@@ -161,4 +161,12 @@ def test_an_advisory_fails_the_step_unless_it_was_looked_at(
 def test_half_an_answer_fails_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     answers(monkeypatch, pypi={"dependencies": [*CLEAN["dependencies"], *SKIPPED["dependencies"]]})
     with pytest.raises(StepFailed, match="2 of the pins could not be asked for: rich, torch"):
+        audit.check(work_with(tmp_path, REPORT))
+
+
+def test_a_call_that_pip_audit_does_not_take_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers(monkeypatch, pypi="usage: ...\npip-audit: error: argument -r: not allowed")
+    with pytest.raises(StepFailed, match="not allowed"):
         audit.check(work_with(tmp_path, REPORT))

@@ -6,12 +6,17 @@ Where neither can be asked, the answer is that nobody was asked: pip-audit itsel
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from tools.release.work import Finished, NotRun, StepFailed, Work
 
 SERVICES = ("pypi", "osv")
+# What pip-audit says when it cannot speak to a service; anything else is a fault of the call.
+UNREACHABLE = re.compile(
+    r"\b(ConnectionError|ConnectTimeout|ReadTimeout|ProxyError|SSLError|NameResolutionError)\b"
+)
 # Advisories that were looked at and do not apply, with the reason beside each.
 ACCEPTED: dict[str, str] = {}
 
@@ -20,16 +25,26 @@ def check(work: Work) -> str:
     """Audit constraints.txt."""
     reasons = []
     for service in SERVICES:
-        command = [work.tool_python, "-m", "pip_audit", "--service", service, "--format", "json"]
+        command = [
+            work.tool_python,
+            "-m",
+            "pip_audit",
+            "--vulnerability-service",
+            service,
+            "--format",
+            "json",
+        ]
         flags = ["--no-deps", "--disable-pip", "--progress-spinner", "off", "--timeout", "15"]
         done = work.run([*command, *flags, "-r", work.constraints], expect=None)
         answer = read_answer(done)
         if answer is None:
-            reasons.append(f"{service}: no answer")
+            if not UNREACHABLE.search(done.err):
+                raise StepFailed(f"pip-audit ended with {done.code}\n{done.tail()}")
+            reasons.append(f"{service} cannot be reached")
             continue
         checked, unknown, findings = sort_out(answer)
         if not checked:
-            reasons.append(f"{service}: none of {len(unknown)} packages known")
+            reasons.append(f"{service} knows none of {len(unknown)} packages")
             continue
         if findings:
             raise StepFailed(f"{len(findings)} advisories\n" + "\n".join(findings))
