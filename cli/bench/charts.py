@@ -73,7 +73,7 @@ def against_load(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> l
             "Requests",
             "per second",
             x_title,
-            rates(("requests_per_s", "answered"), ("goodput_requests_per_s", "within the targets")),
+            rates(("requests_per_s", "answered"), ("goodput_requests_per_s", "good")),
             is_log,
         ),
     ]
@@ -88,19 +88,19 @@ def over_time(point: dict[str, Any]) -> list[Chart]:
         points = tuple((e["at_s"], e[key]) for e in timeline if e["outcome"] == "ok" and e[key] is not None)
         return Series(name, points, is_scatter=True)
 
-    seconds = point["per_second"]
-    step = seconds["step_s"]
+    steps = point["steps"]
+    step = steps["step_s"]
 
-    def steps(name: str, key: str) -> Series:
-        return Series(name, tuple((index * step, value) for index, value in enumerate(seconds[key])))
+    def curve(name: str, key: str) -> Series:
+        return Series(name, tuple((index * step, value) for index, value in enumerate(steps[key])))
 
     when, second = "seconds since the start, when it was due", "seconds since the start"
     charts = [
         Chart("Time to first token", "ms", when, (scatter("request", "ttft_ms"),)),
         Chart("Mean gap between tokens (TPOT)", "ms", when, (scatter("request", "tpot_ms"),)),
         Chart("End to end", "ms", when, (scatter("request", "e2e_ms"),)),
-        Chart("Output tokens", "per second", second, (steps("output tokens", "output_tokens_per_s"),)),
-        Chart("Requests in flight", "in each second", second, (steps("in flight", "in_flight"),)),
+        Chart("Output tokens", "per second", second, (curve("output tokens", "output_tokens_per_s"),)),
+        Chart("Requests in flight", f"most in each {step:g} s", second, (curve("in flight", "in_flight"),)),
     ]
     return _drawn(charts)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from cli.bench.table import WIDTH, number
+from cli.bench.table import PLAIN, number
 
 SCHEMA, SCHEMA_VERSION = "weft-bench", 1
 # What must be equal for a ratio to mean anything; who was asked, and over what, may differ.
@@ -88,7 +88,7 @@ def compare_table(
         pairs = [(label, mine[label], theirs[label]) for label in common]
     if not pairs:
         raise CompareError("the two results have no load in common")
-    table = Table(width=WIDTH)
+    table = Table(**PLAIN)
     for heading in ("load", "", "A", "B", "B / A"):
         table.add_column(heading, justify="left" if heading in ("load", "") else "right", no_wrap=True)
     for label, a, b in pairs:

@@ -73,9 +73,11 @@ def is_good(record: Record, targets: Iterable[Target]) -> bool:
     return True
 
 
-def latencies(records: Sequence[Record]) -> dict[str, Any]:
-    """Distributions in milliseconds. Of answers that came whole; the counts tell of how many."""
-    whole = [record for record in records if record.outcome == OK]
+def latencies(records: Sequence[Record], *, only_whole: bool = True) -> dict[str, Any]:
+    """Distributions in milliseconds. Of answers that came whole; the counts tell of how many. With
+    `only_whole` unset, first tokens and gaps of the others are in it, too.
+    """
+    whole = [record for record in records if record.outcome == OK or not only_whole]
     return {
         "ttft": distribution((v for r in whole if (v := ttft_s(r)) is not None), MS),
         "itl": distribution((gap for r in whole for gap in itl_s(r)), MS),

@@ -101,7 +101,7 @@ def page(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
         for rank in range(3)
     )
     # A lone curve is of the middle shade, which is easiest to see.
-    colours += "\n.dot.r0.p0 { fill: var(--r0p1); }"
+    colours += "\n.dot.r0.p0, .lone circle { fill: var(--r0p1); } .lone .curve { stroke: var(--r0p1); }"
     charts = charts_of(documents, names)
     is_named = len(documents) > 1
     pairs = list(zip(documents, names, strict=True))

@@ -26,7 +26,8 @@ from cli.bench.workloads import Drawn, Texts, Trace, Workload, check_length, cli
 
 SCHEMA = "weft-bench"
 SCHEMA_VERSION = 1
-LEAD_S = 0.2
+# Several processes must all have their orders before the start.
+LEAD_S, LEAD_OF_PROCESSES_S = 0.01, 0.3
 WARM_UP_CONCURRENCY = 8
 PROGRESS_S = 0.5
 
@@ -129,7 +130,7 @@ async def _point(
     assignment = Assignment(
         load=load,
         salt=salt,
-        start_at=now() + LEAD_S,
+        start_at=now() + (LEAD_S if settings.num_processes == 1 else LEAD_OF_PROCESSES_S),
         num_conversations=num_requests,
         duration_s=settings.duration_s,
         names=names,

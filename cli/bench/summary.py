@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from cli.bench import metrics
@@ -12,6 +13,8 @@ from cli.bench.records import MEASURED, OK, Record
 from cli.bench.settings import Settings
 
 MAX_TIMELINE = 1000
+MAX_STEPS = 120
+_STEPS_S: tuple[float, ...] = tuple(base * 10**power for power in range(-1, 8) for base in (1, 2, 5))
 MAX_CPU_SHARE = 0.85
 MAX_LATENESS_MS = 10.0
 MAX_CACHED_SHARE = 0.05
@@ -40,12 +43,15 @@ def summarize(settings: Settings, assignment: Assignment, outcomes: Sequence[Out
         "concurrency": metrics.concurrency(records, start, end),
         "client": client(records, outcomes),
         "others": {
-            group: {"latency_ms": metrics.latencies(found), "tokens_received": _received(found)}
+            group: {
+                "latency_ms": metrics.latencies(found, only_whole=False),
+                "tokens_received": _received(found),
+            }
             for group in ("cancelled", "slow")
             if (found := [r for r in records if r.group == group])
         },
         "timeline": timeline(records, start),
-        "per_second": per_second(records, start, max(end, last)),
+        "steps": over_time(records, start, max(end, last)),
     }
     point["warnings"] = warnings(settings, point)
     return point
@@ -135,30 +141,44 @@ def timeline(records: Sequence[Record], start: float) -> list[dict[str, Any]]:
     return found
 
 
-def per_second(records: Sequence[Record], start: float, end: float) -> dict[str, Any]:
-    """Output tokens and requests in flight in at most 600 equal steps, of a second or more."""
-    length = end - start
-    step_s = 1.0
-    while length / step_s > 600:
-        step_s *= 2
-    count = max(1, int(length / step_s) + 1)
-    tokens, running = [0.0] * count, [0] * count
+def over_time(records: Sequence[Record], start: float, end: float) -> dict[str, Any]:
+    """Output tokens a second, and the most requests in flight, in at most MAX_STEPS equal steps. The last
+    step may be shorter, and its rate is of what there is of it.
+    """
+    length = max(end - start, 1e-6)
+    step_s = next(step for step in _STEPS_S if length / step <= MAX_STEPS)
+    count = max(1, math.ceil(length / step_s - 1e-9))
+
+    def place(at: float) -> int:
+        return int(min(count - 1, max(0.0, (at - start) / step_s)))
+
+    tokens = [0.0] * count
     for record in records:
         whole = record.num_tokens
         if record.times and whole is not None:
             share = whole / len(record.times)
             weights = record.counts if record.has_counts else [share] * len(record.times)
             for at, weight in zip(record.times, weights, strict=True):
-                tokens[min(count - 1, max(0, int((at - start) / step_s)))] += weight
-        first = min(count - 1, max(0, int((record.sent - start) / step_s)))
-        last = min(count - 1, max(0, int((record.end - start) / step_s)))
-        for index in range(first, last + 1):
-            running[index] += 1
+                tokens[place(at)] += weight
+    widths = [step_s] * (count - 1) + [length - step_s * (count - 1)]
     return {
         "step_s": step_s,
-        "output_tokens_per_s": [round(value / step_s, 2) for value in tokens],
-        "in_flight": running,
+        "output_tokens_per_s": [round(n / width, 2) for n, width in zip(tokens, widths, strict=True)],
+        "in_flight": _in_flight(records, count, place),
     }
+
+
+def _in_flight(records: Sequence[Record], count: int, place: Callable[[float], int]) -> list[int]:
+    changes = [(r.sent, 1) for r in records] + [(r.end, -1) for r in records]
+    most, running, last = [0] * count, 0, 0
+    for at, change in sorted(changes):
+        here = place(at)
+        for index in range(last + 1, here + 1):
+            most[index] = running
+        running += change
+        most[here] = max(most[here], running)
+        last = here
+    return most
 
 
 def _received(records: Sequence[Record]) -> dict[str, Any]:

@@ -54,8 +54,9 @@ class _Scale:
 def draw(chart: Chart) -> str:
     """An <svg> element, with a tooltip on each point."""
     scale = _Scale(chart)
+    lone = ' class="lone"' if len(chart.series) == 1 else ""
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}">',
+        f'<svg{lone} viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(chart.title)}">',
         f'<text class="title" x="{LEFT}" y="20">{escape(chart.title)}',
         f'<tspan class="unit" dx="8">{escape(chart.unit)}</tspan></text>',
         *_axes(chart, scale),

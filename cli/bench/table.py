@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 WIDTH = 80
-_PLAIN: dict[str, Any] = {
+PLAIN: dict[str, Any] = {
     "title_justify": "left",
     "title_style": "bold",
     "box": box.SIMPLE_HEAD,
@@ -27,9 +27,11 @@ _LATENCIES = (
 
 
 def number(value: float | int | None, digits: int = 3) -> str:
-    """So many significant digits; no exponent, no needless decimals; a dash for nothing."""
+    """So many significant digits; no exponent; whole numbers whole; a dash for nothing."""
     if value is None:
         return "-"
+    if isinstance(value, int):
+        return f"{value:,}"
     if value == 0:
         return "0"
     size = abs(value)
@@ -106,7 +108,7 @@ def show(console: Console, document: dict[str, Any]) -> None:
 
 def throughput_table(points: list[dict[str, Any]], has_targets: bool) -> Table:
     """One row a load: where its requests went, and the rates."""
-    table = Table(title="requests and rates", **_PLAIN)
+    table = Table(title="requests and rates", **PLAIN)
     for heading in ("load", "sent", "ok", "failed", "other", "req/s", "in tok/s", "out tok/s", "peak"):
         table.add_column(heading, justify="left" if heading == "load" else "right", no_wrap=True)
     if has_targets:
@@ -132,7 +134,7 @@ def throughput_table(points: list[dict[str, Any]], has_targets: bool) -> Table:
 
 def latency_table(points: list[dict[str, Any]]) -> Table:
     """One row a load and metric, in milliseconds."""
-    table = Table(title="latency, ms", **_PLAIN)
+    table = Table(title="latency, ms", **PLAIN)
     for heading in ("load", "", "values", "mean", "p50", "p90", "p99", "max"):
         table.add_column(heading, justify="left" if heading in ("load", "") else "right", no_wrap=True)
     for point in points:
