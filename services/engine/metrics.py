@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable
+from socketserver import TCPServer, ThreadingMixIn
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, start_http_server
+from prometheus_client import CollectorRegistry, make_wsgi_app
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
@@ -185,12 +188,61 @@ class EngineMetrics(Collector):
         return family  # type: ignore[no-any-return]
 
 
+class _Server(ThreadingMixIn, WSGIServer):
+    """A thread for each scrape, which ends with the process."""
+
+    daemon_threads = True
+
+    def server_bind(self) -> None:
+        """Bind, and ask no name server how this machine is called, as the library does: it may be far."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address[:2]
+        self.setup_environ()
+
+
+class _Server6(_Server):
+    """The same on an IPv6 address."""
+
+    address_family = socket.AF_INET6
+
+
+class _Handler(WSGIRequestHandler):
+    """Logs nothing. Lets nobody wait for ever: a thread would be left for each who does."""
+
+    timeout = 30.0
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+def _plain_text(registry: CollectorRegistry) -> Callable[..., Iterable[bytes]]:
+    """The page as text 0.0.4, whatever the scraper would rather have. In OpenMetrics, which Prometheus asks
+    for first, the library writes the colons of names as underscores, and no dashboard knows them any more.
+    """
+    page = make_wsgi_app(registry)
+
+    def serve(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        environ.pop("HTTP_ACCEPT", None)
+        answer: Iterable[bytes] = page(environ, start_response)
+        return answer
+
+    return serve
+
+
 class MetricsServer:
     """Serves a registry over HTTP from a thread of its own. Raises OSError when the address is taken."""
 
     def __init__(self, registry: CollectorRegistry, address: Address) -> None:
-        self._server, self._thread = start_http_server(address.port, addr=address.host, registry=registry)
+        family = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0][0]
+        self._server = make_server(
+            address.host,
+            address.port,
+            _plain_text(registry),
+            server_class=_Server6 if family == socket.AF_INET6 else _Server,
+            handler_class=_Handler,
+        )
         self.address = address._replace(port=self._server.server_port)
+        threading.Thread(target=self._server.serve_forever, name="metrics", daemon=True).start()
 
     def stop(self) -> None:
         """Stop serving."""

@@ -68,10 +68,12 @@ class Running:
     gateway_http: str
 
     def scrape(self) -> dict[str, str]:
-        """The /metrics texts now, by service."""
+        """The /metrics texts now, by service, as Prometheus asks for them."""
+        accept = "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"
         pages = {}
         for service, address in (("engine", self.engine_metrics), ("gateway", self.gateway_http)):
-            with urllib.request.urlopen(f"http://{address}/metrics", timeout=TIMEOUT_S) as response:
+            asked = urllib.request.Request(f"http://{address}/metrics", headers={"Accept": accept})
+            with urllib.request.urlopen(asked, timeout=TIMEOUT_S) as response:
                 pages[service] = response.read().decode()
         return pages
 

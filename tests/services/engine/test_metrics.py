@@ -103,3 +103,37 @@ def test_the_page(page, name, labels, value):
 def test_two_seconds_is_a_bucket():
     assert 2.0 in TTFT_BUCKETS
     assert sorted(TTFT_BUCKETS) == list(TTFT_BUCKETS)
+
+
+@pytest.mark.parametrize(
+    "accept", ["application/openmetrics-text;version=1.0.0,text/plain;q=0.5,*/*;q=0.1", "text/plain", None]
+)
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+def test_names_keep_their_colons_whatever_the_scraper_would_rather_have(host, accept):
+    """Prometheus asks for OpenMetrics first, in which the library writes vllm_ for vllm:."""
+    registry = CollectorRegistry()
+    EngineMetrics(registry, lambda: REPORT, model_name="demo", block_size=16, num_blocks=80)
+    try:
+        server = MetricsServer(registry, Address(host, 0))
+    except OSError:
+        pytest.skip(f"no {host} here")
+    try:
+        headers = {} if accept is None else {"Accept": accept}
+        request = urllib.request.Request(f"http://{server.address}/metrics", headers=headers)
+        with urllib.request.urlopen(request, timeout=30) as response:
+            assert response.headers["Content-Type"].startswith("text/plain; version=0.0.4")
+            text = response.read().decode()
+    finally:
+        server.stop()
+    assert "\nvllm:generation_tokens_total{" in text
+    assert "vllm_" not in text
+
+
+def test_a_taken_address_is_refused():
+    registry = CollectorRegistry()
+    server = MetricsServer(registry, Address("127.0.0.1", 0))
+    try:
+        with pytest.raises(OSError):
+            MetricsServer(CollectorRegistry(), server.address)
+    finally:
+        server.stop()
