@@ -138,7 +138,8 @@ async def test_one_that_cannot_be_made_again_is_tried_again(
         assert await task == 0
 
 
-# What starts a launcher, and what its processes are: each draws a line when it may be signalled.
+# What starts a launcher, and what its processes are: each draws a line when it may be signalled, in one
+# write, for two of them share the pipe.
 STARTS = """
 import asyncio, signal, sys
 from services.gateway.processes import Launcher
@@ -163,18 +164,18 @@ async def lines(process: asyncio.subprocess.Process, count: int) -> list[str]:
 async def test_a_terminals_interrupt_is_one_signal_to_each() -> None:
     """It goes to the whole group: who also heard it from the launcher would take it for the second."""
     child = """
-import signal, sys, time
+import os, signal, time
 num = 0
 def on_signal(*_):
     global num
     num += 1
 signal.signal(signal.SIGINT, on_signal)
 signal.signal(signal.SIGTERM, on_signal)
-print("up", flush=True)
+os.write(1, b"up\\n")
 while not num:
     time.sleep(0.01)
 time.sleep(1.0)
-print(num, flush=True)
+os.write(1, b"%d\\n" % num)
 """
     process = await start_launcher(child)
     assert await lines(process, 2) == ["up", "up"]
@@ -188,12 +189,12 @@ async def test_processes_end_when_the_launcher_was_killed_before_they_could_ask(
     child = """
 import os, time
 parent = os.getppid()
-print("up", flush=True)
+os.write(1, b"up\\n")
 while os.getppid() == parent:
     time.sleep(0.01)
 from services.gateway.processes import end_with_parent
 end_with_parent(parent)
-print("goes on", flush=True)
+os.write(1, b"goes on\\n")
 """
     process = await start_launcher(child)
     assert await lines(process, 2) == ["up", "up"]
