@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.engine.runner.config import BLOCK_SIZES, DTYPES, KV_DTYPES
+from services.engine.runner.config import BLOCK_SIZES, DTYPES, HEAD_FORMATS, KV_DTYPES
 from weft.config import ConfigError, load_config, option, parse_size
 from weft.limits import SamplingLimitFlags, limit_flag
 from weft.logs import LEVELS
@@ -50,7 +50,16 @@ class EngineConfig(ServerFlags, SamplingLimitFlags):
         "auto", "type of K and V in the cache; auto is that of the activations", choices=KV_DTYPES
     )
     deterministic: bool | None = option(
-        None, "bit-equal logits in any batch; unset means on for float32 on a CPU"
+        None, "bit-equal logits in any batch; unset means on for float32 and for the native kernels on a CPU"
+    )
+    native_kernels: bool = option(
+        True, "on a CPU in bfloat16, compute with kernels in C, compiled at the first start; needs a compiler"
+    )
+    quantize_head: str = option(
+        "auto",
+        "round an output head in 16 bits to 8 when it is loaded; auto does so for a quantized model on the "
+        "native kernels",
+        choices=HEAD_FORMATS,
     )
     block_size: int = option(128, "tokens in a block of the KV cache", metavar="N")
     num_blocks: int | None = option(None, "blocks of the KV cache", metavar="N")

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from services.engine.kernels import int4pack, reference, tiled_attention
+from services.engine.kernels import int4pack, native_layer, native_linear, reference
 from services.engine.kernels.kv_format import LayerCache
 from services.engine.kernels.linear import DenseLinear, Int4Linear, Linear
 from services.engine.kernels.metadata import AttentionMetadata
@@ -28,22 +28,32 @@ class CpuBackend:
 
     embedding = staticmethod(reference.embedding)
     gather_rows = staticmethod(reference.gather_rows)
-    rms_norm = staticmethod(reference.rms_norm)
-    add_rms_norm = staticmethod(reference.add_rms_norm)
+    rms_norm = staticmethod(native_layer.rms_norm)
+    add_rms_norm = staticmethod(native_layer.add_rms_norm)
     rotary = staticmethod(reference.rotary)
     write_kv = staticmethod(reference.write_kv)
-    rotary_write_kv = staticmethod(reference.rotary_write_kv)
+    rotary_write_kv = staticmethod(native_layer.rotary_write_kv)
     softcap = staticmethod(reference.softcap)
-    silu_mul = staticmethod(reference.silu_mul)
+    silu_mul = staticmethod(native_layer.silu_mul)
     gelu_mul = staticmethod(reference.gelu_mul)
-    linear_silu_mul = staticmethod(reference.linear_silu_mul)
+    linear_silu_mul = staticmethod(native_layer.linear_silu_mul)
     linear_gelu_mul = staticmethod(reference.linear_gelu_mul)
-    paged_attention = staticmethod(tiled_attention.paged_attention)
+    paged_attention = staticmethod(native_layer.paged_attention)
 
     @staticmethod
     def make_dense_linear(weight: Tensor, bias: Tensor | None, numerics: Numerics) -> Linear:
-        """A matmul by torch."""
+        """The native product where it is in use, else a matmul by torch."""
+        if native_linear.is_supported(weight.shape[1], weight.shape[1], numerics):
+            return native_linear.make_dense(weight, bias)
         return DenseLinear(weight, bias, numerics)
+
+    @staticmethod
+    def make_int8_linear(weight: Tensor, bias: Tensor | None, numerics: Numerics) -> Linear:
+        """Rounded to 8 bits where the native product takes that, else as it is."""
+        group = native_linear.int8_group(weight.shape[1])
+        if group is None or not native_linear.is_supported(weight.shape[1], group, numerics):
+            return CpuBackend.make_dense_linear(weight, bias, numerics)
+        return native_linear.make_int8(weight, group, bias)
 
     @staticmethod
     def make_int4_linear(
@@ -56,8 +66,12 @@ class CpuBackend:
         *,
         is_gate_up: bool = False,
     ) -> Linear:
-        """torch's 4-bit matmul where it is fast, else dequantised for every call."""
+        """The native product where it is in use, torch's 4-bit one where that is fast, else dequantised for
+        every call.
+        """
         in_features, out_features = values.shape
+        if native_linear.is_supported(in_features, in_features // zeros.shape[0], numerics):
+            return native_linear.make_int4(values, zeros, scales, bias)
         if int4pack.is_supported(in_features, out_features, in_features // zeros.shape[0], numerics):
             try:
                 return int4pack.Int4PackLinear(values, zeros, scales, bias, numerics, scratch)
@@ -196,6 +210,14 @@ def linear(x: Tensor, weight: Linear) -> Tensor:
 def make_dense_linear(weight: Tensor, bias: Tensor | None, numerics: Numerics) -> Linear:
     """Ready weight [out, in] and bias [out] for their device."""
     return _backend(weight).make_dense_linear(weight, bias, numerics)
+
+
+def make_int8_linear(weight: Tensor, bias: Tensor | None, numerics: Numerics) -> Linear:
+    """Round weight [out, in] to 8 bits and ready it; a backend that has no such product keeps it as it is."""
+    backend = _backend(weight)
+    make = getattr(backend, "make_int8_linear", backend.make_dense_linear)
+    linear: Linear = make(weight, bias, numerics)
+    return linear
 
 
 def make_int4_linear(

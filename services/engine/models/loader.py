@@ -60,11 +60,13 @@ def load_model(
     *,
     is_artifact: bool = False,
     balances_keys: bool = False,
+    quantizes_head: bool = False,
 ) -> Llama:
-    """Build the model; `balances_keys` evens out the channels of its keys, for a cache with integer codes.
-    Raises CheckpointError naming the tensor that is missing, misshapen or not finite.
+    """Build the model; `balances_keys` evens out the channels of its keys, for a cache with integer codes;
+    `quantizes_head` rounds its output head to 8 bits. Raises CheckpointError naming the tensor that is
+    missing, misshapen or not finite.
     """
-    loader = WeightLoader(checkpoint, config, numerics, is_strict=is_artifact)
+    loader = WeightLoader(checkpoint, config, numerics, is_strict=is_artifact, quantizes_head=quantizes_head)
     architecture = model_class(config.architecture)
     if config.rope.kind == "longrope" and max_model_len > config.rope.original_max_position:
         _log.warning(

@@ -32,12 +32,19 @@ class WeightLoader:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, config: ModelConfig, numerics: Numerics, is_strict: bool
+        self,
+        checkpoint: Checkpoint,
+        config: ModelConfig,
+        numerics: Numerics,
+        is_strict: bool,
+        *,
+        quantizes_head: bool = False,
     ) -> None:
         self.checkpoint = checkpoint
         self.config = config
         self.numerics = numerics
         self._is_strict = is_strict
+        self._quantizes_head = quantizes_head
         self.scratch = Scratch()
         self.output_factors: dict[str, Tensor] = {}
         self._used: set[str] = set()
@@ -64,14 +71,15 @@ class WeightLoader:
 
     def head(self, embedding: Tensor, name: str) -> Linear:
         """The output projection: the embedding itself when tied, else the tensor of this name."""
+        make = ops.make_int8_linear if self._quantizes_head else ops.make_dense_linear
         if not self.config.tie_word_embeddings:
             weight = self.dense(name, (self.config.vocab_size, self.config.hidden_size))
-            return ops.make_dense_linear(weight, None, self.numerics)
+            return make(weight, None, self.numerics)
         if name in self.checkpoint.names:
             stored = self.dense(name, (self.config.vocab_size, self.config.hidden_size))
             if not torch.equal(stored, embedding):
                 raise self._error(name, "differs from the embedding although tie_word_embeddings is true")
-        return ops.make_dense_linear(embedding, None, self.numerics)
+        return make(embedding, None, self.numerics)
 
     def linear(
         self,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+HEAD_FORMATS = ("auto", "none", "int8")
 KV_DTYPES = ("auto", "float32", "bfloat16", "float16", "fp8", "int8", "int4")
 
 
@@ -24,8 +25,10 @@ class RunnerConfig:
     float32 on a CPU, off otherwise. `num_blocks` wins over `kv_memory_bytes`; without both the cache holds
     `max_batch_size` sequences of full length, but at most 1 GiB; on a GPU, what `gpu_memory` (bytes, or a
     fraction of the device as a float) leaves beside weights and activations. `has_graphs`: decode steps of a
-    GPU are CUDA graphs. `cache_dir` keeps measurements between
-    starts. `is_poisoned` fills the cache with NaN.
+    GPU are CUDA graphs. `cache_dir` keeps measurements between starts. `is_poisoned` fills the cache with
+    NaN. `has_native_kernels`: on a CPU in bfloat16, use the kernels in C where they can be had.
+    `quantize_head` "int8" rounds an output head in 16 bits to 8 while it is loaded; "auto" does so for a
+    quantised model on the native kernels.
     """
 
     source: Path | None = None
@@ -47,6 +50,8 @@ class RunnerConfig:
     num_threads: int | None = None
     cache_dir: Path | None = None
     is_poisoned: bool = False
+    has_native_kernels: bool = True
+    quantize_head: str = "auto"
 
     def __post_init__(self) -> None:
         if (self.source is None) == (self.artifacts is None):
@@ -58,6 +63,11 @@ class RunnerConfig:
         if self.kv_dtype not in KV_DTYPES:
             known = ", ".join(KV_DTYPES)
             raise RunnerConfigError(f"kv_dtype must be one of {known}, found {self.kv_dtype!r}")
+        if self.quantize_head not in HEAD_FORMATS:
+            known = ", ".join(HEAD_FORMATS)
+            raise RunnerConfigError(f"quantize_head must be one of {known}, found {self.quantize_head!r}")
+        if self.quantize_head == "int8" and self.device != "cpu":
+            raise RunnerConfigError(f"quantize_head int8 is for CPUs; the device is {self.device}")
         self._check_gpu_memory()
         if self.block_size not in BLOCK_SIZES:
             raise RunnerConfigError(f"block_size must be one of {BLOCK_SIZES}, found {self.block_size}")

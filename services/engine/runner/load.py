@@ -5,12 +5,13 @@ Knows configuration and hardware; `ModelRunner` is assembled from these by `load
 
 from __future__ import annotations
 
+import logging
 import platform
 from importlib.metadata import version
 
 import torch
 
-from services.engine.kernels import int4pack
+from services.engine.kernels import int4pack, native
 from services.engine.kernels.kv_format import KVFormat
 from services.engine.kernels.numerics import KEY_TILE, Numerics
 from services.engine.models.config import ModelConfig
@@ -24,25 +25,46 @@ AUTO_FLOAT32_WEIGHTS = 64_000_000
 cores.
 """
 
+_log = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def choose_numerics(config: RunnerConfig, model: ModelConfig) -> Numerics:
-    """dtype and determinism on a CPU. Raises RunnerConfigError for a combination that there is not."""
+    """dtype and determinism on a CPU, and whether the native kernels are in use from now on. Raises
+    RunnerConfigError for a combination that there is not.
+    """
     if config.dtype == "float16":
         raise RunnerConfigError("dtype float16 is for GPUs: a CPU computes it many times slower")
     if config.dtype == "auto":
         dtype = torch.float32 if config.is_deterministic else _auto_dtype(model)
     else:
         dtype = _DTYPES[config.dtype]
+    wants_native = dtype == torch.bfloat16 and config.has_native_kernels
+    native.use(native.library(config.cache_dir) if wants_native else None)
+    has_native = native.active() is not None
     is_deterministic = config.is_deterministic
     if is_deterministic is None:
-        is_deterministic = dtype == torch.float32
-    if is_deterministic and dtype != torch.float32:
+        is_deterministic = dtype == torch.float32 or has_native
+    if is_deterministic and dtype != torch.float32 and not has_native:
         raise RunnerConfigError(
-            "deterministic mode on a CPU needs dtype float32: bfloat16 products round by batch size"
+            "deterministic mode on a CPU needs dtype float32, or the native kernels: torch's bfloat16 "
+            "products round by batch size"
         )
-    return Numerics(dtype, is_deterministic)
+    # The native products give a row the same bits beside any others: nothing needs to be padded.
+    return Numerics(dtype, is_deterministic, row_tile=1) if has_native else Numerics(dtype, is_deterministic)
+
+
+def is_head_quantized(config: RunnerConfig, model: ModelConfig) -> bool:
+    """Whether the output head is rounded to 8 bits: as told; "auto" does so for quantised models."""
+    has_native = native.active() is not None
+    if config.quantize_head == "int8" and not has_native:
+        _log.warning(
+            "the output head stays as it is stored: 8 bits need the native kernels, in bfloat16 on a CPU"
+        )
+    is_wanted = config.quantize_head == "int8" or (
+        config.quantize_head == "auto" and model.quantization is not None
+    )
+    return has_native and is_wanted
 
 
 def _auto_dtype(model: ModelConfig) -> torch.dtype:
@@ -130,7 +152,7 @@ def make_info(
 
 def _attention_path(numerics: Numerics) -> str:
     if numerics.device.type == "cpu":
-        return f"tiled-{KEY_TILE}"
+        return f"tiled-{KEY_TILE}" if native.active() is None else f"native+tiled-{KEY_TILE}"
     return "triton-ragged" if numerics.is_deterministic else "triton-ragged+triton-split-kv"
 
 
@@ -146,5 +168,6 @@ def weight_bytes(model: Llama) -> int:
     """Bytes of all weights in memory; a head tied to the embedding counts once."""
     total = model.embedding.nbytes + sum(linear.num_bytes for linear in model.linears.values())
     norms = sum(norm.nbytes for layer in model.layers for norm in layer.norms)
-    tied = model.linears["head"].num_bytes if model.config.tie_word_embeddings else 0
+    is_shared = model.config.tie_word_embeddings and model.linears["head"].path == "dense"
+    tied = model.linears["head"].num_bytes if is_shared else 0
     return total + norms + model.norm.nbytes - tied

@@ -23,7 +23,7 @@ from services.engine.runner.config import RunnerConfig, RunnerInfo
 from services.engine.runner.crossover import set_crossover
 from services.engine.runner.inputs import check_chunk, make_inputs
 from services.engine.runner.kv_cache import KVCache, choose_kv_format, kv_bytes_per_token, resolve_num_blocks
-from services.engine.runner.load import choose_numerics, make_info
+from services.engine.runner.load import choose_numerics, is_head_quantized, make_info
 from services.engine.runner.sampler import Sampler
 from services.engine.runner.self_test import settle_numerics
 from services.engine.runner.source import Source, open_source
@@ -111,6 +111,7 @@ def load_from(source: Source, config: RunnerConfig) -> ModelRunner:
         max_model_len,
         is_artifact=source.is_artifact,
         balances_keys=kv_format.max_code is not None,
+        quantizes_head=is_head_quantized(config, model_config),
     )
     crossover_rows = set_crossover(model.linears.values(), source.digest, config.cache_dir)
     num_blocks = resolve_num_blocks(config, kv_bytes_per_token(model_config, kv_format), max_model_len)

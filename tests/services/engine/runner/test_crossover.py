@@ -121,7 +121,7 @@ def test_an_engine_measures_once_per_artifact(
 ) -> None:
     measured = []
     monkeypatch.setattr(crossover, "measure_crossover", lambda linear: measured.append(1) or 40)
-    flags = ["--source", str(packed_demo), "--dtype", dtype, "--num-blocks", "8"]
+    flags = ["--source", str(packed_demo), "--dtype", dtype, "--num-blocks", "8", "--no-native-kernels"]
     config = load([*flags, "--cache-dir", str(tmp_path / "cache")])
     for _ in range(2):
         info = load_runner(runner_config(config)).info
