@@ -24,7 +24,8 @@ BUILD_S, UP_S = 1200.0, 600.0
 SMALL = """
 services:
   quantizer:
-    environment: &small
+    environment:
+      WEFT_QUANTIZER_METHOD: awq
       WEFT_QUANTIZER_SAMPLES: "8"
       WEFT_QUANTIZER_SEQUENCE_LENGTH: "128"
       WEFT_QUANTIZER_EVALUATION_TOKENS: "2048"

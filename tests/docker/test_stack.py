@@ -114,7 +114,7 @@ def test_a_second_up_quantizes_nothing(stack: ComposeProject, measure) -> None:
 
 
 def test_a_batch_job_beside_it(stack: ComposeProject) -> None:
-    flags = ["--source=/models/demo", "--artifacts=/artifacts", "--name=second", "--method=awq"]
+    flags = ["--source=/models/demo", "--artifacts=/artifacts", "--name=second"]
     done = stack.compose("run", "--rm", "--no-deps", "quantizer", "run", *flags)
     assert done.stdout.splitlines()[0].startswith("/artifacts/second/")
     assert artifact_facts(stack, "second").splitlines()[0] == done.stdout.splitlines()[0].rpartition("/")[2]
