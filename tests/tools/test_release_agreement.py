@@ -23,6 +23,7 @@ KUSTOMIZATION = """
 images:
   - {name: weft/engine, newTag: 1.2.3-cuda}
 """
+LABEL = 'LABEL org.opencontainers.image.title="x" \\\n      org.opencontainers.image.version="1.2.3" \\\n'
 POD = "spec:\n  containers:\n    - image: weft/quantizer\n"
 
 
@@ -38,17 +39,20 @@ def checkout(tmp_path: Path) -> Path:
     (tmp_path / "deploy" / "base").mkdir(parents=True)
     (tmp_path / "deploy" / "base" / "kustomization.yaml").write_text(KUSTOMIZATION)
     (tmp_path / "deploy" / "base" / "pod.yaml").write_text(POD)
+    (tmp_path / "services" / "engine").mkdir(parents=True)
+    (tmp_path / "services" / "engine" / "Dockerfile").write_text(LABEL)
+    (tmp_path / "README.md").write_text("pip install 'weft-1.2.3-py3-none-any.whl[engine]'\n")
     return tmp_path
 
 
 def test_this_checkout_agrees_with_itself() -> None:
-    version, found, num_images = problems(ROOT, tags=[])
+    version, found, num_places = problems(ROOT, tags=[])
     assert (version, found) == (__version__, [])
-    assert num_images >= 4, "compose names an image for each service"
+    assert num_places >= 8, "compose, manifests, Dockerfiles, a client, pages"
 
 
 def test_all_the_same(checkout: Path) -> None:
-    assert problems(checkout, ["v1.2.3", "nightly"]) == ("1.2.3", [], 3)
+    assert problems(checkout, ["v1.2.3", "nightly"]) == ("1.2.3", [], 5)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,8 @@ def test_all_the_same(checkout: Path) -> None:
         ("docker-compose.yml", '"weft/gateway:1.2.3"', "weft/gateway", "docker-compose.yml: latest"),
         ("deploy/base/kustomization.yaml", "1.2.3-cuda", "1.2.4-cuda", "kustomization.yaml: 1.2.4-cuda"),
         ("deploy/base/pod.yaml", "weft/quantizer", "registry:5000/weft/quantizer:1.0.0", "pod.yaml: 1.0.0"),
+        ("services/engine/Dockerfile", "1.2.3", "1.2", "services/engine/Dockerfile: 1.2, the package is"),
+        ("README.md", "weft-1.2.3", "weft-1.2.4", "README.md: 1.2.4"),
         ("CHANGELOG.md", "## 1.2.3", "## 1.2.2", "the newest entry is 1.2.2"),
         ("CHANGELOG.md", "* It is.", "", "nothing is written under 1.2.3"),
     ],

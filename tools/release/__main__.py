@@ -41,15 +41,15 @@ class Outcome:
 
 
 def check_agreement(work: Work) -> str:
-    """Version, changelog, image tags and the commit's tag."""
+    """Version, changelog, image tags and whatever else names a version, and the commit's tag."""
     tags = work.run(["git", "tag", "--points-at", "HEAD"], cwd=work.checkout).out.split()
     try:
-        version, problems, num_images = agreement.problems(work.checkout, tags)
+        version, problems, num_places = agreement.problems(work.checkout, tags)
     except (OSError, ValueError) as error:
         raise StepFailed(str(error)) from None
     if problems:
         raise StepFailed(f"{len(problems)} at odds\n" + "\n".join(problems))
-    return f"{version}: package, changelog, {num_images} image tags{', tag' if tags else ''}"
+    return f"{version}: package, changelog, {num_places} tags, labels and pages{', tag' if tags else ''}"
 
 
 # In this order; a step takes what those before it have made.

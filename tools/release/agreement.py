@@ -20,6 +20,13 @@ _NEW_TAG = re.compile(r"""newTag:\s*["']?([^"',}\s]+)""")
 _LABEL = re.compile(r"""app\.kubernetes\.io/version:\s*["']?([^"',}\s]+)""")
 _DEFAULT = re.compile(r"\$\{[A-Za-z_]\w*:?-([^}]*)\}")
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")
+# Where else a version stands: files, and what to look for in them.
+_ELSEWHERE = (
+    ("services/*/Dockerfile", re.compile(r"""image\.version=["']?([^"'\s\\]+)""")),
+    ("clients/*/package.json", re.compile(r'''^  "version": "([^"]*)"''', re.M)),
+    ("README.md", re.compile(r"\bweft-(\d[^-\s]*)-py3-none-any\.whl")),
+    ("docs/releasing.md", re.compile(r"\bweft-(\d[^-\s]*)-py3-none-any\.whl")),
+)
 # What a tag may add to a version: a build of the same sources for another device.
 _VARIANT = re.compile(r"-(cpu|cuda|gpu)$")
 
@@ -73,6 +80,14 @@ def image_tags(root: Path) -> Iterator[Named]:
             yield Named(path.relative_to(root).as_posix(), tag)
 
 
+def other_versions(root: Path) -> Iterator[Named]:
+    """Versions in labels of images, in packages of clients, and in what the pages tell people to type."""
+    for pattern, regex in _ELSEWHERE:
+        for path in sorted(root.glob(pattern)):
+            for version in regex.findall(path.read_text(encoding="utf-8")):
+                yield Named(path.relative_to(root).as_posix(), version)
+
+
 def _tags_of(path: Path, root: Path, without: str | None) -> Iterator[Named]:
     for image in _IMAGE.findall(path.read_text(encoding="utf-8")):
         ours = _OURS.search(_DEFAULT.sub(r"\1", image))
@@ -81,15 +96,15 @@ def _tags_of(path: Path, root: Path, without: str | None) -> Iterator[Named]:
 
 
 def problems(root: Path, tags: Sequence[str]) -> tuple[str, list[str], int]:
-    """The version, whatever does not agree with it, and how many image tags were compared. `tags` are those
-    of the commit. Raises ValueError, OSError.
+    """The version, whatever does not agree with it, and how many places were compared. `tags` are those of
+    the commit. Raises ValueError, OSError.
     """
     version = package_version(root)
     releases = [tag for tag in tags if tag.startswith("v")]
     changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
     found = changelog_problems(changelog, version, is_tagged=bool(releases))
     found += [f"the tag {tag} is not v{version}" for tag in releases if tag != f"v{version}"]
-    named = list(image_tags(root))
+    named = [*image_tags(root), *other_versions(root)]
     found += [
         f"{where}: {tag}, the package is {version}"
         for where, tag in named
