@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OWN = "weft"
-MAX_ERROR = 0.1
+MAX_ERROR = 0.05
 """Logits further than this from the reference (relative norm of the difference, worst row) are wrong."""
 
 

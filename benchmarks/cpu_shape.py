@@ -129,7 +129,7 @@ QUICK = Workload(context=128, prefill=160, steps=((1, 3), (4, 3)), warm_steps=1,
 def folder_name(dimensions: Dimensions, workload: Workload) -> str:
     """Equal names: equal weights and prompts."""
     values = (*asdict(dimensions).values(), workload.context, workload.prefill, workload.num_prompts)
-    return "-".join(str(value) for value in values)
+    return "-".join(str(value) for value in ("v2", *values))
 
 
 def from_spec(spec: dict[str, Any]) -> tuple[Dimensions, Workload]:

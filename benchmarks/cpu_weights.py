@@ -4,10 +4,10 @@
 
 Writes a plain bf16 checkpoint (`plain`), the same weights in AutoAWQ's 4-bit format (`awq`), and
 `reference.npz`: logits computed by transformers in fp32. Each linear's weights lie on a grid that int4 in
-groups of 128 holds exactly, and so do GGUF's Q4_0 and bf16: a 4-bit number less 8, times a scale of four
-significant bits, with -8 in every block of 32 (from which Q4_0 takes its scale). So systems may differ in
-how they round activations, and the output head where it is kept in another type. Knows no system that is
-timed.
+groups of 128 holds exactly, and so do GGUF's Q4_0 and bf16: -8 .. 7 or -7 .. 8 times a scale of four
+significant bits, with a -8, or 8, in every block of 32 (from which Q4_0 takes its scale). So systems may
+differ in how they round activations, and the output head where it is kept in another type. Knows no system
+that is timed.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,39 +26,46 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.cpu_shape import Dimensions, Workload, from_spec, tensor_names
-from weft.artifact.packing import SYMMETRIC_ZERO, pack_int4
+from weft.artifact.packing import pack_int4
 
 Q4_0_BLOCK = 32
 
 
-def grid_weight(
-    shape: tuple[int, int], size: float, group: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """(numbers uint8 [out, in] of 0 .. 15, scales fp32 [out, in / group]); the weight, (number - 8) * scale,
-    has a standard deviation of about `size`.
+class GridWeight(NamedTuple):
+    """A weight [out, in] that is (number - zero) * scale: numbers uint8 of 0 .. 15 [out, in], zeros uint8 and
+    scales fp32 [out, in / group].
     """
+
+    numbers: Tensor
+    zeros: Tensor
+    scales: Tensor
+
+    def dense(self) -> Tensor:
+        """In bf16, exactly."""
+        grouped = self.numbers.unflatten(1, (self.scales.shape[1], -1)).float()
+        return ((grouped - self.zeros.unsqueeze(-1)) * self.scales.unsqueeze(-1)).flatten(1).bfloat16()
+
+    def awq(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """In AutoAWQ's layout."""
+        yield f"{name}.qweight", pack_int4(self.numbers.t().contiguous())
+        yield f"{name}.qzeros", pack_int4(self.zeros.t().contiguous())
+        yield f"{name}.scales", self.scales.t().half().contiguous()
+
+
+def grid_weight(shape: tuple[int, int], size: float, group: int, generator: torch.Generator) -> GridWeight:
+    """Random, with a mean of zero and a standard deviation of about `size`."""
     rows, columns = shape
-    numbers = torch.randint(1, 16, (rows, columns // Q4_0_BLOCK, Q4_0_BLOCK), generator=generator).to(
-        torch.uint8
-    )
+    drawn = torch.randint(1, 16, (rows, columns // Q4_0_BLOCK, Q4_0_BLOCK), generator=generator)
     where = torch.randint(0, Q4_0_BLOCK, (rows, columns // Q4_0_BLOCK, 1), generator=generator)
-    numbers.scatter_(2, where, 0)
+    numbers = drawn.to(torch.uint8).scatter_(2, where, 0).view(rows, columns // group, group)
+    # Half of the groups are turned round. Otherwise the many -8 would give every output the same sign, the
+    # layers would add it up, and logits would say little but that.
+    is_turned = torch.randint(0, 2, (rows, columns // group, 1), generator=generator).bool()
+    numbers = torch.where(is_turned, 15 - numbers, numbers)
+    zeros = torch.where(is_turned, 7, 8).to(torch.uint8).squeeze(-1)
     power = 2.0 ** math.floor(math.log2(size / 4.5))
     eighths = torch.randint(0, 8, (rows, columns // group), generator=generator)
-    return numbers.view(rows, columns), power * (1 + eighths / 8)
-
-
-def weight_of(numbers: Tensor, scales: Tensor) -> Tensor:
-    """The bf16 weight [out, in] that they mean, exactly."""
-    grouped = numbers.unflatten(1, (scales.shape[1], -1)).float()
-    return ((grouped - SYMMETRIC_ZERO) * scales.unsqueeze(-1)).flatten(1).bfloat16()
-
-
-def awq_tensors(name: str, numbers: Tensor, scales: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """A linear in AutoAWQ's layout."""
-    yield f"{name}.qweight", pack_int4(numbers.t().contiguous())
-    yield f"{name}.qzeros", pack_int4(torch.full(scales.t().shape, SYMMETRIC_ZERO, dtype=torch.uint8))
-    yield f"{name}.scales", scales.t().half().contiguous()
+    return GridWeight(numbers.view(rows, columns), zeros, power * (1 + eighths / 8))
 
 
 def write_checkpoints(folder: Path, dimensions: Dimensions) -> None:
@@ -71,10 +79,10 @@ def write_checkpoints(folder: Path, dimensions: Dimensions) -> None:
             packed[name] = plain[name]
             continue
         size = 1.0 if name == "model.embed_tokens.weight" else shape[1] ** -0.5
-        numbers, scales = grid_weight((shape[0], shape[1]), size, dimensions.group_size, generator)
-        plain[name] = weight_of(numbers, scales)
+        weight = grid_weight((shape[0], shape[1]), size, dimensions.group_size, generator)
+        plain[name] = weight.dense()
         if name.endswith("proj.weight"):
-            packed.update(awq_tensors(name.removesuffix(".weight"), numbers, scales))
+            packed.update(weight.awq(name.removesuffix(".weight")))
         else:
             packed[name] = plain[name]
     for kind, tensors in (("plain", plain), ("awq", packed)):

@@ -40,8 +40,8 @@ def prepared(tmp_path_factory, root):
 
 
 def make_bench(folder, out, kinds, runs=2):
-    """This engine and stand-ins of these kinds, by the rivals' names."""
-    names = [OWN, *kinds]
+    """This engine, and stand-ins of these kinds by the name of what they stand for."""
+    names = list(dict.fromkeys([OWN, *kinds]))
     return cpu.Bench(
         TINY,
         QUICK,
@@ -93,14 +93,14 @@ def test_the_whole_of_it_with_one_right_rival_and_one_wrong_one(prepared, tmp_pa
     assert {row[1].split()[0] for row in rows} == {OWN, "llama.cpp"}
 
 
-def test_a_system_that_fails_on_the_way_loses_its_times_and_the_others_go_on(prepared, tmp_path, capsys):
+def test_a_system_that_fails_on_the_way_loses_its_times_and_the_others_go_on(prepared, tmp_path):
     (prepared / "q4_0.gguf").touch()
-    bench = make_bench(prepared, tmp_path, {"llama.cpp": "failing"}, runs=1)
+    bench = make_bench(prepared, tmp_path, {OWN: "right", "llama.cpp": "failing"}, runs=1)
     own, failed = bench.measure()[0]
     assert failed.failure is not None
     assert failed.failure.startswith("llama.cpp: ValueError: no memory; see ")
     assert failed.rates == {}
-    assert set(own.rates) == set(QUICK.cases)
+    assert own.rates == {"decode 1": [2.0], "decode 4": [8.0], "prefill 160": [80.0]}
 
 
 def test_a_worker_that_cannot_start_says_so_in_one_line(tmp_path):
@@ -108,7 +108,7 @@ def test_a_worker_that_cannot_start_says_so_in_one_line(tmp_path):
     spec.write_text("{}")
     worker = Worker(OWN, sys.executable, spec, tmp_path / "log")
     try:
-        with pytest.raises(WorkerFailed, match=r"^weft: KeyError: 'dimensions'; see .*log$"):
+        with pytest.raises(WorkerFailed, match=r"^weft: KeyError: 'workload'; see .*log$"):
             worker.read()
         with pytest.raises(WorkerFailed, match=r"^weft ended with 0"):
             worker.ask(do="facts")

@@ -12,7 +12,7 @@ import torch
 from benchmarks.cpu_gguf import gguf_name, interleaved, read_bfloat16
 from benchmarks.cpu_profile import Clock
 from benchmarks.cpu_shape import QUICK, TINY, tensor_names, to_spec
-from benchmarks.cpu_weights import Q4_0_BLOCK, awq_tensors, grid_weight, weight_of, write_checkpoints
+from benchmarks.cpu_weights import Q4_0_BLOCK, grid_weight, write_checkpoints
 from benchmarks.cpu_worker import relative_error
 from weft.artifact.packing import dequantize
 
@@ -28,18 +28,21 @@ def q4_0(weight):
 
 def test_every_format_holds_the_same_weights():
     generator = torch.Generator().manual_seed(0)
-    numbers, scales = grid_weight((64, 256), 0.02, 128, generator)
-    weight = weight_of(numbers, scales)
-    exact = (numbers.view(64, 2, 128).double() - 8) * scales.double().unsqueeze(-1)
+    grid = grid_weight((64, 256), 0.02, 128, generator)
+    weight = grid.dense()
+    exact = (
+        grid.numbers.view(64, 2, 128).double() - grid.zeros.unsqueeze(-1)
+    ) * grid.scales.double().unsqueeze(-1)
     assert torch.equal(weight.double(), exact.view(64, 256))
-    stored = dict(awq_tensors("a", numbers, scales))
-    assert torch.equal(
-        dequantize(stored["a.qweight"], stored["a.qzeros"], stored["a.scales"]).T, weight.float()
-    )
+    stored = dict(grid.awq("a"))
+    unpacked = dequantize(stored["a.qweight"], stored["a.qzeros"], stored["a.scales"])
+    assert torch.equal(unpacked.T, weight.float())
     assert np.array_equal(q4_0(weight.float().numpy()), weight.float().numpy())
     assert np.array_equal(weight.half().float().numpy(), weight.float().numpy())
     assert 0.012 < weight.float().std() < 0.03
-    assert scales.unique().numel() == 8
+    assert abs(weight.float().mean()) < 0.0005
+    assert grid.scales.unique().numel() == 8
+    assert set(grid.zeros.unique().tolist()) == {7, 8}
 
 
 def test_the_checkpoint_is_read_without_torch_as_it_was_written(tmp_path):
