@@ -115,6 +115,7 @@ class Connection(asyncio.Protocol):
         """Send a request and read its answer. Raises HttpBroken, OSError and what `on_body` raises."""
         if self.transport is None or not self.is_open:
             raise ConnectionResetError("the connection has ended")
+        self.resume()  # a slow reader may have had it before
         self._parser, self._on_body = AnswerParser(), on_body
         self._done = asyncio.get_running_loop().create_future()
         try:

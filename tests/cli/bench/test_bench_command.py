@@ -154,6 +154,10 @@ def test_cancels_are_sent_and_told_apart(bench: Any, timed: TimedServer, protoco
     assert groups["measured"]["ok"] == groups["measured"]["sent"] == point["latency_ms"]["ttft"]["count"]
     # One whose last token was on its way may have ended before the cancel.
     assert groups["cancelled"]["cancelled"] >= groups["cancelled"]["sent"] - 1
+    until = time.monotonic() + 20
+    while not any(truth.is_cancelled for truth in timed.truths) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert any(truth.is_cancelled for truth in timed.truths), "the server was not told"
     received = point["others"]["cancelled"]["tokens_received"]
     assert 1 <= received["min"] <= received["max"] < 20
     assert point["others"]["cancelled"]["latency_ms"]["ttft"]["count"] == groups["cancelled"]["sent"]
@@ -183,7 +187,9 @@ def test_a_duration_ends_the_sending_and_waits_for_the_rest(bench: Any, timed: T
 def test_warm_up_is_apart(bench: Any, timed: TimedServer) -> None:
     point = bench(where("grpc", timed), *["--requests", "5", "--warmup", "7", "--output-tokens", "2"]).point
     assert (point["requests"]["sent"], point["warmup"]) == (5, {"requests": 7, "failed": 0})
-    assert timed.num_requests == 12
+    prompts = [body["prompt"] for body in timed.bodies if body["max_tokens"] == 4]
+    # What the server remembers of the warm-up must be of no use to the run.
+    assert len(prompts) == len(set(prompts)) == 12
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
