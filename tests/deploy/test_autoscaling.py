@@ -17,7 +17,7 @@ from tests.deploy.kubernetes_manifests import (
     of_kind,
     one,
 )
-from tests.deploy.observed import known_series, problems
+from tests.deploy.observed import OBSERVE, known_series, problems
 from tests.deploy.running import Families
 from tests.deploy.test_manifest_wiring import config_of
 
@@ -97,6 +97,9 @@ def test_targets_are_below_what_one_pod_takes() -> None:
 def test_the_scrape_adds_the_labels_that_the_rules_need() -> None:
     loaded = yaml.safe_load((FOLDER / "examples" / "prometheus-scrape.yaml").read_text(encoding="utf-8"))
     objects = manifests("cpu")
+    compose = yaml.safe_load((OBSERVE / "prometheus.yml").read_text(encoding="utf-8"))["scrape_configs"]
+    jobs = [job["job_name"] for job in loaded["scrape_configs"]]
+    assert jobs == [job["job_name"] for job in compose], "alerts name them"
     for job in loaded["scrape_configs"]:
         rules = job["relabel_configs"]
         assert {rule["target_label"] for rule in rules if "target_label" in rule} == ADDED
