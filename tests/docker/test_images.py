@@ -122,6 +122,18 @@ def test_the_engine_compiles_and_loads_a_launcher(stack: ComposeProject) -> None
     assert done.stdout.split() == ["10001", "3"], done.stderr
 
 
+def test_the_engine_compiles_its_own_kernels(stack: ComposeProject) -> None:
+    """Where the processor has what they need; kept on the volume, found again by the next process."""
+    code = (
+        "from pathlib import Path; from services.engine.kernels import native\n"
+        "has = 'avx512_bf16' in Path('/proc/cpuinfo').read_text()\n"
+        "print(has, native.library(Path('/cache')) is not None, len(list(Path('/cache').glob('*.so'))))"
+    )
+    for _ in range(2):
+        done = stack.execute("engine", "python", "-c", code)
+        assert done.stdout.split() in (["True", "True", "1"], ["False", "False", "0"]), done.stderr
+
+
 def test_limits_are_set(stack: ComposeProject) -> None:
     for service, memory in (("engine", 8 << 30), ("gateway", 1 << 30), ("quantizer", 8 << 30)):
         host = stack.state(service)["HostConfig"]
