@@ -138,26 +138,54 @@ typedef struct {
     float scores[UNIT_ROWS * PANEL], out[UNIT_ROWS * MAX_HEAD_DIM], highest[UNIT_ROWS], sum[UNIT_ROWS];
 } Unit;
 
+/* Rows of 16 numbers become columns: first pairs within 128 bits, then those 128 bits. */
+INLINE void transpose(__m512i r[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 4) {
+        const __m512i a = _mm512_unpacklo_epi32(r[i], r[i + 1]), b = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+        const __m512i c = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]), d = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
+        t[i] = _mm512_unpacklo_epi64(a, c), t[i + 1] = _mm512_unpackhi_epi64(a, c);
+        t[i + 2] = _mm512_unpacklo_epi64(b, d), t[i + 3] = _mm512_unpackhi_epi64(b, d);
+    }
+    for (int i = 0; i < 4; i++) {
+        const __m512i a = _mm512_shuffle_i32x4(t[i], t[i + 4], 0x88), b = _mm512_shuffle_i32x4(t[i], t[i + 4], 0xDD);
+        const __m512i c = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0x88);
+        const __m512i d = _mm512_shuffle_i32x4(t[i + 8], t[i + 12], 0xDD);
+        r[i] = _mm512_shuffle_i32x4(a, c, 0x88), r[i + 8] = _mm512_shuffle_i32x4(a, c, 0xDD);
+        r[i + 4] = _mm512_shuffle_i32x4(b, d, 0x88), r[i + 12] = _mm512_shuffle_i32x4(b, d, 0xDD);
+    }
+}
+
 /* The operands of keys first .. first + 63 of a kv head; those outside of [low, high) become zeros. */
 static void load_tile(const Attention *a, int64_t seq, int64_t kv_head, int64_t first, int64_t low, int64_t high,
                       Unit *u) {
+    static const uint16_t nothing[MAX_HEAD_DIM] __attribute__((aligned(64)));
     const int64_t panels = (a->dim + PANEL - 1) / PANEL;
+    const uint16_t *keys[PANEL], *values[PANEL];
     for (int64_t i = 0; i < PANEL; i++) {
         const int64_t at = first + i;
-        const uint16_t *key = NULL, *value = NULL;
-        if (at >= low && at < high) {
-            const int64_t block = a->tables[seq * a->table_width + at / a->block_size];
-            const int64_t place = ((block * a->kv_heads + kv_head) * a->block_size + at % a->block_size) * a->dim;
-            key = a->keys + place, value = a->values + place;
-        }
-        for (int64_t p = 0; p < a->dim / 2; p++) u->keys[p * PANEL + i] = key ? ((const uint32_t *)key)[p] : 0;
-        /* Values are paired along the keys: this one is the lower or the upper half of its pair. */
-        uint16_t *to = (uint16_t *)u->values + i % 2;
-        for (int64_t d = 0; d < a->dim; d++)
-            to[2 * (((d / PANEL) * (PANEL / 2) + i / 2) * PANEL + d % PANEL)] = value ? value[d] : 0;
-        for (int64_t d = a->dim; d < panels * PANEL; d++)
-            to[2 * (((d / PANEL) * (PANEL / 2) + i / 2) * PANEL + d % PANEL)] = 0;
+        keys[i] = values[i] = nothing;
+        if (at < low || at >= high) continue;
+        const int64_t block = a->tables[seq * a->table_width + at / a->block_size];
+        const int64_t place = ((block * a->kv_heads + kv_head) * a->block_size + at % a->block_size) * a->dim;
+        keys[i] = a->keys + place, values[i] = a->values + place;
     }
+    for (int b = 0; b < BLOCKS; b++)
+        for (int64_t p = 0; p < a->dim / 2; p += 16) {
+            __m512i rows[16];
+            for (int i = 0; i < 16; i++) rows[i] = _mm512_loadu_si512(keys[16 * b + i] + 2 * p);
+            transpose(rows);
+            for (int i = 0; i < 16; i++) _mm512_storeu_si512(u->keys + (p + i) * PANEL + 16 * b, rows[i]);
+        }
+    for (int64_t i = 0; i < PANEL; i += 2) /* values are paired along the keys */
+        for (int64_t d = 0; d < panels * PANEL; d += 16) {
+            __m512i pair = _mm512_setzero_si512();
+            if (d < a->dim)
+                pair = _mm512_or_si512(
+                    _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(values[i] + d))),
+                    _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(values[i + 1] + d))), 16));
+            _mm512_storeu_si512(u->values + ((d / PANEL) * (PANEL / 2) + i / 2) * PANEL + d % PANEL, pair);
+        }
 }
 
 /* Scores of one (row, head) over keys first .. first + 63, of which it sees [low, high): the running maximum and
@@ -231,12 +259,12 @@ static void attend(const Attention *a, int64_t seq, int64_t kv_head, int64_t row
 void weft_attention(const Attention *a, const int64_t *units, int64_t num_units, int64_t rows_each, int64_t threads) {
 #pragma omp parallel num_threads((int)threads) if (num_units * a->kv_heads > 1)
     {
-        Unit *u = aligned_alloc(64, (sizeof(Unit) + 63) / 64 * 64);
+        static _Thread_local Unit *u; /* kept: fresh memory costs more in page faults than a short context */
+        if (!u) u = aligned_alloc(64, (sizeof(Unit) + 63) / 64 * 64);
 #pragma omp for schedule(dynamic, 1)
         for (int64_t i = 0; i < num_units * a->kv_heads; i++) {
             const int64_t *unit = units + i / a->kv_heads * 2, left = a->lengths[unit[0]] - unit[1];
             attend(a, unit[0], i % a->kv_heads, unit[1], left < rows_each ? left : rows_each, u);
         }
-        free(u);
     }
 }
