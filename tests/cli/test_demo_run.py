@@ -63,7 +63,14 @@ def test_everything_ends_well(first: subprocess.CompletedProcess[str]) -> None:
     assert "16 of 16" in first.stdout
     assert "0 active" in first.stdout
     assert re.search(r"[1-9]\d* streams went on at the", first.stdout), first.stdout
-    for name in ("tokens/s", "TTFT", "ITL", "peak batch", "perplexity, source", "perplexity, 4-bit, as chosen"):
+    for name in (
+        "tokens/s",
+        "TTFT",
+        "ITL",
+        "peak batch",
+        "perplexity, source",
+        "perplexity, 4-bit, as chosen",
+    ):
         assert name in first.stdout
 
 
