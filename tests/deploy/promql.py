@@ -9,7 +9,17 @@ import re
 from dataclasses import dataclass, field
 
 AGGREGATES = {"sum", "max", "min", "avg", "count", "topk", "bottomk", "quantile", "stddev", "group"}
-FUNCTIONS = {"rate", "increase", "irate", "deriv", "delta", "histogram_quantile", "vector", "absent"}
+FUNCTIONS = {
+    "rate",
+    "increase",
+    "irate",
+    "deriv",
+    "delta",
+    "histogram_quantile",
+    "vector",
+    "absent",
+    "max_over_time",
+}
 GROUPINGS = {"by", "without", "on", "ignoring", "group_left", "group_right"}
 OPERATORS = {"and", "or", "unless", "bool", "offset"}
 _TOKEN = re.compile(
