@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,15 @@ class Series:
 
 @dataclass(frozen=True)
 class Chart:
-    """One pair of axes."""
+    """One pair of axes. With `is_load_x` the loads themselves are marked, by their ratios where they are far
+    apart.
+    """
 
     title: str
     unit: str
     x_title: str
     series: tuple[Series, ...]
-    is_log_x: bool = False
+    is_load_x: bool = False
 
 
 def charts_of(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Chart]:
@@ -42,8 +44,7 @@ def charts_of(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> list
 
 def against_load(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Chart]:
     """Each load is a point of each curve."""
-    x_title, xs = _axis(documents)
-    is_log = bool(xs) and max(xs) / min(xs) >= 8
+    x_title = _axis(documents)
 
     def prefix(run: int) -> str:
         return f"{names[run]} " if len(documents) > 1 else ""
@@ -63,21 +64,35 @@ def against_load(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> l
         )
 
     charts = [
-        Chart("Time to first token", "ms", x_title, curves("ttft"), is_log),
-        Chart("Gap between tokens (ITL)", "ms", x_title, curves("itl"), is_log),
-        Chart("End to end", "ms", x_title, curves("e2e"), is_log),
+        Chart("Time to first token", "ms", x_title, curves("ttft"), is_load_x=True),
+        Chart("Gap between tokens (ITL)", "ms", x_title, curves("itl"), is_load_x=True),
+        Chart("End to end", "ms", x_title, curves("e2e"), is_load_x=True),
         Chart(
-            "Output tokens", "per second", x_title, rates(("output_tokens_per_s", "output tokens")), is_log
+            "Output tokens", "per second", x_title, rates(("output_tokens_per_s", "tokens")), is_load_x=True
         ),
         Chart(
             "Requests",
             "per second",
             x_title,
             rates(("requests_per_s", "answered"), ("goodput_requests_per_s", "good")),
-            is_log,
+            is_load_x=True,
         ),
     ]
-    return _drawn(charts)
+    return _drawn([*charts, _against_throughput(documents, prefix)])
+
+
+def _against_throughput(documents: Sequence[dict[str, Any]], prefix: Callable[[int], str]) -> Chart:
+    """What more throughput costs in latency; the points of a curve are in the order of the loads' rates."""
+    series = []
+    for run, document in enumerate(documents):
+        for rank, percent in enumerate(PERCENTILES):
+            pairs = (
+                (point["throughput"]["output_tokens_per_s"], point["latency_ms"]["itl"][percent])
+                for point in document["points"]
+            )
+            known = tuple(sorted((x, y) for x, y in pairs if x is not None and y is not None))
+            series.append(Series(f"{prefix(run)}{percent}", known, rank, run))
+    return Chart("ITL against throughput", "ms", "output tokens per second", tuple(series))
 
 
 def over_time(point: dict[str, Any]) -> list[Chart]:
@@ -102,6 +117,11 @@ def over_time(point: dict[str, Any]) -> list[Chart]:
         Chart("Output tokens", "per second", second, (curve("output tokens", "output_tokens_per_s"),)),
         Chart("Requests in flight", f"most in each {step:g} s", second, (curve("in flight", "in_flight"),)),
     ]
+    ttfts = sorted(e["ttft_ms"] for e in timeline if e["outcome"] == "ok" and e["ttft_ms"] is not None)
+    if len(ttfts) > 1:
+        places = tuple((100.0 * rank / (len(ttfts) - 1), value) for rank, value in enumerate(ttfts))
+        percent = "percent of requests that were as quick"
+        charts.append(Chart("Time to first token", "ms", percent, (Series("request", places),)))
     return _drawn(charts)
 
 
@@ -111,19 +131,15 @@ def _drawn(charts: list[Chart]) -> list[Chart]:
     for chart in charts:
         series = tuple(one for one in chart.series if one.points)
         if series:
-            found.append(Chart(chart.title, chart.unit, chart.x_title, series, chart.is_log_x))
+            found.append(Chart(chart.title, chart.unit, chart.x_title, series, chart.is_load_x))
     return found
 
 
-def _axis(documents: Sequence[dict[str, Any]]) -> tuple[str, list[float]]:
+def _axis(documents: Sequence[dict[str, Any]]) -> str:
     kinds = {point["load"]["kind"] for document in documents for point in document["points"]}
-    if kinds == {"closed"}:
-        title = "requests at once"
-    elif kinds == {"open"}:
-        title = "requests sent per second"
-    else:
-        title = "requests in flight, mean"
-    return title, [x for d in documents for p in d["points"] if (x := _x(p, kinds)) > 0]
+    titles = {"closed": "requests at once", "open": "requests sent per second"}
+    mixed = "requests in flight, mean"
+    return titles.get(next(iter(kinds)), mixed) if len(kinds) == 1 else mixed
 
 
 def _x(point: dict[str, Any], kinds: set[str]) -> float:

@@ -26,9 +26,9 @@ body { margin: 0 auto; padding: 24px; max-width: 1240px; background: var(--page)
   font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 20px; margin: 0 0 4px; } p { margin: 2px 0; color: var(--soft); overflow-wrap: anywhere; }
 p.warning { color: var(--ink); border-left: 3px solid var(--r1p1); padding-left: 8px; margin: 6px 0; }
-main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 20px;
+main { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 20px;
   margin: 20px 0; }
-svg { width: 100%; height: auto; display: block; font: 12px system-ui, sans-serif; }
+svg { width: 100%; max-width: 640px; height: auto; display: block; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--soft); } svg .title { fill: var(--ink); font-size: 14px; font-weight: 600; }
 svg .unit { fill: var(--soft); font-size: 12px; font-weight: 400; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--soft); }
@@ -101,7 +101,9 @@ def page(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> str:
         for rank in range(3)
     )
     # A lone curve is of the middle shade, which is easiest to see.
-    colours += "\n.dot.r0.p0, .lone circle { fill: var(--r0p1); } .lone .curve { stroke: var(--r0p1); }"
+    colours += (
+        "\n.dot.r0.p0, .lone circle.r0.p0 { fill: var(--r0p1); } .lone .curve.r0.p0 { stroke: var(--r0p1); }"
+    )
     charts = charts_of(documents, names)
     is_named = len(documents) > 1
     pairs = list(zip(documents, names, strict=True))

@@ -35,9 +35,10 @@ def write_png(path: Path, charts: Sequence[Chart], title: str) -> None:
         axes.set_title(f"{chart.title}, {chart.unit}", loc="left", fontsize=11)
         axes.set_xlabel(chart.x_title)
         axes.set_ylim(bottom=0)
-        if chart.is_log_x:
+        if chart.is_load_x:
             loads = sorted({x for series in chart.series for x, _ in series.points})
-            axes.set_xscale("log", base=2)
+            if min(loads) > 0 and max(loads) / min(loads) >= 8:
+                axes.set_xscale("log", base=2)
             axes.set_xticks(loads, [f"{x:g}" for x in loads])
             axes.minorticks_off()
         axes.grid(alpha=0.25)

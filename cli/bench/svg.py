@@ -9,8 +9,9 @@ from cli.bench.charts import Chart, Series
 from cli.bench.table import number
 
 WIDTH, HEIGHT = 560, 320
-LEFT, RIGHT, TOP, BOTTOM = 64, 92, 40, 48
+LEFT, RIGHT, TOP, BOTTOM = 64, 96, 40, 48
 _LABEL_GAP = 14
+MAX_LABEL_CHARS = 12
 
 
 def ticks(high: float, count: int = 5) -> list[float]:
@@ -29,17 +30,11 @@ class _Scale:
     def __init__(self, chart: Chart) -> None:
         xs = [x for series in chart.series for x, _ in series.points]
         ys = [y for series in chart.series for _, y in series.points]
-        self.is_log = chart.is_log_x and min(xs) > 0
+        self.is_log = chart.is_load_x and min(xs) > 0 and max(xs) / min(xs) >= 8
         self.y_ticks = ticks(max(ys))
-        if self.is_log or len(set(xs)) <= 6:
-            self.x_ticks = sorted(set(xs))
-        else:
-            self.x_ticks = ticks(max(xs))
-        low, high = min(xs), max(max(xs), self.x_ticks[-1])
-        if not self.is_log and not any(series.is_scatter for series in chart.series):
-            low = min(low, 0.0) if len(set(xs)) > 6 else low
-        if not self.is_log and len(set(xs)) > 6:
-            low = 0.0
+        self.x_ticks = sorted(set(xs)) if chart.is_load_x else ticks(max(xs))
+        low = min(xs) if chart.is_load_x else 0.0
+        high = max(max(xs), self.x_ticks[-1])
         self._low, self._high = (math.log2(low), math.log2(high)) if self.is_log else (low, high)
 
     def x(self, value: float) -> float:
@@ -122,16 +117,24 @@ def _labels(chart: Chart, scale: _Scale) -> list[str]:
     ys = [y for y, _, _ in ends]
     for index in range(1, len(ys)):
         ys[index] = max(ys[index], ys[index - 1] + _LABEL_GAP)
-    overshoot = max(0.0, ys[-1] - (HEIGHT - BOTTOM))
-    ys = [y - overshoot for y in ys]
+    ys[-1] = min(ys[-1], HEIGHT - BOTTOM)
+    for index in range(len(ys) - 2, -1, -1):
+        ys[index] = min(ys[index], ys[index + 1] - _LABEL_GAP)
     return [
         f'<text class="label r{series.run} p{series.rank}" x="{x + 9:.1f}" y="{y + 4:.1f}">'
-        f"{escape(series.name)}</text>"
+        f"{escape(_short(series.name))}</text>"
         for y, (_, x, series) in zip(ys, ends, strict=True)
     ]
 
 
+def _short(name: str) -> str:
+    """What tells the curves of a run apart stands at the end."""
+    run, _, which = name.rpartition(" ")
+    room = MAX_LABEL_CHARS - len(which) - 1
+    return name if len(run) <= room else f"{run[: max(1, room - 1)]}\u2026 {which}"
+
+
 def _tick(value: float) -> str:
-    if value >= 10_000:
-        return f"{value / 1000:g}k"
+    if value >= 1000:
+        return f"{value:,.0f}"
     return f"{value:g}" if value == int(value) or value >= 0.01 else f"{value:.1e}"

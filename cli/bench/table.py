@@ -108,28 +108,28 @@ def show(console: Console, document: dict[str, Any]) -> None:
 
 def throughput_table(points: list[dict[str, Any]], has_targets: bool) -> Table:
     """One row a load: where its requests went, and the rates."""
+    has_others = any(_others(point) for point in points)
     table = Table(title="requests and rates", **PLAIN)
-    for heading in ("load", "sent", "ok", "failed", "other", "req/s", "in tok/s", "out tok/s", "peak"):
+    headings = ["load", "sent", "ok", "fail", *(["other"] if has_others else [])]
+    headings += ["req/s", "in tok/s", "out tok/s", "peak", *(["good/s", "good"] if has_targets else [])]
+    for heading in headings:
         table.add_column(heading, justify="left" if heading == "load" else "right", no_wrap=True)
-    if has_targets:
-        table.add_column("good/s", justify="right", no_wrap=True)
-        table.add_column("good", justify="right", no_wrap=True)
     for point in points:
         requests, rates = point["requests"], point["throughput"]
-        other = requests["cancelled"] + requests["interrupted"]
-        row = [
-            point["load"]["label"],
-            *(str(requests[name]) for name in ("sent", "ok", "failed")),
-            str(other),
-            *(number(rates[f"{name}_per_s"]) for name in ("requests", "input_tokens", "output_tokens")),
-            str(point["concurrency"]["peak"]),
-        ]
+        row = [point["load"]["label"], *(number(requests[name]) for name in ("sent", "ok", "failed"))]
+        row += [number(_others(point))] if has_others else []
+        row += [number(rates[f"{name}_per_s"]) for name in ("requests", "input_tokens", "output_tokens")]
+        row.append(number(point["concurrency"]["peak"]))
         if has_targets:
             share = rates["good_share"]
-            good = "-" if share is None else f"{share:.0%}"
-            row += [number(rates["goodput_requests_per_s"]), good]
+            row += [number(rates["goodput_requests_per_s"]), "-" if share is None else f"{share:.0%}"]
         table.add_row(*row)
     return table
+
+
+def _others(point: dict[str, Any]) -> int:
+    requests = point["requests"]
+    return int(requests["cancelled"] + requests["interrupted"])
 
 
 def latency_table(points: list[dict[str, Any]]) -> Table:
@@ -144,7 +144,7 @@ def latency_table(points: list[dict[str, Any]]) -> Table:
             if not values["count"] or (name == "message_gap" and not _has_large_messages(point)):
                 continue
             cells = (number(values[key]) for key in ("mean", "p50", "p90", "p99", "max"))
-            table.add_row(label, title, str(values["count"]), *cells)
+            table.add_row(label, title, number(values["count"]), *cells)
             label = ""
         table.add_section()
     return table

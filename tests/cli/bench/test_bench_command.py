@@ -185,7 +185,7 @@ def test_a_duration_ends_the_sending_and_waits_for_the_rest(bench: Any, timed: T
 
 
 def test_warm_up_is_apart(bench: Any, timed: TimedServer) -> None:
-    point = bench(where("grpc", timed), *["--requests", "5", "--warmup", "7", "--output-tokens", "2"]).point
+    point = bench(where("http", timed), *["--requests", "5", "--warmup", "7", "--output-tokens", "4"]).point
     assert (point["requests"]["sent"], point["warmup"]) == (5, {"requests": 7, "failed": 0})
     prompts = [body["prompt"] for body in timed.bodies if body["max_tokens"] == 4]
     # What the server remembers of the warm-up must be of no use to the run.
@@ -212,7 +212,7 @@ def test_a_sweep_has_a_point_for_each_load(bench: Any, timed: TimedServer, tmp_p
     )
     assert [point["load"]["concurrency"] for point in ran.document["points"]] == [1, 2, 4]
     text = page.read_text()
-    assert text.count("<svg") == 5
+    assert text.count("<svg") == 6
     assert "http://" not in text.replace("http://www.w3.org", "")
     assert "prefers-color-scheme" in text
     assert max(len(line) for line in ran.result.stdout.splitlines()) <= 80
