@@ -200,7 +200,7 @@ DISTRIBUTIONS = {
 # Area -> the extra that its users install.
 EXTRAS = {"services/engine": "engine", "services/gateway": "gateway", "services/quantizer": "quantizer"}
 # Extras that add something to an area which works without.
-OPTIONAL = {"services/quantizer": "ray"}
+OPTIONAL = {"services/quantizer": "ray", "cli": "bench"}
 
 
 @pytest.mark.parametrize("area", ["cli", "cli/demo", *EXTRAS])
