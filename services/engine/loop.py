@@ -9,36 +9,27 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 from services.engine.core.engine_core import EngineCore
 from services.engine.core.errors import DeviceFault, RequestError
-from services.engine.core.events import FinishedEvent, StepReport, TokenEvent
+from services.engine.core.events import StepReport
 from services.engine.core.sequence import FinishReason, Sequence
+from services.engine.deliveries import Deliver, Deliveries, LinkEvents
 
 log = logging.getLogger("weft.engine.loop")
 
 IDLE_POLL_S = 0.02
 """How often a loop with nothing runnable looks at deadlines, while anything is live."""
 
+__all__ = ["GC_THRESHOLDS", "EngineLoop", "EngineUnavailable", "Heartbeat", "LinkEvents"]
+
 GC_THRESHOLDS = (50_000, 20, 50)
 """For `gc.set_threshold` in a process with a loop. A step makes three objects per sequence that live for two
 steps; collecting after every 700 of them, as by default, looks through the long-lived ones far too often.
 """
-
-
-@dataclass(slots=True)
-class LinkEvents:
-    """What happened on one link since its last delivery. The int beside an event is its slot."""
-
-    step: int
-    accepted: list[int] = field(default_factory=list)
-    rejected: list[tuple[int, RequestError]] = field(default_factory=list)
-    tokens: list[tuple[int, TokenEvent]] = field(default_factory=list)
-    finished: list[tuple[int, FinishedEvent]] = field(default_factory=list)
 
 
 class Heartbeat(NamedTuple):
@@ -76,9 +67,7 @@ class EngineLoop:
         self._on_fault = on_fault
         self._observe = observe
         self._inbox: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self._deliver: dict[int, Callable[[LinkEvents], None]] = {}
-        self._pending: dict[int, LinkEvents] = {}
-        self._slots: dict[int, set[int]] = {}
+        self._deliveries = Deliveries()
         self._link_ids = itertools.count(1)
         self._report = core.report()
         self._drain_at: float | None = None
@@ -98,24 +87,17 @@ class EngineLoop:
         self._inbox.put(None)
         self._thread.join(timeout_s)
 
-    def open_link(self, deliver: Callable[[LinkEvents], None]) -> int:
+    def open_link(self, deliver: Deliver) -> int:
         """A new link. `deliver` is called on the engine's thread and must not block."""
         link_id = next(self._link_ids)
-
-        def command() -> None:
-            self._deliver[link_id] = deliver
-            self._slots[link_id] = set()
-
-        self._inbox.put(command)
+        self._inbox.put(lambda: self._deliveries.open(link_id, deliver))
         return link_id
 
     def close_link(self, link_id: int) -> None:
         """Cancel everything of a link; nothing more is delivered to it."""
 
         def command() -> None:
-            self._deliver.pop(link_id, None)
-            self._pending.pop(link_id, None)
-            for slot in self._slots.pop(link_id, ()):
+            for slot in self._deliveries.close(link_id):
                 self._core.cancel((link_id, slot))
 
         self._inbox.put(command)
@@ -218,7 +200,7 @@ class EngineLoop:
     def _take_commands(self) -> bool:
         """Run the commands in the inbox; with nothing to do, wait for one. False: stop."""
         timeout: float | None = 0.0
-        if self._is_idle and not self._pending:
+        if self._is_idle and not self._deliveries.has_pending:
             timeout = IDLE_POLL_S if self._core.num_live else None
         while True:
             try:
@@ -231,52 +213,23 @@ class EngineLoop:
             timeout = 0.0
 
     def _submit(self, link_id: int, slot: int, sequence: Sequence) -> None:
-        if link_id not in self._deliver:
+        if not self._deliveries.is_open(link_id):
             return
-        events = self._events(link_id)
         try:
             self._core.add(sequence)
         except RequestError as error:
-            events.rejected.append((slot, error))
+            self._deliveries.reject(link_id, slot, error)
             return
-        self._slots[link_id].add(slot)
-        events.accepted.append(slot)
-
-    def _events(self, link_id: int) -> LinkEvents:
-        events = self._pending.get(link_id)
-        if events is None:
-            events = self._pending[link_id] = LinkEvents(self._report.step)
-        return events
+        self._deliveries.accept(link_id, slot)
 
     def _publish(self, report: StepReport) -> None:
         """Sort a report's events by link and deliver them."""
         self._report = report
-        self._sort_tokens(report.tokens)
-        for end in report.finished:
-            link_id, slot = _link_and_slot(end.key)
-            if link_id in self._deliver:
-                self._slots[link_id].discard(slot)
-                self._events(link_id).finished.append((slot, end))
-        pending, self._pending = self._pending, {}
-        for link_id, events in pending.items():
-            events.step = report.step
-            try:
-                self._deliver[link_id](events)
-            except Exception:
-                log.exception("delivery failed; closing link %d", link_id)
-                self.close_link(link_id)
+        self._deliveries.sort(report)
+        for link_id in self._deliveries.send(report.step):
+            self.close_link(link_id)
         if self._observe is not None and (report.num_batched_tokens or report.finished):
             self._observe(report)
-
-    def _sort_tokens(self, tokens: list[TokenEvent]) -> None:
-        """Append each token to what its link is told next. Neighbours are mostly of one link."""
-        newest: int | None = None
-        for token in tokens:
-            link_id, slot = token.key  # type: ignore[misc]
-            if link_id != newest:
-                newest = link_id
-                add = self._events(link_id).tokens.append if link_id in self._deliver else _ignore
-            add((slot, token))
 
     def _die(self, error: BaseException) -> None:
         """Tell everyone that their streams are over, then whoever supervises."""
@@ -289,13 +242,3 @@ class EngineLoop:
             self._publish(self._core.report())
         finally:
             self._on_fault(error)
-
-
-def _ignore(token: tuple[int, TokenEvent]) -> None:
-    """For the tokens of a link that is closed."""
-
-
-def _link_and_slot(key: Hashable) -> tuple[int, int]:
-    """The key that `submit` gave."""
-    link_id, slot = cast("tuple[int, int]", key)
-    return link_id, slot

@@ -104,14 +104,12 @@ class EngineMetrics(Collector):
     def observe(self, report: StepReport) -> None:
         """Take in one step."""
         # Sequences that ran in the same two steps have the same gap.
-        gaps = Counter([token.itl_s for token in report.tokens])
+        gaps = Counter(report.tokens.itls_s)
         for itl_s, count in gaps.items():
             if itl_s is not None:
                 self._itl.observe(itl_s, count)
-        if None in gaps:
-            for token in report.tokens:
-                if token.ttft_s is not None:
-                    self._ttft.observe(token.ttft_s)
+        for ttft_s in report.tokens.ttfts_s.values():
+            self._ttft.observe(ttft_s)
         for end in report.finished:
             self._ends[end.reason] += 1
             self._e2e.observe(end.total_s)

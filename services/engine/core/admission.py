@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from services.engine.core import ranks
 from services.engine.core.block_manager import BlockManager
 from services.engine.core.cost_model import CostModel
 from services.engine.core.errors import DeadlineUnmet, DoesNotFit, InvalidRequest, QueueFull
@@ -74,13 +75,23 @@ class Admission:
     def _check_deadline(self, sequence: Sequence, now: float) -> None:
         """Refuse what cannot give one token in time, or all of them when it must complete."""
         num_cached = self._blocks.match(sequence).num_tokens(self._blocks.block_size)
-        num_before = self._scheduler.num_tokens_before(sequence, now)
+        num_before = self._num_tokens_before(sequence, now)
         wait = self._costs.prefill_s(num_before + len(sequence) - num_cached) + self._costs.itl_s()
         if sequence.must_complete:
             wait += (sequence.params.max_tokens - len(sequence.output_token_ids)) * self._costs.itl_s()
         left = (sequence.deadline or 0.0) - now
         if left <= 0 or wait > left:
             raise DeadlineUnmet(f"{max(left, 0):.3f} s are left; about {wait:.3f} s are needed")
+
+    def _num_tokens_before(self, sequence: Sequence, now: float) -> int:
+        """Tokens to compute for those waiting sequences that would be placed before this one."""
+        ageing_s = self._scheduler.config.ageing_s
+        rank = ranks.aged_rank(sequence, now, ageing_s)
+        return sum(
+            s.num_uncomputed_tokens
+            for s in self._scheduler.waiting
+            if not s.is_paused and ranks.aged_rank(s, now, ageing_s) <= rank
+        )
 
     def _queue_s(self) -> float:
         """How long the waiting prompts take to compute."""

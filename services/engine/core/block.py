@@ -32,7 +32,8 @@ class Block:
     sequences that have it in their table, plus the copies under way that read it. `parent_hash` names
     everything before the block; `chain_hash` names everything through its end and is set once the block is
     full. While Cached, `cached_at` orders it by age, and until `retained_until`, in seconds of the core's
-    clock, it is evicted after others.
+    clock, it is evicted after others. `older` and `newer` are its neighbours among the blocks that the prefix
+    index lists under the same head.
     """
 
     index: int
@@ -44,6 +45,8 @@ class Block:
     is_indexed: bool = False
     cached_at: int = 0
     retained_until: float = 0.0
+    older: Block | None = None
+    newer: Block | None = None
 
     @property
     def num_filled(self) -> int:

@@ -8,7 +8,6 @@ requests.
 from __future__ import annotations
 
 from array import array
-from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from time import monotonic
 
@@ -22,17 +21,18 @@ from services.engine.core.block import (
     chain_hash,
     root_hash,
 )
+from services.engine.core.block_pool import BlockPool, owners_of
 from services.engine.core.errors import IntegrityError
-from services.engine.core.eviction import EvictionOrder
 from services.engine.core.prefix_index import PrefixIndex
 from services.engine.core.sequence import Sequence
+from services.engine.core.writers import Writers
 
 DEFAULT_MIN_HEAD = 4
 """Shortest common head worth a copy, in tokens: measured on a CPU, where 4 tokens cost 29 copies."""
 
 
 class BlockManager:
-    """The pool of blocks.
+    """The verbs over a pool of blocks.
 
     `namespace` salts the hash chain (the artifact digest): equal tokens under another model never hit.
     `min_head` is the shortest common head worth a copy, in tokens. With `has_prefix_cache` off nothing is
@@ -54,34 +54,38 @@ class BlockManager:
         self.min_head = min(block_size, min_head or DEFAULT_MIN_HEAD)
         self.has_prefix_cache = has_prefix_cache
         self._namespace = namespace
-        self._blocks = [Block(index) for index in range(num_blocks)]
-        self._free = deque(self._blocks)
-        self._cached = EvictionOrder(num_blocks // 2, now)
         self._index = PrefixIndex(block_size, self.min_head)
-        self._held: Counter[int] = Counter()
+        self._pool = BlockPool(num_blocks, self._index, now)
+        self._blocks = self._pool.blocks
+        self._writers = Writers()
 
     # -- the five verbs ------------------------------------------------------------
 
     def match(self, sequence: Sequence) -> Match:
         """The longest cached head of a sequence, always leaving its last token to be computed.
 
-        Finds what has been recorded.
+        Finds all that has been computed: who is behind with writing down what could be found is brought up to
+        date.
         """
         match = Match()
         if not self.has_prefix_cache:
             return match
         limit = len(sequence) - 1
         size = self.block_size
-        parent = self._root(sequence)
-        for i in range(limit // size):
-            name = self._block_hash(sequence, i)
-            block = self._index.find_full(name, _tokens(sequence, i * size, (i + 1) * size))
+        num_full = limit // size
+        for i in range(num_full + 1):
+            prefix = self._prefix(sequence, i)
+            for writer in self._writers.behind(prefix):
+                self.record(writer)
+            if i == num_full:
+                break
+            tokens = _tokens(sequence, i * size, (i + 1) * size)
+            block = self._index.find_full(self._prefix(sequence, i + 1), tokens)
             if block is None:
                 break
             match.blocks.append(block)
-            parent = name
         start = len(match.blocks) * size
-        found = self._index.find_head(parent, _tokens(sequence, start, min(start + size, limit)))
+        found = self._index.find_head(prefix, _tokens(sequence, start, min(start + size, limit)))
         if found is not None:
             block, match.num_head_tokens = found
             match.head = block
@@ -106,17 +110,16 @@ class BlockManager:
             raise IntegrityError(f"sequence {sequence.key!r} already owns blocks")
         copy: BlockCopy | None = None
         if match.head is not None and not match.is_takeover:
-            self._own(match.head)
-            self._held[match.head.index] += 1
+            self._pool.hold(match.head)
         for block in match.blocks:
-            self._own(block)
+            self._pool.own(block)
             sequence.block_table.append(block.index)
         if match.head is not None:
             if match.is_takeover:
-                self._own(match.head)
+                self._pool.own(match.head)
                 sequence.block_table.append(match.head.index)
             else:
-                fresh = self._take()
+                fresh = self._pool.take()
                 sequence.block_table.append(fresh.index)
                 copy = BlockCopy(match.head.index, fresh.index, match.num_head_tokens)
         start = len(match.blocks) * self.block_size
@@ -129,6 +132,8 @@ class BlockManager:
         num_tokens = match.num_tokens(self.block_size)
         sequence.num_recorded_tokens = sequence.num_computed_tokens = num_tokens
         sequence.num_scheduled_tokens = num_tokens
+        if self.has_prefix_cache:
+            self._writers.add(sequence, self._written_prefix(sequence))
         return copy
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -141,20 +146,21 @@ class BlockManager:
         # Whoever grows by decoding is brought up to date once a block, so that nobody has much to catch up.
         self.record(sequence)
         for _ in range(missing):
-            sequence.block_table.append(self._take().index)
+            sequence.block_table.append(self._pool.take().index)
         sequence.num_slots = len(sequence.block_table) * self.block_size
         return True
 
     def record(self, sequence: Sequence) -> None:
         """Write down which tokens the sequence's blocks hold, for others to find.
 
-        May come any number of steps late: before `match` is in time.
+        May come any number of steps late: `match` sees to it where it matters.
         """
         position, end = sequence.num_recorded_tokens, sequence.num_computed_tokens
+        first = position // self.block_size
         while position < end:
             i, offset = divmod(position, self.block_size)
             block = self._blocks[sequence.block_table[i]]
-            if block.num_owners - self._held[block.index] > 1 or block.num_filled != offset:
+            if block.num_filled != offset or self._pool.is_shared(block):
                 raise IntegrityError(
                     f"block {block.index} is shared or out of step: not to be written at {offset}"
                 )
@@ -163,6 +169,8 @@ class BlockManager:
             if self.has_prefix_cache:
                 self._list(sequence, i, block)
             position = sequence.num_recorded_tokens = stop
+        if self.has_prefix_cache and position // self.block_size != first:
+            self._writers.move(sequence, self._prefix(sequence, first), self._written_prefix(sequence))
 
     def release(self, sequence: Sequence, *, is_sound: bool = True) -> None:
         """Take back a sequence's blocks. What is worth keeping becomes Cached, tails older than heads, and is
@@ -175,12 +183,14 @@ class BlockManager:
         if is_sound:
             self.record(sequence)
             if sequence.retain_s > 0:
-                self._cached.retain((self._blocks[i] for i in sequence.block_table), sequence.retain_s)
+                self._pool.cached.retain((self._blocks[i] for i in sequence.block_table), sequence.retain_s)
+        if self.has_prefix_cache:
+            self._writers.discard(sequence, self._written_prefix(sequence))
         for index in reversed(sequence.block_table):
             block = self._blocks[index]
             if block.is_indexed and not is_sound:
                 self._index.remove(block)
-            self._disown(block)
+            self._pool.disown(block)
         sequence.block_table.clear()
         sequence.num_slots = 0
         sequence.num_recorded_tokens = sequence.num_computed_tokens = sequence.num_scheduled_tokens = 0
@@ -189,10 +199,7 @@ class BlockManager:
 
     def finish_copy(self, copy: BlockCopy) -> None:
         """The step with this copy has run, or will not run: its source may go."""
-        self._held[copy.source] -= 1
-        if not self._held[copy.source]:
-            del self._held[copy.source]
-        self._disown(self._blocks[copy.source])
+        self._pool.finish_copy(copy)
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold `num_tokens` tokens."""
@@ -201,111 +208,55 @@ class BlockManager:
     @property
     def num_available(self) -> int:
         """Blocks that can be had now: Free, or Cached and evictable."""
-        return len(self._free) + len(self._cached)
+        return self._pool.num_available
+
+    @property
+    def num_retained(self) -> int:
+        """Cached blocks that are evicted last."""
+        return self._pool.cached.num_retained
 
     def counts(self) -> BlockCounts:
         """Blocks by state."""
-        free, cached = len(self._free), len(self._cached)
-        return BlockCounts(free, self.num_blocks - free - cached, cached)
+        return self._pool.counts()
 
     def next_head(self, sequence: Sequence, start: int) -> tuple[bytes, array[int]]:
         """The (parent hash, tokens) of the block of a sequence that begins at `start`."""
-        i = start // self.block_size
-        parent = self._block_hash(sequence, i - 1) if i else self._root(sequence)
+        parent = self._prefix(sequence, start // self.block_size)
         return parent, _tokens(sequence, start, min(start + self.block_size, len(sequence)))
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Recount everything from the live sequences. Raises IntegrityError on the first difference."""
-        owners = Counter(index for sequence in sequences for index in sequence.block_table) + self._held
-        free = {block.index for block in self._free}
-        if len(free) != len(self._free):
-            raise IntegrityError("a block is twice in the free list")
-        listed = self._index.blocks()
-        cached = set(self._cached.checked())
-        for block in self._blocks:
-            in_lists = (block.index in free, block.index in cached)
-            expected = (block.state is BlockState.FREE, block.state is BlockState.CACHED)
-            if in_lists != expected:
-                raise IntegrityError(f"block {block.index} is {block.state} but listed otherwise")
-            if block.num_owners != owners[block.index]:
-                raise IntegrityError(
-                    f"block {block.index} has {block.num_owners} owners, counted {owners[block.index]}"
-                )
-            if (block.num_owners > 0) != (block.state is BlockState.ACTIVE):
-                raise IntegrityError(f"block {block.index} is {block.state} with {block.num_owners} owners")
-            if block.state is BlockState.CACHED and not (block.is_indexed and block.num_filled):
-                raise IntegrityError(f"block {block.index} is cached but cannot be found")
-            if block.is_indexed != (block.index in listed):
-                raise IntegrityError(f"block {block.index} and the index disagree")
-        if sum(self.counts()) != self.num_blocks:
-            raise IntegrityError("free + active + cached is not the number of blocks")
+        owning = [sequence for sequence in sequences if sequence.block_table]
+        self._pool.check_integrity(owners_of(sequence.block_table for sequence in owning))
+        expected = {sequence: self._written_prefix(sequence) for sequence in owning}
+        if self._writers.all() != (expected if self.has_prefix_cache else {}):
+            raise IntegrityError("the writers are not the sequences with blocks")
 
-    # -- one block ------------------------------------------------------------
-
-    def _take(self) -> Block:
-        if self._free:
-            block = self._free.popleft()
-        else:
-            block = self._cached.evict()
-            self._index.remove(block)
-            self._wipe(block)
-        block.state = BlockState.ACTIVE
-        block.num_owners = 1
-        return block
-
-    def _own(self, block: Block) -> None:
-        if block.state is BlockState.CACHED:
-            self._cached.remove(block)
-            block.state = BlockState.ACTIVE
-        elif block.state is BlockState.FREE:
-            raise IntegrityError(f"block {block.index} is free and cannot be shared")
-        block.num_owners += 1
-
-    def _disown(self, block: Block) -> None:
-        block.num_owners -= 1
-        if block.num_owners < 0:
-            raise IntegrityError(f"block {block.index} was given back too often")
-        if block.num_owners:
-            return
-        is_partial = block.chain_hash is None
-        if block.is_indexed and not (is_partial and self._index.is_covered(block)):
-            block.state = BlockState.CACHED
-            self._cached.add(block)
-            return
-        if block.is_indexed:
-            self._index.remove(block)
-        self._wipe(block)
-        block.state = BlockState.FREE
-        self._free.append(block)
-
-    @staticmethod
-    def _wipe(block: Block) -> None:
-        block.token_ids = array(TOKEN_TYPECODE)
-        block.parent_hash = b""
-        block.chain_hash = None
-        block.retained_until = 0.0
+    # -- names ------------------------------------------------------------
 
     def _list(self, sequence: Sequence, i: int, block: Block) -> None:
         """Index a block when it first becomes findable, and again when it becomes full."""
         is_full = block.num_filled == self.block_size
         if not is_full and (block.is_indexed or block.num_filled < self.min_head):
             return
-        block.parent_hash = self._block_hash(sequence, i - 1) if i else self._root(sequence)
+        block.parent_hash = self._prefix(sequence, i)
         if is_full:
-            block.chain_hash = self._block_hash(sequence, i)
+            block.chain_hash = self._prefix(sequence, i + 1)
         self._index.add(block)
 
-    def _root(self, sequence: Sequence) -> bytes:
-        return root_hash(self._namespace, sequence.cache_salt)
+    def _written_prefix(self, sequence: Sequence) -> bytes:
+        """What a sequence's next token to be written down comes after."""
+        return self._prefix(sequence, sequence.num_recorded_tokens // self.block_size)
 
-    def _block_hash(self, sequence: Sequence, i: int) -> bytes:
-        """The chain hash of the i-th full block of a sequence; computed once, kept with the sequence."""
-        hashes = sequence.block_hashes
-        while len(hashes) <= i:
-            start = len(hashes) * self.block_size
-            parent = hashes[-1] if hashes else self._root(sequence)
-            hashes.append(chain_hash(parent, sequence.token_ids[start : start + self.block_size]))
-        return hashes[i]
+    def _prefix(self, sequence: Sequence, num_blocks: int) -> bytes:
+        """The name of the first `num_blocks` full blocks of a sequence; computed once, kept with it."""
+        names = sequence.prefix_names
+        if not names:
+            names.append(root_hash(self._namespace, sequence.cache_salt))
+        while len(names) <= num_blocks:
+            end = len(names) * self.block_size
+            names.append(chain_hash(names[-1], sequence.token_ids[end - self.block_size : end]))
+        return names[num_blocks]
 
 
 def _tokens(sequence: Sequence, start: int, stop: int) -> array[int]:

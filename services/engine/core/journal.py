@@ -8,7 +8,7 @@ from __future__ import annotations
 from services.engine.core.batch import SampledToken
 from services.engine.core.block_manager import BlockManager
 from services.engine.core.errors import RequestError
-from services.engine.core.events import Counters, FinishedEvent, StepReport, TokenEvent, token_event
+from services.engine.core.events import Counters, FinishedEvent, StepReport, Tokens
 from services.engine.core.scheduler import Scheduler
 from services.engine.core.sequence import FinishReason, Sequence
 
@@ -20,7 +20,7 @@ class Journal:
         self.num_paused = 0
         self.num_begun = 0
         self.num_ended = 0
-        self._tokens: list[TokenEvent] = []
+        self._tokens = Tokens()
         self._finished: list[FinishedEvent] = []
         self._num_batched_tokens = 0
         self._num_steps = 0
@@ -42,18 +42,19 @@ class Journal:
 
     def token(self, sequence: Sequence, token: SampledToken, now: float) -> None:
         """A token was drawn; the sequence does not have it yet."""
-        token_id, logprob, top_logprobs = token
-        ttft_s = itl_s = None
+        tokens, itl_s = self._tokens, None
         if sequence.last_token_at is not None:
             sequence.last_itl_s = itl_s = now - sequence.last_token_at
         elif sequence.first_token_at is None:
             sequence.first_token_at = now
-            ttft_s = now - sequence.arrival
+            tokens.ttfts_s[len(tokens.keys)] = now - sequence.arrival
+        if token.logprob is not None:
+            tokens.logprobs[len(tokens.keys)] = token.logprob, token.top_logprobs
         sequence.last_token_at = now
-        position = len(sequence.output_token_ids)
-        self._tokens.append(
-            token_event((sequence.key, token_id, position, logprob, top_logprobs, ttft_s, itl_s))
-        )
+        tokens.keys.append(sequence.key)
+        tokens.token_ids.append(token.token_id)
+        tokens.positions.append(len(sequence.output_token_ids))
+        tokens.itls_s.append(itl_s)
 
     def end(self, sequence: Sequence, error: RequestError | None, now: float) -> None:
         """A sequence has ended, with its `finish_reason`."""
@@ -104,5 +105,5 @@ class Journal:
                 peak_batch_size=self._peak_batch_size,
             ),
         )
-        self._tokens, self._finished, self._num_batched_tokens = [], [], 0
+        self._tokens, self._finished, self._num_batched_tokens = Tokens(), [], 0
         return report

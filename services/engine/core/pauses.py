@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.engine.core.sequence import Sequence
+from services.engine.core.sequence import Sequence, SequenceStatus
 
 
 class Pauses:
@@ -19,6 +19,10 @@ class Pauses:
     def end(self, sequence: Sequence) -> None:
         """The sequence goes on, or is over. May come twice."""
         self._since.pop(sequence, None)
+
+    def num_running(self) -> int:
+        """How many of them run."""
+        return sum(sequence.status is SequenceStatus.RUNNING for sequence in self._since)
 
     def overdue(self, now: float) -> list[Sequence]:
         """Those paused for longer than the grace: each is named once in a pause."""

@@ -6,10 +6,10 @@ arrival, with ageing. Knows blocks through the block manager; does not know clie
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from services.engine.core import ranks
 from services.engine.core.batch import Batch, Chunk
 from services.engine.core.block import Match
 from services.engine.core.block_manager import BlockManager
@@ -18,7 +18,6 @@ from services.engine.core.errors import IntegrityError
 from services.engine.core.pauses import Pauses
 from services.engine.core.sequence import Sequence, SequenceStatus
 
-NEVER = float("inf")
 MAX_BLOCKED = 32
 """So many sequences without room are looked at in one step; who comes behind them waits with them."""
 
@@ -56,6 +55,8 @@ class Scheduler:
         self.num_cache_hits = 0
         self._blocks = blocks
         self._pauses = Pauses(config.pause_grace_s)
+        # Who runs and may have more than its newest token to compute; who has not is found out when asked.
+        self._prefilling: dict[Sequence, None] = {}
         # The blocks available when nobody waiting found room. Until there are more, or something else that
         # matters changes, nobody will.
         self._stalled_at: int | None = None
@@ -70,7 +71,10 @@ class Scheduler:
 
     def remove(self, sequence: Sequence, *, is_sound: bool = True) -> None:
         """Drop a sequence, wherever it is, and release its blocks; if not sound, for nobody to find."""
-        (self.running if sequence.status is SequenceStatus.RUNNING else self.waiting).remove(sequence)
+        if sequence.status is SequenceStatus.RUNNING:
+            self._take_out(sequence)
+        else:
+            self.waiting.remove(sequence)
         sequence.status = SequenceStatus.FINISHED
         self._stalled_at = None
         self._pauses.end(sequence)
@@ -78,7 +82,7 @@ class Scheduler:
 
     def reorder(self) -> None:
         """A sequence's priority or deadline changed."""
-        self.running.sort(key=_rank)
+        self.running.sort(key=ranks.rank)
         self._stalled_at = None
 
     def set_paused(self, sequence: Sequence, is_paused: bool, now: float) -> None:
@@ -91,22 +95,13 @@ class Scheduler:
         """Whether anything could be scheduled, given blocks."""
         return any(not s.is_paused for s in self.running) or any(not s.is_paused for s in self.waiting)
 
-    def num_tokens_before(self, sequence: Sequence, now: float) -> int:
-        """Tokens to compute for those waiting sequences that would be placed before this one."""
-        rank = _aged_rank(sequence, now, self.config)
-        return sum(
-            s.num_uncomputed_tokens
-            for s in self.waiting
-            if not s.is_paused and _aged_rank(s, now, self.config) <= rank
-        )
-
     def num_tokens_to_prefill(self) -> int:
         """Tokens to compute before those who wait or prefill draw their next one. Any thread may ask; the
         answer may be one step old.
         """
         waiting = sum(s.num_uncomputed_tokens for s in self.waiting.copy())
         # One that decodes has at most its newest token, and the one in flight, to compute.
-        running = (s.num_uncomputed_tokens for s in self.running.copy())
+        running = (s.num_uncomputed_tokens for s in self._prefilling.copy())
         return waiting + sum(num_tokens for num_tokens in running if num_tokens > 2)
 
     def schedule(self, now: float) -> Batch:
@@ -196,16 +191,22 @@ class Scheduler:
 
     def _last_paused(self) -> Sequence | None:
         """The running sequence that gives way before any other."""
+        if not self._pauses.num_running():
+            return None
         return next((s for s in reversed(self.running) if s.is_paused), None)
 
     def _preempt(self, sequence: Sequence, batch: Batch) -> None:
         """Take a running sequence's blocks. A token that a step in flight draws for it still counts."""
-        self.running.remove(sequence)
+        self._take_out(sequence)
         self._blocks.release(sequence)
         sequence.num_preemptions += 1
         self.num_preemptions += 1
         self.add(sequence)
         batch.preempted.append(sequence)
+
+    def _take_out(self, sequence: Sequence) -> None:
+        ranks.take_out(self.running, sequence)
+        self._prefilling.pop(sequence, None)
 
     # -- waiting ------------------------------------------------------------
 
@@ -215,12 +216,11 @@ class Scheduler:
         """
         if self._stalled_at is not None and self._blocks.num_available <= self._stalled_at:
             return budget
-        for sequence in self.running:
-            if sequence.num_recorded_tokens < sequence.num_computed_tokens:
-                self._blocks.record(sequence)
-        coming = ComingHeads(self._blocks, self.running)
+        self._prefilling = {s: None for s in self._prefilling if s.num_uncomputed_tokens > 1}
+        coming = ComingHeads(self._blocks, self._prefilling)
+        ageing_s = self.config.ageing_s
         candidates = sorted(
-            (s for s in self.waiting if not s.is_paused), key=lambda s: _aged_rank(s, now, self.config)
+            (s for s in self.waiting if not s.is_paused), key=lambda s: ranks.aged_rank(s, now, ageing_s)
         )
         blocked: list[Sequence] = []
         is_stalled = True
@@ -252,8 +252,7 @@ class Scheduler:
         return not is_full or self._last_paused() is not None
 
     def _make_place(self, batch: Batch) -> None:
-        paused = self._last_paused()
-        if paused is not None and len(self.running) >= self.config.max_batch_size:
+        if len(self.running) >= self.config.max_batch_size and (paused := self._last_paused()) is not None:
             self._preempt(paused, batch)
 
     def _find_room(self, sequence: Sequence, batch: Batch) -> Match | None:
@@ -264,7 +263,7 @@ class Scheduler:
         """
         while True:
             match = self._blocks.match(sequence)
-            num_active = sum(not s.is_paused for s in self.running)
+            num_active = len(self.running) - self._pauses.num_running()
             room = self._blocks.num_available - min(num_active, self._blocks.num_blocks // 16)
             if self._blocks.blocks_to_find(match, len(sequence)) <= room:
                 return match
@@ -293,17 +292,8 @@ class Scheduler:
             sequence.num_cached_tokens = min(sequence.num_computed_tokens, len(sequence.prompt_token_ids))
             self.num_cache_queries += len(sequence.prompt_token_ids)
             self.num_cache_hits += sequence.num_cached_tokens
-        bisect.insort(self.running, sequence, key=_rank)
+        ranks.insert(self.running, sequence)
+        self._prefilling[sequence] = None
         length = min(sequence.num_uncomputed_tokens, budget, self.config.prefill_chunk)
         batch.add(sequence, length)
         return length
-
-
-def _rank(sequence: Sequence) -> tuple[float, float, float]:
-    deadline = NEVER if sequence.deadline is None else sequence.deadline
-    return sequence.priority, deadline, sequence.arrival
-
-
-def _aged_rank(sequence: Sequence, now: float, config: SchedulerConfig) -> tuple[float, float, float]:
-    priority, deadline, arrival = _rank(sequence)
-    return priority - (now - arrival) // config.ageing_s, deadline, arrival

@@ -64,9 +64,9 @@ class Sequence:
     while this one could not be placed. For `retain_s` seconds after it gave its blocks back they are evicted
     after others'.
 
-    In blocks: `block_table[i]` holds the positions from i * block_size, `num_slots` in all. `block_hashes`
-    are the hash chain over full blocks of `token_ids`, as far as anyone needed it. In tokens, counted from
-    the first, num_recorded <= num_computed <= num_scheduled <= num_foreseen:
+    In blocks: `block_table[i]` holds the positions from i * block_size, `num_slots` in all. `prefix_names`
+    is the hash chain over full blocks of `token_ids`, as far as anyone needed it: the i-th names all before
+    block i. In tokens, counted from the first, num_recorded <= num_computed <= num_scheduled <= num_foreseen:
     * `num_recorded_tokens`: the block manager knows what the blocks hold so far;
     * `num_computed_tokens`: K and V are in the cache, and the step that put them there has been collected;
     * `num_scheduled_tokens`: the steps scheduled so far compute them;
@@ -107,7 +107,7 @@ class Sequence:
     first_token_at: float | None = None
     last_token_at: float | None = None
     last_itl_s: float = 0.0
-    block_hashes: list[bytes] = field(default_factory=list)
+    prefix_names: list[bytes] = field(default_factory=list)
     num_bypassed: int = 0
     token_ids: list[int] = field(init=False)
     stop_ids: frozenset[int] = field(init=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from services.engine.core.events import FinishedEvent, StepReport, TokenEvent
+from services.engine.core.events import FinishedEvent, StepReport
 from services.engine.core.sequence import FinishReason, SamplingParams, Sequence
 from services.engine.rpc.errors import status_error
 from weft.limits import DEFAULT_LIMITS, RequestLimits
@@ -141,12 +141,14 @@ def sequence(
     )
 
 
-def add_logprobs(entry: pb.EntryLogprobs, token: TokenEvent) -> None:
-    """Fill in the log-probabilities of one token that has them."""
-    entry.logprob = token.logprob or 0.0
-    for token_id, logprob in token.top_logprobs:
+def add_logprobs(
+    entry: pb.EntryLogprobs, logprob: float, top_logprobs: tuple[tuple[int, float], ...]
+) -> None:
+    """Fill in the log-probabilities of one token."""
+    entry.logprob = logprob
+    for token_id, top_logprob in top_logprobs:
         entry.top_token_ids.append(token_id)
-        entry.top_logprobs.append(logprob)
+        entry.top_logprobs.append(top_logprob)
 
 
 def finished(slot: int, event: FinishedEvent) -> pb.Finished:

@@ -1,17 +1,20 @@
 """What waits to be sent on one link, under the receiver's credit.
 
-Tokens and ends queue in the order in which they happened; a frame is a head of that queue. With credit
-there is one frame per step; without, steps pile up and travel as one frame later: nothing is lost and no
-position changes. The pile is bounded. Knows no stream and no clock.
+Tokens and ends queue in the order in which they happened; a frame is a head of that queue. Tokens queue in
+columns, as they came, and go into a frame by the slice. With credit there is one frame per step; without,
+steps pile up and travel as one frame later: nothing is lost and no position changes. The pile is bounded.
+Knows no stream and no clock.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from dataclasses import dataclass
+from typing import Any
 
 import grpc
 
-from services.engine.core.events import FinishedEvent, TokenEvent
+from services.engine.core.events import Tokens
 from services.engine.loop import Heartbeat, LinkEvents
 from services.engine.rpc import convert
 from services.engine.rpc.errors import status_error
@@ -34,10 +37,48 @@ _FINISHED_BYTES = 120
 _FRAME_BYTES = 48
 
 
-def _token_bytes(token: TokenEvent) -> int:
-    if token.logprob is None:
-        return _TOKEN_BYTES
-    return _TOKEN_BYTES + _LOGPROBS_BYTES + _ALTERNATIVE_BYTES * len(token.top_logprobs)
+@dataclass(slots=True)
+class _Run:
+    """The tokens of one delivery. Those before `start` have been sent."""
+
+    tokens: Tokens
+    start: int = 0
+
+    def __len__(self) -> int:
+        return len(self.tokens) - self.start
+
+    def num_bytes(self, stop: int) -> int:
+        """What the rows up to `stop` count for."""
+        num_bytes = _TOKEN_BYTES * (stop - self.start)
+        for row, (_, top_logprobs) in self.tokens.logprobs.items():
+            if self.start <= row < stop:
+                num_bytes += _LOGPROBS_BYTES + _ALTERNATIVE_BYTES * len(top_logprobs)
+        return num_bytes
+
+    def stop_within(self, room: int) -> int:
+        """The row before which `room` bytes are used up."""
+        stop = min(len(self.tokens), self.start + max(0, room // _TOKEN_BYTES))
+        if not self.tokens.logprobs:
+            return stop
+        for row in range(self.start, stop):
+            room -= _TOKEN_BYTES
+            if row in self.tokens.logprobs:
+                room -= _LOGPROBS_BYTES + _ALTERNATIVE_BYTES * len(self.tokens.logprobs[row][1])
+            if room < 0:
+                return row
+        return stop
+
+    def move(self, stop: int, frame: Any) -> None:
+        """Put the rows up to `stop` into a frame."""
+        tokens, start = self.tokens, self.start
+        for row in range(start, stop) if tokens.logprobs else ():
+            if row in tokens.logprobs:
+                entry = len(frame.slots) + row - start
+                convert.add_logprobs(frame.logprobs.add(entry=entry), *tokens.logprobs[row])
+        frame.slots.extend(tokens.keys[start:stop])
+        frame.token_ids.extend(tokens.token_ids[start:stop])
+        frame.positions.extend(tokens.positions[start:stop])
+        self.start = stop
 
 
 class Outbox:
@@ -47,8 +88,9 @@ class Outbox:
         self._epoch = epoch
         self._credit = min(credit_bytes, MAX_CREDIT_BYTES)
         self._replies: deque[pb.ConnectResponse] = deque()
-        self._items: deque[tuple[int, TokenEvent | pb.Finished, int]] = deque()
+        self._items: deque[_Run | pb.Finished] = deque()
         self._pending_bytes = 0
+        self._num_pending = 0
         self._step = 0
         self._heartbeat: pb.ConnectResponse | None = None
 
@@ -60,7 +102,7 @@ class Outbox:
     @property
     def num_pending(self) -> int:
         """Tokens and ends that wait."""
-        return len(self._items)
+        return self._num_pending
 
     def add_credit(self, num_bytes: int) -> None:
         """Let more be sent."""
@@ -72,10 +114,14 @@ class Outbox:
             self.reply(pb.ConnectResponse(accepted=pb.Accepted(epoch=self._epoch, slot=slot)))
         for slot, error in events.rejected:
             self.reject(slot, status_error(error))
-        for slot, token in events.tokens:
-            self._push(slot, token, _token_bytes(token))
+        if events.tokens:
+            run = _Run(events.tokens)
+            self._items.append(run)
+            self._count(len(run), run.num_bytes(len(run)))
         for slot, end in events.finished:
-            self._push_finished(slot, end)
+            finished = convert.finished(slot, end)
+            self._items.append(finished)
+            self._count(1, _finished_bytes(finished))
         self._step = max(self._step, events.step)
         self._check_bounds()
 
@@ -115,41 +161,43 @@ class Outbox:
         return self._next_frame()
 
     def _next_frame(self) -> pb.ConnectResponse | None:
-        room = min(self._credit, MAX_FRAME_BYTES) - _FRAME_BYTES
-        if not self._items or self._items[0][2] > room:
+        if not self._items:
             return None
         message = pb.ConnectResponse()
         frame = message.frame
-        frame.epoch, frame.step = self._epoch, self._step
-        slots: list[int] = []
-        token_ids: list[int] = []
-        positions: list[int] = []
-        items = self._items
-        while items and items[0][2] <= room:
-            slot, item, size = items.popleft()
+        room = min(self._credit, MAX_FRAME_BYTES) - _FRAME_BYTES
+        while self._items:
+            size = self._move_next(frame, room)
+            if not size:
+                break
             room -= size
-            self._pending_bytes -= size
-            if isinstance(item, pb.Finished):
-                frame.finished.append(item)
-                continue
-            if item.logprob is not None:
-                convert.add_logprobs(frame.logprobs.add(entry=len(slots)), item)
-            slots.append(slot)
-            token_ids.append(item.token_id)
-            positions.append(item.position)
-        frame.slots.extend(slots)
-        frame.token_ids.extend(token_ids)
-        frame.positions.extend(positions)
+        if not (frame.slots or frame.finished):
+            return None
+        frame.epoch, frame.step = self._epoch, self._step
         self._credit -= frame.ByteSize()
         return message
 
-    def _push(self, slot: int, item: TokenEvent | pb.Finished, size: int) -> None:
-        self._items.append((slot, item, size))
-        self._pending_bytes += size
+    def _move_next(self, frame: Any, room: int) -> int:
+        """Put as much of the next item into a frame as there is room for; what that counts for, in bytes."""
+        item = self._items[0]
+        if isinstance(item, _Run):
+            stop = item.stop_within(room)
+            count, size = stop - item.start, item.num_bytes(stop)
+            item.move(stop, frame)
+            if not item:
+                self._items.popleft()
+        else:
+            count, size = 1, _finished_bytes(item)
+            if size > room:
+                return 0
+            frame.finished.append(item)
+            self._items.popleft()
+        self._count(-count, -size)
+        return size
 
-    def _push_finished(self, slot: int, end: FinishedEvent) -> None:
-        message = convert.finished(slot, end)
-        self._push(slot, message, _FINISHED_BYTES + message.failure.ByteSize())
+    def _count(self, num_items: int, num_bytes: int) -> None:
+        self._num_pending += num_items
+        self._pending_bytes += num_bytes
 
     def _check_bounds(self) -> None:
         if self._pending_bytes > MAX_PENDING_BYTES or len(self._replies) > MAX_PENDING_REPLIES:
@@ -158,3 +206,7 @@ class Outbox:
                 "the gateway does not read its frames",
                 reason="LINK_TOO_SLOW",
             )
+
+
+def _finished_bytes(message: pb.Finished) -> int:
+    return _FINISHED_BYTES + message.failure.ByteSize()

@@ -189,7 +189,7 @@ class _Call:
         self._answered()
         for _, error in events.rejected:
             self.fail(status_error(error))
-        self._tokens += [token for _, token in events.tokens]
+        self._tokens += events.tokens
         for _, end in events.finished:
             self._end = end
         self._wake.set()
@@ -228,5 +228,5 @@ def _response(tokens: list[TokenEvent]) -> pb.GenerateTokensResponse:
     )
     for entry, token in enumerate(tokens):
         if token.logprob is not None:
-            convert.add_logprobs(response.logprobs.add(entry=entry), token)
+            convert.add_logprobs(response.logprobs.add(entry=entry), token.logprob, token.top_logprobs)
     return response

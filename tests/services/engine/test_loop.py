@@ -27,7 +27,8 @@ class Client:
         with self.changed:
             self.accepted += events.accepted
             self.rejected.update(events.rejected)
-            for slot, token in events.tokens:
+            for token in events.tokens:
+                slot = token.key
                 assert slot not in self.ends, "a token after the end"
                 assert token.position not in self.tokens.setdefault(slot, {}), "a position twice"
                 self.tokens[slot][token.position] = token.token_id

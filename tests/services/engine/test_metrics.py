@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from services.engine.core.block_manager import BlockCounts
-from services.engine.core.events import Counters, FinishedEvent, StepReport, TokenEvent
+from services.engine.core.events import Counters, FinishedEvent, StepReport, TokenEvent, Tokens
 from services.engine.core.sequence import FinishReason
 from services.engine.metrics import TTFT_BUCKETS, EngineMetrics, MetricsServer
 from weft.rpc.address import Address
@@ -25,7 +25,9 @@ def finished(reason: FinishReason) -> FinishedEvent:
 
 REPORT = StepReport(
     step=9,
-    tokens=[token(1.9, None), token(None, 0.03), token(None, 0.05), token(None, 0.03), token(None, 0.05001)],
+    tokens=Tokens.of(
+        [token(1.9, None), token(None, 0.03), token(None, 0.05), token(None, 0.03), token(None, 0.05001)]
+    ),
     finished=[finished(FinishReason.STOP), finished(FinishReason.LENGTH), finished(FinishReason.CANCELLED)],
     num_running=3,
     num_waiting=2,

@@ -110,7 +110,7 @@ def test_more_than_half_of_the_pool_is_not_retained_and_the_newest_stay():
     for number in range(10):
         play(core, ("turn 1", number), [number] * 12, 60.0)
         core.check_integrity()
-    assert core.blocks._cached.num_retained == 8
+    assert core.blocks.num_retained == 8
     for number in range(20):
         play(core, number, [50 + number] * 12)
     hits = [play(core, ("turn 2", number), [number] * 12) for number in range(9, -1, -1)]
@@ -142,7 +142,7 @@ def test_what_is_not_sound_is_not_retained():
     runner.fail["sample", "bad"] = ValueError("planted")
     core.add(make_sequence("bad", list(range(14)), retain_s=1e6))
     run(core)
-    assert core.blocks._cached.num_retained == 0
+    assert core.blocks.num_retained == 0
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -171,5 +171,5 @@ def test_turns_equal_a_stateless_run_whatever_is_evicted_between_them(seed, over
             num_cached += ends[sequence.key].num_cached_tokens
             histories[number] = sequence.prompt_token_ids + output
         clock.time += rng.random() * 3
-        assert core.blocks._cached.num_retained <= 12
+        assert core.blocks.num_retained <= 12
     assert num_cached > 0

@@ -8,11 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.engine.core.errors import QueueFull
-from services.engine.core.events import FinishedEvent, TokenEvent
+from services.engine.core.events import FinishedEvent, TokenEvent, Tokens
 from services.engine.core.sequence import FinishReason
 from services.engine.loop import Heartbeat, LinkEvents
 from services.engine.rpc.outbox import MAX_FRAME_BYTES, Outbox
 from weft.rpc.errors import StatusError
+
+
+def tokens(*rows: tuple[int, TokenEvent]) -> Tokens:
+    return Tokens.of(event._replace(key=slot) for slot, event in rows)
 
 
 def token(position: int, *, token_id: int = 2**32 - 1, num_top: int | None = None) -> TokenEvent:
@@ -27,10 +31,12 @@ def end(error=None) -> FinishedEvent:
 
 def test_replies_then_a_heartbeat_then_frames():
     outbox = Outbox(9, 1 << 20)
-    outbox.add(LinkEvents(1, tokens=[(0, token(0))]))
+    outbox.add(LinkEvents(1, tokens=tokens((0, token(0)))))
     outbox.beat(Heartbeat(1, 0.5, 2.0))
     outbox.beat(Heartbeat(2, 0.25, 2.0))
-    outbox.add(LinkEvents(2, accepted=[1], rejected=[(2, QueueFull("full", 1.0))], tokens=[(0, token(1))]))
+    outbox.add(
+        LinkEvents(2, accepted=[1], rejected=[(2, QueueFull("full", 1.0))], tokens=tokens((0, token(1))))
+    )
     messages = []
     while (message := outbox.next_message()) is not None:
         messages.append(message)
@@ -44,7 +50,7 @@ def test_replies_then_a_heartbeat_then_frames():
 
 def test_an_end_follows_its_tokens_even_when_credit_splits_them():
     outbox = Outbox(1, 0)
-    outbox.add(LinkEvents(1, tokens=[(5, token(i)) for i in range(20)], finished=[(5, end())]))
+    outbox.add(LinkEvents(1, tokens=tokens(*((5, token(i)) for i in range(20))), finished=[(5, end())]))
     positions, ends = [], 0
     while outbox.num_pending:
         outbox.add_credit(30)
@@ -60,7 +66,7 @@ def test_a_pile_is_sent_in_frames_of_bounded_size(monkeypatch):
     monkeypatch.setattr("services.engine.rpc.outbox.MAX_PENDING_BYTES", 1 << 30)
     outbox = Outbox(1, 1 << 40)
     count = 60_000
-    outbox.add(LinkEvents(1, tokens=[(0, token(i, num_top=20)) for i in range(count)]))
+    outbox.add(LinkEvents(1, tokens=tokens(*((0, token(i, num_top=20)) for i in range(count)))))
     seen = 0
     while (message := outbox.next_message()) is not None:
         assert message.ByteSize() <= MAX_FRAME_BYTES
@@ -71,9 +77,9 @@ def test_a_pile_is_sent_in_frames_of_bounded_size(monkeypatch):
 def test_bounds(monkeypatch):
     monkeypatch.setattr("services.engine.rpc.outbox.MAX_PENDING_BYTES", 150)
     outbox = Outbox(1, 0)
-    outbox.add(LinkEvents(1, tokens=[(0, token(i)) for i in range(10)]))
+    outbox.add(LinkEvents(1, tokens=tokens(*((0, token(i)) for i in range(10)))))
     with pytest.raises(StatusError) as caught:
-        outbox.add(LinkEvents(1, tokens=[(0, token(10))]))
+        outbox.add(LinkEvents(1, tokens=tokens((0, token(10)))))
     assert caught.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
     monkeypatch.setattr("services.engine.rpc.outbox.MAX_PENDING_REPLIES", 3)
     outbox = Outbox(1, 0)
@@ -120,7 +126,7 @@ def test_whatever_happens_nothing_is_lost_and_credit_is_kept(actions, credit):
                 first = len(queued[slot])
                 new = [(slot, token(first + i, num_top=num_top)) for i in range(count)]
                 queued[slot] += range(first, first + count)
-                outbox.add(LinkEvents(1, tokens=new))
+                outbox.add(LinkEvents(1, tokens=tokens(*new)))
         elif action == "end":
             if "end" not in queued[arguments[0]]:
                 queued[arguments[0]].append("end")

@@ -138,5 +138,5 @@ async def test_the_blocks_of_a_retained_sequence_are_evicted_last():
         await gateway.call.write(submit(0, [5] * 40, 5, retain_seconds=86_400))
         await gateway.call.write(submit(1, [6] * 40, 5))
         await gateway.read_until(lambda: len(gateway.finished) == 2)
-        assert engine.blocks._cached.num_retained == 3
+        assert engine.blocks.num_retained == 3
         assert engine.blocks.counts().cached == 6
