@@ -1,6 +1,6 @@
 """Of what a step of the engine on a CPU consists: shares of its time, and torch's operators.
 
-    python -m benchmarks.cpu_profile [--threads N] [--quick] [--torch]
+    python -m benchmarks.cpu_profile [--threads N] [--clock cpu] [--quick] [--torch]
 
 Takes the weights of `make bench-cpu` (run it first; --quick for the tiny model). Shares are of times taken
 where the model calls `ops`, each less what it calls in turn, without a profiler, whose cost would fall on the
@@ -26,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.cpu_engine import System
 from benchmarks.cpu_machine import machine, physical_cores
 from benchmarks.cpu_process import ROOT
-from benchmarks.cpu_shape import QUICK, TINY, TINYLLAMA, WORKLOAD, Dimensions, Workload, folder_name
+from benchmarks.cpu_shape import CLOCKS, QUICK, TINY, TINYLLAMA, WORKLOAD, Dimensions, Workload, folder_name
 from services.engine.kernels import ops
 
 DOORS = {
@@ -50,7 +50,8 @@ PARTS = (
 class Clock:
     """Seconds by part; a part's calls of other parts are not counted as its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
         self.seconds: Counter[str] = Counter()
         self._inner: list[float] = []
 
@@ -60,11 +61,11 @@ class Clock:
         @functools.wraps(work)
         def call(*arguments: Any, **named: Any) -> Any:
             self._inner.append(0.0)
-            began = time.perf_counter()
+            began = self._now()
             try:
                 return work(*arguments, **named)
             finally:
-                seconds = time.perf_counter() - began
+                seconds = self._now() - began
                 inner = self._inner.pop()
                 self.seconds[part if isinstance(part, str) else part(arguments[0])] += seconds - inner
                 if self._inner:
@@ -77,9 +78,9 @@ class Clock:
 
 
 @contextmanager
-def clocked(core: Any, runner: Any) -> Iterator[Clock]:
+def clocked(core: Any, runner: Any, now: Callable[[], float]) -> Iterator[Clock]:
     """Within, every step's time goes to its parts."""
-    clock = Clock()
+    clock = Clock(now)
     head = runner.model.head
     kinds = {type(linear) for linear in runner.model.linears.values()}
     replaced: list[tuple[Any, str, Any]] = []
@@ -104,11 +105,11 @@ def clocked(core: Any, runner: Any) -> Iterator[Clock]:
 
 
 def shares(
-    system: System, dimensions: Dimensions, workload: Workload, repeats: int
+    system: System, dimensions: Dimensions, workload: Workload, repeats: int, now: Callable[[], float]
 ) -> dict[str, dict[str, float]]:
     """By case: milliseconds of a step by part."""
     found = {}
-    with clocked(system.core, system.runner) as clock:
+    with clocked(system.core, system.runner, now) as clock:
         for case in workload.cases:
             times = []
             for number in range(repeats + 1):
@@ -157,6 +158,7 @@ def main() -> int:
     )
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--repeats", type=int, default=5, help="runs of each case; the middle one is told")
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="cpu: processor time")
     parser.add_argument("--quick", action="store_true", help="the tiny model")
     parser.add_argument("--torch", action="store_true", help="torch.profiler's tables as well")
     parser.add_argument(
@@ -171,7 +173,7 @@ def main() -> int:
     system = System(folder, dimensions, workload, options.threads, {})
     system.fill(workload.prompts(dimensions.vocab_size))
     print(machine(options.threads), "\n")
-    print(table(shares(system, dimensions, workload, options.repeats)))
+    print(table(shares(system, dimensions, workload, options.repeats, CLOCKS[options.clock])))
     if options.torch:
         for case in workload.cases:
             print(f"\n{case}\n{operators(system, case, dimensions, workload)}")

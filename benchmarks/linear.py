@@ -17,7 +17,7 @@ import time
 import torch
 
 from benchmarks import results
-from services.engine.kernels import ops
+from services.engine.kernels import native, ops
 from services.engine.kernels.int4pack import Int4PackLinear
 from services.engine.kernels.linear import Linear
 from services.engine.kernels.numerics import Numerics
@@ -29,7 +29,9 @@ MIN_SECONDS = 0.6
 
 
 def variants(dtype: torch.dtype) -> dict[str, list[Linear]]:
-    """LAYERS linears of each kind: full precision, the packed 4-bit product, unpack and then multiply."""
+    """LAYERS linears of each kind: full precision, torch's packed 4-bit product, unpack and then multiply,
+    and, where they can be had, the engine's kernels in C.
+    """
     numerics, scratch = Numerics(dtype, is_deterministic=False), Scratch()
     found: dict[str, list[Linear]] = {"dense": [], "packed": [], "unpacked": []}
     for _ in range(LAYERS):
@@ -44,6 +46,11 @@ def variants(dtype: torch.dtype) -> dict[str, list[Linear]]:
                 found[name].append(linear)
             elif name == "unpacked":
                 found[name].append(linear)
+        if dtype == torch.bfloat16 and (library := native.library(None)) is not None:
+            native.use(library)
+            linear = ops.make_int4_linear(values, zeros, scales, None, numerics, scratch)
+            native.use(None)
+            found.setdefault(linear.path, []).append(linear)
     return {name: linears for name, linears in found.items() if linears}
 
 
