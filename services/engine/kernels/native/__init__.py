@@ -96,8 +96,12 @@ def _open(cache_dir: Path | None) -> ctypes.CDLL:
     missing = _FEATURES - _processor_flags()
     if missing:
         raise NativeError(f"the processor lacks {', '.join(sorted(missing))}")
-    path = _compiled(cache_dir)
-    found = ctypes.CDLL(str(path))
+    if cache_dir is not None and _can_write(cache_dir):
+        found = ctypes.CDLL(str(_compiled(cache_dir)))
+    else:
+        with tempfile.TemporaryDirectory(prefix="weft-") as scratch:
+            # Once it is open its name is not needed any more.
+            found = ctypes.CDLL(str(_compiled(Path(scratch))))
     for name, arguments in _SIGNATURES.items():
         function = getattr(found, name)
         function.argtypes = arguments
@@ -115,7 +119,7 @@ def _processor_flags() -> frozenset[str]:
     return frozenset()
 
 
-def _compiled(cache_dir: Path | None) -> Path:
+def _compiled(directory: Path) -> Path:
     compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
     if compiler is None:
         raise NativeError(f"no C compiler ({', '.join(_COMPILERS)}) is installed")
@@ -124,11 +128,6 @@ def _compiled(cache_dir: Path | None) -> Path:
     version = _run([compiler, "--version"])
     facts = [compiler, version, gomp, *_FLAGS, *(source.read_text("utf-8") for source in sources)]
     key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
-    directory = (
-        cache_dir
-        if cache_dir is not None and _can_write(cache_dir)
-        else Path(tempfile.mkdtemp(prefix="weft-"))
-    )
     path = directory / f"native-{key}.so"
     if not path.exists():
         _compile(compiler, [source for source in sources if source.suffix == ".c"], gomp, path)

@@ -270,7 +270,7 @@ def test_auto_is_exact_for_small_models_and_fast_for_large_ones(
 ) -> None:
     small = _config_of(runners[16])
     large = _config_of(runners[16], num_layers=200)
-    auto = RunnerConfig(source=Path("x"))
+    auto = RunnerConfig(source=Path("x"), has_native_kernels=False)
     assert load.num_layer_weights(small) == 6 * (256 * (256 + 128 + 128 + 256) + 3 * 256 * 768)
     assert load.choose_numerics(auto, small) == Numerics(torch.float32, is_deterministic=True)
     monkeypatch.setattr("services.engine.kernels.int4pack.is_supported", lambda *args: True)
@@ -281,10 +281,16 @@ def test_auto_is_exact_for_small_models_and_fast_for_large_ones(
     assert load.choose_numerics(auto, large).dtype == torch.float32
 
 
+@pytest.mark.parametrize("has_native", [False, True])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_bfloat16_stays_near_float32(packed_demo: Path, runners: dict[int, ModelRunner], seed: int) -> None:
-    fast = load_runner(RunnerConfig(source=packed_demo, dtype="bfloat16", num_blocks=8, is_poisoned=True))
-    assert not fast.info.is_deterministic
+def test_bfloat16_stays_near_float32(
+    packed_demo: Path, runners: dict[int, ModelRunner], seed: int, has_native: bool
+) -> None:
+    config = RunnerConfig(
+        source=packed_demo, dtype="bfloat16", num_blocks=8, is_poisoned=True, has_native_kernels=has_native
+    )
+    fast = load_runner(config)
+    assert fast.info.is_deterministic == ("native-int4" in fast.info.kernel_paths.values())
     ids = _ids(200, 100 + seed)
     logits = []
     for runner in (fast, runners[128]):
