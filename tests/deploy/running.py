@@ -51,6 +51,11 @@ class Process:
             if event["event"] == name:
                 return event
 
+    def terminate(self, timeout_s: float) -> int:
+        """Ask it to end, as the kubelet does, and return its exit code. TimeoutExpired when it does not."""
+        self._process.terminate()
+        return self._process.wait(timeout_s)
+
     def kill(self) -> None:
         """End it at once, and wait for that."""
         self._process.kill()
@@ -63,6 +68,7 @@ class Running:
     """Where things listen, and what was scraped when all had been asked for."""
 
     engine: Process
+    engine_grpc: str
     engine_metrics: str
     gateway_grpc: str
     gateway_http: str
@@ -91,7 +97,7 @@ def started() -> Iterator[Running]:
         gateway = Process("services.gateway", *flags, "--max-waiting-requests", 8)
         stack.callback(gateway.kill)
         http = gateway.wait_for("http")["address"]
-        yield Running(engine, metrics, gateway.wait_for("serving")["address"], http)
+        yield Running(engine, target, metrics, gateway.wait_for("serving")["address"], http)
 
 
 def request(seed: int = 1, **fields: Any) -> gateway_pb.GenerateRequest:

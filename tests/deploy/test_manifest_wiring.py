@@ -32,6 +32,7 @@ from tests.deploy.kubernetes_manifests import (
     workloads,
 )
 from tests.deploy.kustomize import Object, containers_of, pod_template
+from tests.deploy.running import Running
 from weft.config import load_config
 from weft.rpc import healthcheck
 from weft.rpc.health import LIVENESS
@@ -137,6 +138,15 @@ def test_liveness_asks_for_a_process_that_answers_and_readiness_for_more(part: s
         assert ready["periodSeconds"] * ready["failureThreshold"] <= 30
     gateway = main_container(one(manifests("cpu", part), "Deployment", "gateway"))
     assert asked(gateway["startupProbe"]) == LIVENESS, "without an engine a gateway is not ready, but started"
+
+
+def test_running_services_answer_what_the_probes_ask(running: Running) -> None:
+    for service, address in (("engine", running.engine_grpc), ("gateway", running.gateway_grpc)):
+        container = main_container(one(manifests("cpu"), "Deployment", service))
+        for name in ("startupProbe", "readinessProbe", "livenessProbe"):
+            asked = container[name]["grpc"].get("service", "")
+            assert healthcheck.check(address, asked, 30.0) == "SERVING", (service, name)
+    assert healthcheck.check(running.engine_grpc, "livenes", 30.0) == "NOT_FOUND"
 
 
 def test_probes_by_hand_have_flags_that_the_probe_knows(monkeypatch: pytest.MonkeyPatch) -> None:
