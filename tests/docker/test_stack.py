@@ -124,7 +124,7 @@ def test_a_batch_job_beside_it(stack: ComposeProject) -> None:
     ("flags", "code", "words"),
     [
         (["--source=/models/none", "--name=x"], 1, "/models/none"),
-        (["--source=/models/demo", "--name=../x"], 1, "../x"),
+        (["--source=/models/demo", "--name=../x"], 2, "../x"),
         (["--source=/models/demo", "--name=x", "--group-size=33"], 2, "--group-size"),
         (["--source=/models/demo"], 2, "--name"),
     ],
