@@ -7,6 +7,7 @@ import io
 import os
 import subprocess
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -16,7 +17,9 @@ import pytest
 from tools.release.building import differences, digest
 from tools.release.contents import (
     ALWAYS,
+    LEFT_OUT,
     OF_THE_SOURCES,
+    PACKAGES,
     expected_files,
     metadata_problems,
     source_problems,
@@ -107,6 +110,29 @@ def test_everything_of_the_packages_here_is_expected() -> None:
     assert set(ALWAYS) <= expected
     assert {"services/quantizer/data/calibration.txt", "weft/protos/weft/v1/generation.proto"} <= expected
     assert not [name for name in expected if name.startswith(("tests", "tools")) or "Dockerfile" in name]
+
+
+def test_every_file_of_a_package_is_package_data() -> None:
+    """Told without a build: folders with Python are packages, and a pattern of pyproject.toml takes the rest."""
+    listed = subprocess.run(["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("no git here")
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    files = [Path(name) for name in listed.stdout.splitlines() if not LEFT_OUT.search(name)]
+    packages = {path.parent for path in files if path.suffix == ".py"}
+    assert not [str(folder) for folder in packages if not (ROOT / folder / "__init__.py").is_file()]
+    left = [
+        str(path)
+        for path in files
+        if path.suffix != ".py"
+        and not any(
+            path.is_relative_to(folder) and path.relative_to(folder).match(pattern)
+            for folder in packages
+            for pattern in settings["package-data"]["*"]
+            if path.parent == folder / Path(pattern).parent
+        )
+    ]
+    assert not left, "add a pattern to [tool.setuptools.package-data]"
 
 
 @pytest.mark.parametrize(
