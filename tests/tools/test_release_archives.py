@@ -113,7 +113,7 @@ def test_everything_of_the_packages_here_is_expected() -> None:
 
 
 def test_every_file_of_a_package_is_package_data() -> None:
-    """Told without a build: folders with Python are packages, and a pattern of pyproject.toml takes the rest."""
+    """Told without a build: folders with Python are packages, a pattern of pyproject.toml takes the rest."""
     listed = subprocess.run(["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True)
     if listed.returncode != 0:
         pytest.skip("no git here")
