@@ -45,8 +45,8 @@ def test_the_reported_times_are_the_true_ones(bench: Any, timed: TimedServer, pr
     """Reported less true is what network and client add. The bounds are generous for busy machines, but a
     clock that starts late, a gap that is left out or a unit that is wrong is far outside of them.
     """
-    timed.first_s, timed.gap_s = 0.3, 0.05
-    ran = bench(where(protocol, timed), "--requests", 8, "--concurrency", 4, "--output-tokens", 10)
+    timed.first_s, timed.gap_s = 0.2, 0.05
+    ran = bench(where(protocol, timed), "--requests", 8, "--concurrency", 8, "--output-tokens", 10)
     assert ran.result.exit_code == 0, ran.result.output
     point, truths = ran.point, timed.take_truth()[-8:]
     assert point["requests"]["ok"] == 8
@@ -59,7 +59,7 @@ def test_the_reported_times_are_the_true_ones(bench: Any, timed: TimedServer, pr
         assert abs(found["itl"][f"p{percent}"] - percentile(true_gaps, percent)) < (
             20 if percent == 50 else 150
         )
-    assert found["e2e"]["p50"] == pytest.approx(300 + 9 * 50, rel=0.5)
+    assert found["e2e"]["p50"] == pytest.approx(200 + 9 * 50, rel=0.5)
     assert found["tpot"]["p50"] == pytest.approx(50, rel=0.5)
     assert point["tokens"]["output"]["sum"] == 80
     assert point["throughput"]["output_tokens_per_s"] == pytest.approx(80 / point["window_s"], rel=0.01)
@@ -76,8 +76,8 @@ def test_an_open_loop_counts_from_the_schedule(bench: Any, timed: TimedServer, p
     assert point["latency_ms"]["ttft"]["max"] > 200 + 5 * 100 - 50
     late = point["client"]["schedule_lateness_ms"]
     assert late["count"] == 6
-    assert point["client"]["send_wait_ms"]["max"] > 5 * 100 - 50
-    assert late["p50"] < 400
+    # The last was due at 0.5 s and could not go before 1 s; whose fault that is, the two tell.
+    assert late["max"] + point["client"]["send_wait_ms"]["max"] > 450
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
@@ -165,12 +165,13 @@ def test_cancels_are_sent_and_told_apart(bench: Any, timed: TimedServer, protoco
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])
 def test_slow_readers_are_told_apart(bench: Any, timed: TimedServer, protocol: str) -> None:
-    flags = "--requests 12 --output-tokens 6 --slow-readers 0.4 --slow-pause 0.05 --concurrency 12"
+    timed.gap_s = 0.002
+    flags = "--requests 12 --output-tokens 60 --slow-readers 0.4 --slow-pause 0.1 --concurrency 12"
     point = bench(where(protocol, timed), *flags.split()).point
     check_accounts(point)
     slow = point["requests"]["groups"]["slow"]
     assert 1 <= slow["sent"] == slow["ok"] < 12
-    assert point["others"]["slow"]["latency_ms"]["e2e"]["min"] >= 50
+    assert point["others"]["slow"]["latency_ms"]["message_gap"]["max"] >= 95
     assert point["latency_ms"]["e2e"]["count"] == 12 - slow["sent"]
 
 
@@ -192,7 +193,7 @@ def test_warm_up_is_apart(bench: Any, timed: TimedServer) -> None:
     assert len(prompts) == len(set(prompts)) == 12
 
 
-@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("protocol", [pytest.param("grpc", marks=pytest.mark.slow), "http"])
 def test_several_processes_send_what_one_would(bench: Any, timed: TimedServer, protocol: str) -> None:
     flags = "--requests 9 --concurrency 4 --output-tokens 3 --processes 2"
     ran = bench(where(protocol, timed), *flags.split())
