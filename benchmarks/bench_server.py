@@ -22,6 +22,7 @@ from typing import Any
 
 import grpc
 
+from weft.rpc.tls import ServerTls
 from weft.v1 import gateway_service_pb2 as pb
 from weft.v1 import generation_pb2 as generation
 from weft.v1.gateway_service_pb2_grpc import GatewayServiceServicer, add_GatewayServiceServicer_to_server
@@ -50,6 +51,8 @@ class TimedServer(GatewayServiceServicer):
         self.fail_every = 0
         self.is_breaking = False
         self.knows_chunk_usage = True
+        self.tls: ServerTls | None = None
+        self.api_key = ""
         self.truths: list[Truth] = []
         self.bodies: list[dict[str, Any]] = []
         self.num_requests = 0
@@ -62,9 +65,14 @@ class TimedServer(GatewayServiceServicer):
         """Listen on two ports of 127.0.0.1 that are free."""
         server = grpc.aio.server()
         add_GatewayServiceServicer_to_server(self, server)
-        self.grpc_address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        if self.tls is None:
+            port = server.add_insecure_port("127.0.0.1:0")
+        else:
+            port = server.add_secure_port("127.0.0.1:0", self.tls.grpc_credentials())
+        self.grpc_address = f"127.0.0.1:{port}"
         await server.start()
-        http = await asyncio.start_server(self._http, "127.0.0.1", 0)
+        context = None if self.tls is None else self.tls.context()
+        http = await asyncio.start_server(self._http, "127.0.0.1", 0, ssl=context)
         self.http_address = f"127.0.0.1:{http.sockets[0].getsockname()[1]}"
         self._servers = [server, http]
 
@@ -159,7 +167,9 @@ class TimedServer(GatewayServiceServicer):
         yield pb.GenerateResponse(finish=pb.Finish(reason=generation.FINISH_REASON_LENGTH, usage=usage))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Any) -> pb.ListModelsResponse:
-        """One."""
+        """One. Asks for the key, as the first call of all."""
+        if self.api_key and ("authorization", f"Bearer {self.api_key}") not in context.invocation_metadata():
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no such key")
         return pb.ListModelsResponse(models=[pb.Model(name="timed", max_model_len=CONTEXT, vocab_size=5000)])
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: Any) -> pb.TokenizeResponse:
@@ -173,7 +183,9 @@ class TimedServer(GatewayServiceServicer):
                 length = int(head.partition("content-length:")[2].partition("\r\n")[0] or 0)
                 body = await reader.readexactly(length)
                 method, path = head.split(" ", 2)[:2]
-                if method == "get":
+                if self.api_key and f"authorization: bearer {self.api_key}\r" not in head:
+                    _answer(writer, 401, {"error": {"message": "no such key"}})
+                elif method == "get":
                     _answer(writer, 200, self._get(path))
                 elif not await self._post(path, json.loads(body), writer):
                     break

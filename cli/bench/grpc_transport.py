@@ -12,7 +12,6 @@ from cli.bench.records import CANCELLED, FAILED, INTERRUPTED, OK, Record
 from cli.bench.settings import ServerSettings, Settings
 from cli.bench.transport import BenchError, Exchange, Facts, now
 from cli.bench.vocabulary import WORDS, TokenIds
-from cli.connection import describe
 from weft.rpc.auth import auth_metadata
 from weft.rpc.channel import channel_options
 from weft.rpc.errors import error_from_call
@@ -76,7 +75,7 @@ class GrpcTransport:
             request = pb.TokenizeRequest(model=asked, text=words)
             ids = await self._call("Tokenize", request) if needs_vocabulary else None
         except grpc.aio.AioRpcError as error:
-            raise BenchError(describe(error)) from None
+            raise BenchError(told(error)) from None
         # The first id may be the begin token, which belongs to no word.
         pool = tuple(sorted(set(ids.token_ids[1:]))) if ids is not None else (0,)
         facts = Facts(
@@ -157,7 +156,7 @@ class GrpcTransport:
         try:
             await self._call("CreateSession", request)
         except grpc.aio.AioRpcError as error:
-            raise BenchError(describe(error)) from None
+            raise BenchError(told(error)) from None
         return True
 
     async def end_session(self, session_id: str) -> None:
@@ -205,6 +204,12 @@ def reason_of(error: grpc.aio.AioRpcError) -> str:
     found = error_from_call(error)
     reason = getattr(found, "reason", "") or ""
     return f"{reason}: {error.details()}" if reason else error.details() or ""
+
+
+def told(error: grpc.aio.AioRpcError) -> str:
+    """STATUS: message, with the fields at fault when the server names them; one line."""
+    fields = (f"{name}: {why}" for name, why in error_from_call(error).field_violations)
+    return " ".join(f"{error.code().name}: {'; '.join([error.details() or '', *fields])}".split())
 
 
 def _channel(server: ServerSettings) -> grpc.aio.Channel:
