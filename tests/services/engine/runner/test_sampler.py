@@ -62,7 +62,8 @@ def _oracle_logits(logits: list[float], sequence: Sequence) -> list[float]:
 
 def _oracle_kept(logits: list[float], params: SamplingParams) -> list[int]:
     """Ids left by min_p, top_k, top_p, likeliest first, lower ids first among equals."""
-    weights = [math.exp((value - max(logits)) / params.temperature) for value in logits]
+    highest = max(logits)
+    weights = [math.exp((value - highest) / params.temperature) for value in logits]
     ranked = sorted(range(len(logits)), key=lambda token: (-logits[token], token))
     kept = [token for token in ranked if weights[token] >= params.min_p]
     if params.top_k:
