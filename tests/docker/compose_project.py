@@ -84,9 +84,9 @@ class ComposeProject:
         return state["Status"] == "running" and state["Health"]["Status"] == "healthy"
 
     def events(self, service: str) -> list[dict[str, Any]]:
-        """The log of a service's containers since they were made: the lines of JSON."""
+        """The log of a service's first container since it was made: the lines of JSON."""
         found = []
-        for line in self.compose("logs", "--no-color", "--no-log-prefix", service).stdout.splitlines():
+        for line in docker("logs", self.container(service)).stderr.splitlines():
             with contextlib.suppress(json.JSONDecodeError):
                 if isinstance(event := json.loads(line), dict):
                     found.append(event)

@@ -41,7 +41,7 @@ def test_the_first_up_publishes_and_serves(stack: ComposeProject) -> None:
     assert stack.is_healthy("gateway")
     check_reachable(stack.ports["grpc"])
     with Client(f"127.0.0.1:{stack.ports['grpc']}") as client:
-        assert [model.name for model in client.models()] == ["demo"]
+        assert {model.name for model in client.models()} == {"demo"}
 
 
 def test_a_client_streams_over_grpc(stack: ComposeProject) -> None:
@@ -54,8 +54,8 @@ def test_a_client_streams_over_grpc(stack: ComposeProject) -> None:
 
 def test_http_answers_and_streams(stack: ComposeProject) -> None:
     port = stack.ports["http"]
-    assert [model["id"] for model in http_json(port, "/v1/models")["data"]] == ["demo"]
-    http_json(port, "/healthz")
+    assert "demo" in [model["id"] for model in http_json(port, "/v1/models")["data"]]
+    assert http_json(port, "/healthz")["status"] == "ok"
     body = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 24, "temperature": 0}
     events = http_stream(port, body)
     assert len(events) > 2, "in pieces, not at once"
