@@ -23,6 +23,13 @@ ROOT = Path(__file__).resolve().parents[2]
 READY_S = 120.0
 
 
+def pytest_collection_modifyitems(items):
+    """The first test's time holds a quantization and the start of a stack, minutes on a busy machine."""
+    for item in items:
+        if item.path.parent == ROOT / "tests" / "e2e":
+            item.add_marker(pytest.mark.timeout(900))
+
+
 def quantize(artifacts, *more):
     """Quantize the demo model with little calibration: fast, and real AWQ all the same."""
     arguments = ["--source", str(ROOT / "models/demo"), "--artifacts", str(artifacts), "--name", "demo"]
@@ -41,7 +48,7 @@ def quantize(artifacts, *more):
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
     )
 
 
@@ -68,11 +75,16 @@ class Stack:
             model, tokenizer = f"--source {source}", f"--tokenizer {source}"
         self.engine_flags = [*model.split(), "--threads", "1", *engine_flags]
         self.gateway_flags = [*tokenizer.split(), *gateway_flags]
-        self.engine = self.start_engine("127.0.0.1:0")
-        self.engine_address = self.engine.wait_for("listening", READY_S)["address"]
-        self.gateway = self.start_gateway()
-        self.engine.wait_for("serving", READY_S)
-        self.connect_gateway()
+        self.services = []
+        try:
+            self.engine = self.start_engine("127.0.0.1:0")
+            self.engine_address = self.engine.wait_for("listening", READY_S)["address"]
+            self.gateway = self.start_gateway()
+            self.engine.wait_for("serving", READY_S)
+            self.connect_gateway()
+        except BaseException:  # a test's time is up, too: nobody else knows what has been started
+            self.kill()
+            raise
         self.engine_channel = grpc.insecure_channel(self.engine_address)
         self.engine_client = EngineServiceStub(self.engine_channel)
         STACKS.append(self)
@@ -85,12 +97,23 @@ class Stack:
 
     def start_engine(self, listen):
         flags = [*self.engine_flags, "--listen", listen, "--metrics", "127.0.0.1:0"]
-        return Service("engine", command_of("engine", ["serve", *flags]), self.logs)
+        return self._start("engine", flags)
 
     def start_gateway(self):
         flags = f"--engine {self.engine_address} --listen 127.0.0.1:0 --http 127.0.0.1:0".split()
         flags += self.gateway_flags
-        return Service("gateway", command_of("gateway", ["serve", *flags]), self.logs)
+        return self._start("gateway", flags)
+
+    def _start(self, name, flags):
+        self.services.append(Service(name, command_of(name, ["serve", *flags]), self.logs))
+        return self.services[-1]
+
+    def kill(self):
+        """End whatever still runs."""
+        for service in reversed(self.services):
+            if service.is_running:
+                service._process.kill()
+                service._process.wait()
 
     @property
     def http(self):
@@ -168,10 +191,7 @@ def own_stack(artifacts, tmp_path):
 
     yield start
     for stack in stacks:
-        for service in (stack.gateway, stack.engine):
-            if service.is_running:
-                service._process.kill()
-                service._process.wait()
+        stack.kill()
 
 
 @pytest.fixture(scope="session")

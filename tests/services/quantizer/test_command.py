@@ -327,7 +327,7 @@ def test_a_terminated_run_leaves_nothing_behind(make_checkpoint, tmp_path):
     command += ["--artifacts", str(tmp_path / "a"), "--name", "tiny", "--group-size", "32"]
     command += ["--sequence-length", "256"]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 200
     directory = tmp_path / "a" / "tiny"
     while time.monotonic() < deadline and not (directory.exists() and os.listdir(directory)):
         time.sleep(0.05)
