@@ -22,6 +22,12 @@ from cli.__main__ import app
 from cli.demo.processes import Service, command_of
 
 READY_S = 120.0
+_FLAGS = {
+    "grpc": "--server {grpc}",
+    "multiplex": "--server {grpc} --multiplex",
+    "http": "--url http://{http}",
+    "chat": "--url http://{http}/v1 --endpoint chat",
+}
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,10 @@ def timed() -> Iterator[TimedServer]:
     """Quick: a token each millisecond."""
     with in_thread(TimedServer(first_s=0.002, gap_s=0.001)) as server:
         yield server
+
+
+def where(protocol: str, server: TimedServer) -> str:
+    return _FLAGS[protocol].format(grpc=server.grpc_address, http=server.http_address)
 
 
 @dataclass(frozen=True)
