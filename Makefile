@@ -22,7 +22,7 @@ SHELL := /bin/bash
 # A given PY is taken as it is; otherwise the stamp says when the environment was last brought up to date.
 STAMP := $(if $(filter $(VENV)/bin/python,$(PY)),$(VENV)/.weft-installed,)
 
-.PHONY: help setup protos format check test retest test-slow kernels gpu bench-cpu bench-core bench-gateway bench-quant demo chaos up release-check size wheels docker-test
+.PHONY: help setup protos format check test retest test-slow kernels gpu bench-cpu bench-core bench-gateway bench-overhead bench-quant demo chaos up release-check size wheels docker-test
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -87,6 +87,9 @@ bench-core: $(STAMP)  ## what a step costs the host: scheduler, blocks, events, 
 
 bench-gateway: $(STAMP)  ## what the gateway costs: tokens per CPU second, latency, memory (BENCH_FLAGS: see --help)
 	$(PY) -m benchmarks.gateway $(BENCH_FLAGS)
+
+bench-overhead: $(STAMP)  ## what weft bench itself costs, and how true its numbers are (BENCH_FLAGS: --quick)
+	$(PY) -m benchmarks.bench_overhead $(BENCH_FLAGS)
 
 bench-quant: $(STAMP)  ## this quantizer beside llm-compressor and plain rounding (BENCH_FLAGS: see --help)
 	$(PY) -m benchmarks.quant $(BENCH_FLAGS)
