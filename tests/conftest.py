@@ -35,7 +35,8 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """What `-n auto` stands for."""
     from tests.schedule import num_workers
 
-    return num_workers(len(os.sched_getaffinity(0)))
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return num_workers(len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1)
 
 
 @pytest.hookimpl(optionalhook=True)

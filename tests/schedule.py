@@ -37,7 +37,7 @@ MAX_WORKERS = 8
 
 
 def num_workers(num_cores: int) -> int:
-    """One more than there are cores, for one of them waits; but each takes 1.5 GB."""
+    """One more than there are cores, for one of them waits; but each takes up to 2 GB."""
     return min(num_cores + 1, MAX_WORKERS)
 
 
