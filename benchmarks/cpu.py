@@ -265,6 +265,7 @@ def make_bench(options: argparse.Namespace) -> Bench:
 def main(argv: list[str] | None = None) -> int:
     """Measure, print, keep; 1 when a system failed, or with --check a line was missed."""
     options = parse(argv)
+    began = time.perf_counter()
     try:
         bench = make_bench(options)
         bandwidth = measured_bandwidth(bench.threads, 8 if options.quick else 512)
@@ -275,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     found = report(bench, outcomes, beside, bandwidth)
     path = bench.out / "results.json"
     path.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    print(f"\n{path}")
+    print(f"\n{time.perf_counter() - began:.0f} s in all; {path}")
     if options.write_results and options.clock == "wall":
         results.append(result_rows(outcomes, found["machine"], found["git_sha"]))
     has_failed = any(outcome.failure is not None for outcome in outcomes)

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -22,20 +21,18 @@ from benchmarks.cpu_report import (
     roofline,
     table,
 )
-from benchmarks.cpu_shape import QUICK, TINY, folder_name, to_spec
+from benchmarks.cpu_shape import QUICK, TINY, folder_name
+from benchmarks.cpu_weights import prepare
 
 STAND_IN = "tests.benchmarks.cpu_stand_in"
 BANDWIDTH = {"read": 1e10, "copy": 1e10}
 
 
 @pytest.fixture(scope="module")
-def prepared(tmp_path_factory, root):
+def prepared(tmp_path_factory):
     """A folder with the tiny model's weights and reference."""
-    work = tmp_path_factory.mktemp("bench-cpu")
-    folder = work / folder_name(TINY, QUICK)
-    spec = work / "spec.json"
-    spec.write_text(json.dumps({**to_spec(TINY, QUICK), "threads": 1, "folder": str(folder)}))
-    subprocess.run([sys.executable, "-m", "benchmarks.cpu_weights", str(spec)], cwd=root, check=True)
+    folder = tmp_path_factory.mktemp("bench-cpu") / folder_name(TINY, QUICK)
+    prepare(folder, TINY, QUICK)
     return folder
 
 
@@ -55,6 +52,7 @@ def make_bench(folder, out, kinds, runs=2):
     )
 
 
+@pytest.mark.timeout(900)
 def test_the_whole_of_it_with_one_right_rival_and_one_wrong_one(prepared, tmp_path, capsys):
     # llama.cpp would have a GGUF file made.
     (prepared / "q4_0.gguf").touch()
