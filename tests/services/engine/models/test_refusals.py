@@ -201,7 +201,7 @@ def test_quantized_tensors_need_a_quantization_config(tmp_path: Path) -> None:
     ("settings", "named"),
     [
         ({"device": "tpu"}, "tpu"),
-        ({"dtype": "bfloat16", "is_deterministic": True}, "float32"),
+        ({"dtype": "bfloat16", "is_deterministic": True, "has_native_kernels": False}, "float32"),
         ({"dtype": "int8"}, "dtype"),
         ({"block_size": 100}, "block_size"),
         ({"max_batch_size": 0}, "max_batch_size"),
