@@ -41,14 +41,14 @@ class Truth:
 
 
 class TimedServer(GatewayServiceServicer):
-    """Both protocols on one event loop. `fail_every` refuses each so many-th request; `knows_chunk_usage` is
-    whether an HTTP client may ask for the count with each chunk; `is_breaking` ends each answer of more than
-    two tokens half way.
+    """Both protocols on one event loop. `fail_every` refuses each so many-th request, `fail_after` all later
+    ones; `knows_chunk_usage` is whether an HTTP client may ask for the count with each chunk; `is_breaking`
+    ends each answer of more than two tokens half way.
     """
 
     def __init__(self, *, first_s: float = 0.02, gap_s: float = 0.005, per_message: int = 1) -> None:
         self.first_s, self.gap_s, self.per_message = first_s, gap_s, per_message
-        self.fail_every = 0
+        self.fail_every = self.fail_after = 0
         self.is_breaking = False
         self.knows_chunk_usage = True
         self.tls: ServerTls | None = None
@@ -102,6 +102,8 @@ class TimedServer(GatewayServiceServicer):
         truth = Truth(now())
         self.num_requests += 1
         if self.fail_every and self.num_requests % self.fail_every == 0:
+            return None
+        if self.fail_after and self.num_requests > self.fail_after:
             return None
         self.truths.append(truth)
         return truth

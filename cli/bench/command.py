@@ -85,6 +85,8 @@ def measure(
         _report(document, json_file, plot_file)
     if result.is_interrupted:
         raise typer.Exit(EXIT_INTERRUPTED)
+    if document["failure"] is not None:
+        fail(document["failure"])
     if not any(point["requests"]["ok"] for point in document["points"]):
         cancelled = sum(point["requests"]["cancelled"] for point in document["points"])
         if not cancelled:

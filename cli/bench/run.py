@@ -32,7 +32,6 @@ WARM_UP_CONCURRENCY = 8
 PROGRESS_S = 0.5
 
 Progress = Callable[[str], None]
-OnPoint = Callable[[dict[str, Any]], None]
 
 
 @dataclasses.dataclass
@@ -43,9 +42,7 @@ class Result:
     is_interrupted: bool
 
 
-async def bench(
-    settings: Settings, command: Sequence[str], progress: Progress, on_point: OnPoint | None = None
-) -> Result:
+async def bench(settings: Settings, command: Sequence[str], progress: Progress) -> Result:
     """Run every load. Raises BenchError and SettingsError before the first point; after it, a failure ends
     the run with what there is.
     """
@@ -54,6 +51,7 @@ async def bench(
     crew: Crew | None = None
     stop = _Stop()
     points: list[dict[str, Any]] = []
+    failure: str | None = None
     with stop.on_signal():
         try:
             facts, workload, told = await stop.first(_prepare(settings, transport, progress))
@@ -62,10 +60,16 @@ async def bench(
             stop.then(crew.stop)
             names = f"bench-{uuid.uuid4().hex[:12]}"
             for number, load in enumerate(settings.loads):
-                point = await _point(settings, crew, load, f"p{number}", names, progress)
+                try:
+                    point = await _point(settings, crew, load, f"p{number}", names, progress, stop)
+                except BenchError as error:
+                    if not points:
+                        raise
+                    failure = f"{load.label}: {error}"
+                    break
+                if point is None:
+                    break
                 points.append(point)
-                if on_point is not None:
-                    on_point(point)
                 if stop.is_set:
                     break
         except _Stopped:
@@ -75,7 +79,7 @@ async def bench(
                 await crew.close()
             await transport.close()
     document = _document(settings, facts, told, points, command, began)
-    document["is_interrupted"] = stop.is_set
+    document |= {"is_interrupted": stop.is_set, "failure": failure}
     return Result(document, stop.is_set)
 
 
@@ -121,9 +125,12 @@ def make_workload(
 
 
 async def _point(
-    settings: Settings, crew: Crew, load: Load, salt: str, names: str, progress: Progress
-) -> dict[str, Any]:
+    settings: Settings, crew: Crew, load: Load, salt: str, names: str, progress: Progress, stop: _Stop
+) -> dict[str, Any] | None:
+    """Measure one load. None when the run was stopped before its clock."""
     warm_up = await _warm_up(settings, crew, load, salt, names, progress)
+    if stop.is_set:
+        return None
     num_requests = settings.num_requests
     if settings.workload.kind == "multi-turn" and num_requests is not None:
         num_requests = -(-num_requests // settings.workload.turns)

@@ -16,6 +16,7 @@ MAX_TIMELINE = 1000
 MAX_STEPS = 120
 _STEPS_S: tuple[float, ...] = tuple(base * 10**power for power in range(-1, 8) for base in (1, 2, 5))
 MAX_CPU_SHARE = 0.85
+MIN_WALL_S = 0.5  # of less, a share says nothing
 MAX_LATENESS_MS = 10.0
 MAX_CACHED_SHARE = 0.05
 _UNCACHED = ("fixed", "random", "trace")
@@ -92,7 +93,7 @@ def warnings(settings: Settings, point: dict[str, Any]) -> list[str]:
         )
     if requests["interrupted"]:
         found.append(f"stopped early: {requests['interrupted']} requests were running")
-    if mine["cpu_share"] > MAX_CPU_SHARE:
+    if mine["cpu_share"] > MAX_CPU_SHARE and point["wall_s"] >= MIN_WALL_S:
         found.append(
             f"the client used {mine['cpu_share']:.0%} of a core: latencies hold its own queueing; "
             "give it more --processes"

@@ -218,6 +218,17 @@ def test_a_sweep_has_a_point_for_each_load(bench: Any, timed: TimedServer, tmp_p
     assert max(len(line) for line in ran.result.stdout.splitlines()) <= 80
 
 
+def test_a_sweep_that_fails_half_way_keeps_what_it_has(bench: Any, timed: TimedServer) -> None:
+    timed.fail_after = 5
+    flags = "--concurrency 1,2 --warmup 2 --requests 3 --output-tokens 2"
+    ran = bench(where("grpc", timed), *flags.split())
+    assert ran.result.exit_code == 1
+    assert ran.point["requests"]["ok"] == 3
+    assert ran.document["failure"].startswith("c=2: every warm-up request failed: RESOURCE_EXHAUSTED")
+    assert ran.result.stderr.splitlines()[-1] == f"weft: {ran.document['failure']}"
+    assert "end to end" in ran.result.stdout
+
+
 def test_ctrl_c_reports_what_there_is(timed: TimedServer, tmp_path: Path, root: Path) -> None:
     timed.gap_s = 0.05
     path = tmp_path / "result.json"
