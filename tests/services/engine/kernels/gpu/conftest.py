@@ -32,22 +32,23 @@ def _builtins_of(place):
     return [name for name, member in inspect.getmembers(place) if tl.core.is_builtin(member)]
 
 
-# Before any kernel has run, so nothing is replaced yet.
-_BUILTINS = {
-    place: _builtins_of(place) for place in (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
-}
-
-
-def _patch_builtin(place, builder, scope):
-    """The interpreter's own, which looks through all members of the language at every call of a function in a
-    kernel: a quarter of all the time of these tests.
+def _look_up_builtins_once():
+    """The interpreter looks through all members of the language at every call of a function in a kernel, a
+    quarter of all the time of these tests. Called before any kernel has run, while nothing is replaced yet.
     """
-    for name in _BUILTINS.get(place) or _builtins_of(place):
-        if tl.core.is_builtin(member := getattr(place, name)):
-            interpreter._patch_attr(place, name, member, builder, scope)
+    places = (tl, tl.core, tl.tensor, tl.math, tl.core.tensor_descriptor_base)
+    known = {place: _builtins_of(place) for place in places}
+
+    def patch_builtin(place, builder, scope):
+        for name in known.get(place) or _builtins_of(place):
+            if tl.core.is_builtin(member := getattr(place, name)):
+                interpreter._patch_attr(place, name, member, builder, scope)
+
+    interpreter._patch_builtin = patch_builtin
 
 
-interpreter._patch_builtin = _patch_builtin
+if not torch.cuda.is_available():
+    _look_up_builtins_once()
 interpreter.InterpreterBuilder.create_fma = _fused
 interpreter.InterpreterBuilder.create_inline_asm = create_inline_asm
 
