@@ -26,9 +26,10 @@ IDLE_POLL_S = 0.02
 
 __all__ = ["GC_THRESHOLDS", "EngineLoop", "EngineUnavailable", "Heartbeat", "LinkEvents"]
 
-GC_THRESHOLDS = (50_000, 20, 50)
-"""For `gc.set_threshold` in a process with a loop. A step makes three objects per sequence that live for two
-steps; collecting after every 700 of them, as by default, looks through the long-lived ones far too often.
+GC_THRESHOLDS = (10_000, 20, 50)
+"""For `gc.set_threshold` in a process with a loop. A step makes one object per sequence that lives for two
+steps; collecting after every 700 of them, as by default, looks through the long-lived ones far too often. The
+first number bounds a pause: a young collection looks through so many objects.
 """
 
 

@@ -72,20 +72,20 @@ class BlockManager:
             return match
         limit = len(sequence) - 1
         size = self.block_size
-        num_full = limit // size
-        for i in range(num_full + 1):
-            prefix = self._prefix(sequence, i)
-            for writer in self._writers.behind(prefix):
-                self.record(writer)
-            if i == num_full:
+        while True:
+            start = len(match.blocks) * size
+            prefix, tokens = (
+                self._prefix(sequence, start // size),
+                _tokens(sequence, start, min(start + size, limit)),
+            )
+            self._catch_up(prefix, tokens)
+            if len(tokens) < size:
                 break
-            tokens = _tokens(sequence, i * size, (i + 1) * size)
-            block = self._index.find_full(self._prefix(sequence, i + 1), tokens)
-            if block is None:
+            full = self._index.find_full(self._prefix(sequence, start // size + 1), tokens)
+            if full is None:
                 break
-            match.blocks.append(block)
-        start = len(match.blocks) * size
-        found = self._index.find_head(prefix, _tokens(sequence, start, min(start + size, limit)))
+            match.blocks.append(full)
+        found = self._index.find_head(prefix, tokens)
         if found is not None:
             block, match.num_head_tokens = found
             match.head = block
@@ -133,7 +133,7 @@ class BlockManager:
         sequence.num_recorded_tokens = sequence.num_computed_tokens = num_tokens
         sequence.num_scheduled_tokens = num_tokens
         if self.has_prefix_cache:
-            self._writers.add(sequence, self._written_prefix(sequence))
+            self._writers.put(sequence, self._place(sequence))
         return copy
 
     def reserve(self, sequence: Sequence, num_tokens: int) -> bool:
@@ -156,7 +156,6 @@ class BlockManager:
         May come any number of steps late: `match` sees to it where it matters.
         """
         position, end = sequence.num_recorded_tokens, sequence.num_computed_tokens
-        first = position // self.block_size
         while position < end:
             i, offset = divmod(position, self.block_size)
             block = self._blocks[sequence.block_table[i]]
@@ -169,8 +168,8 @@ class BlockManager:
             if self.has_prefix_cache:
                 self._list(sequence, i, block)
             position = sequence.num_recorded_tokens = stop
-        if self.has_prefix_cache and position // self.block_size != first:
-            self._writers.move(sequence, self._prefix(sequence, first), self._written_prefix(sequence))
+        if self.has_prefix_cache:
+            self._writers.put(sequence, self._place(sequence))
 
     def release(self, sequence: Sequence, *, is_sound: bool = True) -> None:
         """Take back a sequence's blocks. What is worth keeping becomes Cached, tails older than heads, and is
@@ -184,8 +183,7 @@ class BlockManager:
             self.record(sequence)
             if sequence.retain_s > 0:
                 self._pool.cached.retain((self._blocks[i] for i in sequence.block_table), sequence.retain_s)
-        if self.has_prefix_cache:
-            self._writers.discard(sequence, self._written_prefix(sequence))
+        self._writers.discard(sequence)
         for index in reversed(sequence.block_table):
             block = self._blocks[index]
             if block.is_indexed and not is_sound:
@@ -228,8 +226,8 @@ class BlockManager:
         """Recount everything from the live sequences. Raises IntegrityError on the first difference."""
         owning = [sequence for sequence in sequences if sequence.block_table]
         self._pool.check_integrity(owners_of(sequence.block_table for sequence in owning))
-        expected = {sequence: self._written_prefix(sequence) for sequence in owning}
-        if self._writers.all() != (expected if self.has_prefix_cache else {}):
+        expected = {sequence: self._place(sequence) for sequence in owning}
+        if self._writers.places() != (expected if self.has_prefix_cache else {}):
             raise IntegrityError("the writers are not the sequences with blocks")
 
     # -- names ------------------------------------------------------------
@@ -244,9 +242,24 @@ class BlockManager:
             block.chain_hash = self._prefix(sequence, i + 1)
         self._index.add(block)
 
-    def _written_prefix(self, sequence: Sequence) -> bytes:
-        """What a sequence's next token to be written down comes after."""
-        return self._prefix(sequence, sequence.num_recorded_tokens // self.block_size)
+    def _catch_up(self, prefix: bytes, tokens: array[int]) -> None:
+        """Write down what sequences hold that somebody with these tokens behind this prefix could share."""
+        for writer in self._writers.behind(prefix):
+            self.record(writer)
+        if len(tokens) >= self.min_head:
+            for writer in self._writers.behind(prefix + tokens[: self.min_head].tobytes()):
+                self.record(writer)
+
+    def _place(self, sequence: Sequence) -> bytes:
+        """Where a sequence's next token to be written down belongs: behind a prefix; and once that block is
+        long enough to be shared, behind its first tokens, for others have nothing to look for in it.
+        """
+        num_blocks, num_written = divmod(sequence.num_recorded_tokens, self.block_size)
+        prefix = self._prefix(sequence, num_blocks)
+        if num_written < self.min_head:
+            return prefix
+        start = num_blocks * self.block_size
+        return prefix + _tokens(sequence, start, start + self.min_head).tobytes()
 
     def _prefix(self, sequence: Sequence, num_blocks: int) -> bytes:
         """The name of the first `num_blocks` full blocks of a sequence; computed once, kept with it."""

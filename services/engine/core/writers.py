@@ -1,7 +1,7 @@
-"""Who is writing behind which prefix: the sequences whose newest tokens the block manager has not seen.
+"""Who is writing where: the sequences whose newest tokens the block manager has not seen.
 
 A decoding sequence is written down once a block, not once a token. Whoever looks for a prefix asks here whose
-tokens could matter to it, so that nobody else need be brought up to date. Knows names of prefixes, no blocks.
+tokens could matter to it, so that nobody else need be brought up to date. Knows places by name, no blocks.
 """
 
 from __future__ import annotations
@@ -10,35 +10,35 @@ from services.engine.core.sequence import Sequence
 
 
 class Writers:
-    """Name of a prefix -> the sequences that are to be written down in the block after it."""
+    """Name of a place -> the sequences whose next token to be written down belongs there."""
 
     def __init__(self) -> None:
-        self._after: dict[bytes, dict[Sequence, None]] = {}
+        self._at: dict[bytes, dict[Sequence, None]] = {}
+        self._places: dict[Sequence, bytes] = {}
 
-    def add(self, sequence: Sequence, prefix: bytes) -> None:
-        """A sequence begins to write after this prefix."""
-        self._after.setdefault(prefix, {})[sequence] = None
+    def put(self, sequence: Sequence, place: bytes) -> None:
+        """A sequence writes here from now on."""
+        if self._places.get(sequence) != place:
+            self.discard(sequence)
+            self._places[sequence] = place
+            self._at.setdefault(place, {})[sequence] = None
 
-    def discard(self, sequence: Sequence, prefix: bytes) -> None:
-        """It is done there, if it ever began."""
-        sequences = self._after.get(prefix)
-        if sequences is not None:
-            sequences.pop(sequence, None)
-            if not sequences:
-                del self._after[prefix]
+    def discard(self, sequence: Sequence) -> None:
+        """It writes no more, if it ever did."""
+        place = self._places.pop(sequence, None)
+        if place is not None:
+            there = self._at[place]
+            del there[sequence]
+            if not there:
+                del self._at[place]
 
-    def move(self, sequence: Sequence, old: bytes, new: bytes) -> None:
-        """It goes on after another prefix."""
-        self.discard(sequence, old)
-        self.add(sequence, new)
-
-    def behind(self, prefix: bytes) -> list[Sequence]:
-        """Those after this prefix who have tokens that are not written down."""
-        found = self._after.get(prefix)
-        if found is None:
+    def behind(self, place: bytes) -> list[Sequence]:
+        """Those here who have tokens that are not written down."""
+        there = self._at.get(place)
+        if there is None:
             return []
-        return [s for s in found if s.num_recorded_tokens < s.num_computed_tokens]
+        return [s for s in there if s.num_recorded_tokens < s.num_computed_tokens]
 
-    def all(self) -> dict[Sequence, bytes]:
-        """Every sequence and its prefix, for integrity checks."""
-        return {sequence: prefix for prefix, sequences in self._after.items() for sequence in sequences}
+    def places(self) -> dict[Sequence, bytes]:
+        """Every sequence and where it writes, for integrity checks."""
+        return {sequence: place for place, there in self._at.items() for sequence in there}
