@@ -176,6 +176,9 @@ def test_stop_is_in_order_and_in_time(stack: ComposeProject, service: str, measu
 def test_down_loses_no_artifact(stack: ComposeProject, measure) -> None:
     stack.compose("up", "--detach", "--wait")
     before = artifact_facts(stack, "demo")
+    with Client(f"127.0.0.1:{stack.ports['grpc']}") as client:
+        client.create_session(session_id="left")
+        client.generate("It was a cold", session_id="left", max_tokens=16, temperature=0.0).text()
     stack.compose("down")
     begin = time.monotonic()
     stack.compose("up", "--detach", "--wait")
@@ -185,4 +188,4 @@ def test_down_loses_no_artifact(stack: ComposeProject, measure) -> None:
     (result,) = Streams(stack.ports["grpc"], 1, 8).join(STREAM_S)
     assert len(result.token_ids) == 8
     with Client(f"127.0.0.1:{stack.ports['grpc']}") as client:
-        assert client.get_session("kept").num_tokens > 16, "sessions too"
+        assert client.get_session("left").num_tokens > 16, "sessions too"
