@@ -141,10 +141,10 @@ def test_a_batch_job_with_bad_input(stack: ComposeProject, flags: list[str], cod
 def test_one_of_two_engines_is_killed(stack: ComposeProject, measure) -> None:
     """The other takes its streams, at once: nobody waits for the restart."""
     undisturbed = Streams(stack.ports["grpc"], 6, 300).join(STREAM_S)
+    ups = _ups(stack.events("gateway"))
     stack.compose("up", "--detach", "--wait", "--no-recreate", "--scale=engine=2")
-    events = stack.events("gateway")
     wait_until(
-        lambda: sum(event["event"] == "engine up" for event in stack.events("gateway")) > _ups(events),
+        lambda: _ups(stack.events("gateway")) > ups,
         60,
         "the gateway has found the second engine",
     )
