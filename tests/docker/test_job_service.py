@@ -44,6 +44,7 @@ def test_a_job_outlives_a_crash_of_its_service(stack: ComposeProject, measure) -
         (plan,) = (json.loads(line) for line in lines if '"event": "plan"' in line)
         assert plan["resumed_blocks"] >= 2, "it went on, and did not begin again"
         measure("job: back after the crash to published", f"{took:.1f} s")
-    assert stack.execute("engine", "cat", "/artifacts/by-job/CURRENT").stdout.strip() == found.artifact_version
+    current = stack.execute("engine", "cat", "/artifacts/by-job/CURRENT").stdout.strip()
+    assert current == found.artifact_version
     stack.compose("--profile=jobs", "stop", "jobs")
     assert stack.state("jobs")["State"]["ExitCode"] == 0
