@@ -3,6 +3,7 @@
 #   VENV         where the environment goes
 #   TORCH_INDEX  an index to take torch from, e.g. https://download.pytorch.org/whl/cpu for the small CPU build
 #   WORKERS      processes that make test runs tests in: a number, or auto, one more than there are cores (8 at most)
+#   RETEST       1: what fails in make test runs once more, alone, provided that all the others were run
 #   GPU_FLAGS    more flags for make gpu, e.g. --write-results
 #   BENCH_FLAGS  flags for make bench-cpu, make bench-quant and make bench-gateway
 #   CHAOS_FLAGS  flags for make chaos, e.g. --engines mock --seed 7
@@ -12,6 +13,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 WORKERS ?= auto
+RETEST ?=
 PY ?= $(VENV)/bin/python
 
 SHELL := /bin/bash
@@ -64,11 +66,14 @@ check: $(STAMP)  ## lint, format check, types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
+# pytest's 1 is "all were run, some failed". After anything else the failures alone say nothing about the rest.
+AGAIN = $(PY) -m pytest --last-failed --last-failed-no-failures none
+
 test: $(STAMP)  ## the default tests: no GPU, no docker, no network, in several processes (WORKERS=0: in one)
-	$(PY) -m pytest -n $(WORKERS)
+	$(PY) -m pytest -n $(WORKERS) $(if $(RETEST),|| { code=$$?; test $$code = 1 || exit $$code; $(AGAIN); })
 
 retest: $(STAMP)  ## the tests that failed last, once more, in one process
-	$(PY) -m pytest --last-failed --last-failed-no-failures none
+	$(AGAIN)
 
 test-slow: $(STAMP)  ## the tests that take minutes
 	$(PY) -m pytest -m slow --timeout 900

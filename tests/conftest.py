@@ -20,6 +20,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parents[1]
+_SCHEDULE = pytest.StashKey[Any]()
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -51,7 +52,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Files to worker processes in an order of our own, whatever `--dist` says."""
     from tests.schedule import ScheduleByFile
 
-    return ScheduleByFile(config, log)
+    schedule = config.stash[_SCHEDULE] = ScheduleByFile(config, log)
+    return schedule
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A run in several processes that has left tests out has not just failed some: it has no result."""
+    schedule = session.config.stash.get(_SCHEDULE, None)
+    has_result = session.exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
+    if schedule is None or schedule.is_complete or not has_result:
+        return
+    session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
+    if (reporter := session.config.pluginmanager.getplugin("terminalreporter")) is not None:
+        reporter.ensure_newline()
+        reporter.write_line("not every test was run: workers died, or did not collect the same", red=True)
 
 
 @pytest.fixture(scope="session")

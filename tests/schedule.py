@@ -58,6 +58,11 @@ def rank(piece: str, takes_waiting: bool) -> tuple[bool, int, str]:
 class ScheduleByFile(LoadScopeScheduling):
     """Hands out pieces of work in the order of `rank`."""
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether every test was run. Workers that crash too often leave some, and nobody is told."""
+        return self.collection is not None and not self.has_pending
+
     def _split_scope(self, nodeid: str) -> str:
         return piece_of(nodeid)
 

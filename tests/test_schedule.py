@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -107,10 +108,61 @@ def test_workers() -> None:
     assert [num_workers(cores) for cores in (1, 2, 4, 64)] == [2, 3, 5, MAX_WORKERS]
 
 
-def test_pytest_asks_for_the_schedule_and_remembers_failures_by_their_plain_names(tmp_path: Path) -> None:
-    """The whole of it: two workers, one failure, and a second run of that failure alone."""
+def copy_of_conftest(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
+
+
+def run_pytest(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), *flags]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("body", "what"),
+    [("os._exit(1)", "crashed while running"), ("pass", "Different tests were collected")],
+)
+def test_a_run_that_left_tests_out_has_not_just_failed_some(tmp_path: Path, body: str, what: str) -> None:
+    """Exit code 1 would let the failures alone be run again, and all the others never."""
+    copy_of_conftest(tmp_path)
+    differing = f"@pytest.mark.parametrize('i', [os.getpid() if {body == 'pass'} else 0])\n"
+    (tmp_path / "test_a.py").write_text(f"import os, pytest\n{differing}def test(i): {body}\n")
+    for name in "bcdefgh":
+        (tmp_path / f"test_{name}.py").write_text(
+            "import pytest\n@pytest.mark.parametrize('i', range(3))\ndef test(i): pass\n"
+        )
+    done = run_pytest(tmp_path, "-n", "2", "--max-worker-restart", "0")
+    assert what in done.stdout, done.stdout
+    assert "not every test was run" in done.stdout
+    assert done.returncode == pytest.ExitCode.INTERNAL_ERROR
+
+
+@pytest.mark.parametrize(("code", "is_tried"), [(0, False), (1, True), (2, False), (3, False), (5, False)])
+def test_only_what_failed_in_a_whole_run_is_run_again(tmp_path: Path, code: int, is_tried: bool) -> None:
+    python = tmp_path / "python"
+    lines = ["#!/bin/sh", 'echo "$*" >>calls', 'case "$*" in *last-failed*) exit 0 ;; esac', f"exit {code}"]
+    python.write_text("\n".join(lines))
+    python.chmod(0o755)
+    # What a make around this test was told is not for this one.
+    told = ("MAKE", "RETEST", "WORKERS")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(told)}
+
+    def make(*words: str) -> bool:
+        command = ["make", "-f", ROOT / "Makefile", "test", f"PY={python}", *words]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=60)
+        return done.returncode == 0
+
+    assert make("RETEST=1") is (code in (0, 1))
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls[0] == "-m pytest -n auto"
+    assert ["--last-failed" in call for call in calls[1:]] == [True] * is_tried
+    assert make() is (code == 0)
+
+
+def test_pytest_asks_for_the_schedule_and_remembers_failures_by_their_plain_names(tmp_path: Path) -> None:
+    """The whole of it: two workers, one failure, and a second run of that failure alone."""
+    copy_of_conftest(tmp_path)
     for name in "ab":
         (tmp_path / f"test_{name}.py").write_text(
             "import json, os, pathlib, pytest\n"
@@ -121,15 +173,9 @@ def test_pytest_asks_for_the_schedule_and_remembers_failures_by_their_plain_name
             "    assert (__name__, i) != ('test_b', 3)\n"
         )
 
-    def run(*flags: str) -> str:
-        command = [sys.executable, "-m", "pytest", "-q", "--rootdir", str(tmp_path), *flags]
-        environment = {"PYTHONPATH": str(ROOT), "PATH": ""}
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
-        ).stdout
-
-    output = run("-n", "2")
-    assert "1 failed, 9 passed" in output, output
+    done = run_pytest(tmp_path, "-n", "2")
+    assert "1 failed, 9 passed" in done.stdout, done.stdout
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
     seen = [json.loads(line) for line in (tmp_path / "seen").read_text().splitlines()]
     assert len({(name, i) for name, i, *_ in seen}) == len(seen) == 10
     assert {threads for *_, threads, _ in seen} == {"1"}
@@ -137,6 +183,6 @@ def test_pytest_asks_for_the_schedule_and_remembers_failures_by_their_plain_name
         assert len({worker for file, _, _, worker in seen if file == name}) == 1
     last = json.loads((tmp_path / ".pytest_cache/v/cache/lastfailed").read_text())
     assert last == {"test_b.py::test[3]": True}
-    output = run("--last-failed", "--collect-only")
+    output = run_pytest(tmp_path, "--last-failed", "--collect-only").stdout
     assert "test_b.py::test[3]" in output
     assert output.count("::") == 1
