@@ -63,8 +63,13 @@ def docker_engine() -> None:
 
 
 @pytest.fixture(scope="session")
-def clean_copy(docker_engine: None, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """clean_copy(name): a new directory with what the last commit holds, and nothing else."""
+def clean_copy(
+    docker_engine: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[str], Path]]:
+    """clean_copy(name): a new directory with what the last commit holds, and nothing else. Gone in the end:
+    wheels of hundreds of megabytes come to lie in it.
+    """
+    made: list[Path] = []
 
     def make(name: str) -> Path:
         target = tmp_path_factory.mktemp(name)
@@ -77,9 +82,12 @@ def clean_copy(docker_engine: None, tmp_path_factory: pytest.TempPathFactory) ->
             packed.extractall(target, filter="data")
         archive.unlink()
         target.chmod(0o755)
+        made.append(target)
         return target
 
-    return make
+    yield make
+    for target in made:
+        shutil.rmtree(target, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
