@@ -136,6 +136,7 @@ def test_liveness_asks_for_a_process_that_answers_and_readiness_for_more(part: s
         live, ready = container["livenessProbe"], container["readinessProbe"]
         assert live["periodSeconds"] * live["failureThreshold"] >= 60, "load must never restart a process"
         assert ready["periodSeconds"] * ready["failureThreshold"] <= 30
+        assert ready["failureThreshold"] > 1, "one late answer is no reason to let a pod be evicted"
     gateway = main_container(one(manifests("cpu", part), "Deployment", "gateway"))
     assert asked(gateway["startupProbe"]) == LIVENESS, "without an engine a gateway is not ready, but started"
 
@@ -295,7 +296,7 @@ def test_a_gpu_is_asked_for_where_one_is_used() -> None:
         assert main_container(workload)["resources"]["limits"]["nvidia.com/gpu"] == "1"
         assert "--device=cuda" in main_container(workload)["args"]
         assert any(t["key"] == "nvidia.com/gpu" for t in spec_of(workload)["tolerations"])
-        assert spec_of(workload)["nodeSelector"]
+        assert "nodeSelector" not in spec_of(workload), "the device plugin labels no node"
     for _, container in all_containers(manifests("cpu")):
         assert "nvidia.com/gpu" not in container["resources"]["limits"]
         assert "--device=cuda" not in container.get("args", [])
@@ -324,6 +325,23 @@ def test_the_engine_waits_until_something_is_published(tmp_path: Path) -> None:
         assert process.poll() is None
         (tmp_path / "demo" / "CURRENT").write_text("v1\n")
         assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_an_engine_that_waits_can_be_stopped() -> None:
+    """The first process of its container: without a handler SIGTERM would do nothing for its whole grace."""
+    (wait,) = spec_of(one(manifests("cpu"), "Deployment", "engine"))["initContainers"]
+    shell, dash, script = wait["command"]
+    script = script.replace("/artifacts/", "/nowhere/").replace("sleep 5", "sleep 0.1")
+    env = environment(manifests("cpu"), wait)
+    process = subprocess.Popen([shell, dash, script], env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert "waiting" in process.stdout.readline()
+        process.terminate()
+        assert process.wait(20) == 143, "by its own handler"
     finally:
         process.kill()
         process.wait()
