@@ -83,6 +83,20 @@ def test_the_folder_is_removed_and_a_failure_keeps_nothing(
         assert "  weft.whl\n" in (out / "SHA256SUMS").read_text()
 
 
+def test_nothing_of_an_earlier_release_stays_beside_this_one(tmp_path: Path) -> None:
+    out = tmp_path / "dist"
+    for version in ("1", "2"):
+        work = Work(tmp_path / version, "HEAD", "", 0.0)
+        work.checkout.mkdir(parents=True)
+        work.constraints.write_text("a==1\n")
+        work.made.append(work.folder / f"weft-{version}.whl")
+        work.made[0].write_text("w")
+        release.keep(work, out)
+        (out / "notes.txt").write_text("somebody's own")
+    names = sorted(path.name for path in out.iterdir())
+    assert names == ["SHA256SUMS", "constraints.txt", "notes.txt", "weft-2.whl"]
+
+
 def test_an_interrupt_removes_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folders: list[Path] = []
 

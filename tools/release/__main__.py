@@ -26,6 +26,7 @@ from tools.release import agreement, audit, building, contents, installing, lice
 from tools.release.work import ROOT, NotRun, StepFailed, Work
 
 LIMIT_S = 3000.0
+SUMS = "SHA256SUMS"
 STYLES = {"passed": "green", "failed": "bold red", "not run": "yellow"}
 
 
@@ -111,11 +112,16 @@ def table_of(outcomes: Sequence[Outcome]) -> Table:
 
 
 def keep(work: Work, out: Path) -> None:
-    """Put what was made into `out`, with the pins and a list of digests."""
+    """Put what was made into `out`, with the pins and a list of digests. What an earlier check has listed
+    there goes: the folder is uploaded as it is.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    digests = out / SUMS
+    for line in digests.read_text(encoding="ascii").splitlines() if digests.is_file() else ():
+        (out / Path(line.partition("  ")[2]).name).unlink(missing_ok=True)
     kept = [Path(shutil.copy2(path, out)) for path in (*work.made, work.constraints)]
     lines = [f"{building.digest(path)}  {path.name}\n" for path in sorted(kept)]
-    (out / "SHA256SUMS").write_text("".join(lines), encoding="ascii")
+    digests.write_text("".join(lines), encoding="ascii")
 
 
 def parse(words: Sequence[str] | None) -> argparse.Namespace:
