@@ -395,6 +395,14 @@ def test_compose_and_kubernetes_pass_the_same_flags() -> None:
     assert gpu["engine"]["environment"]["WEFT_ENGINE_DEVICE"].endswith("cuda}")
 
 
+def test_an_engine_may_load_as_long_in_compose_as_in_kubernetes() -> None:
+    """Compose starts no gateway, and `up --wait` fails, when an engine that loads counts as unhealthy."""
+    compose = yaml.safe_load((ROOT / "docker-compose.yml").read_text(encoding="utf-8"))["services"]
+    probe = main_container(one(manifests("cpu"), "Deployment", "engine"))["startupProbe"]
+    allowed_s = int(compose["engine"]["healthcheck"]["start_period"].removesuffix("s"))
+    assert allowed_s >= probe["periodSeconds"] * probe["failureThreshold"]
+
+
 def test_sessions_have_one_gateway() -> None:
     objects = manifests("cpu", "sessions")
     gateway = one(objects, "Deployment", "gateway")["spec"]
