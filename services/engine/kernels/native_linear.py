@@ -7,6 +7,7 @@ says it in full); does not know where a weight comes from.
 from __future__ import annotations
 
 import ctypes
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,20 @@ _LANES = 16
 _DENSE_GROUP = 128
 _ZERO_MASK = 15
 _INT8_GROUPS = (128, 64, 32)
-_SCRATCH = Scratch()
-"""One for all linears: they run one after the other."""
+_QUANTIZED_AT_ONCE = 4096
+"""Outputs that are in fp32 at the same time while a head is rounded: all would be several times the head."""
+
+
+class _OfThread(threading.local):
+    """One scratch for all linears of a thread: they run one after the other, but those of two threads at
+    once, since a call into C lets other threads run.
+    """
+
+    def __init__(self) -> None:
+        self.scratch = Scratch()
+
+
+_OF_THREAD = _OfThread()
 
 
 def is_supported(in_features: int, group_size: int, numerics: Numerics) -> bool:
@@ -73,7 +86,7 @@ class NativeLinear:
         x = x.contiguous()
         y = torch.empty(rows, self.out_features, dtype=torch.bfloat16)
         size = self._library.weft_linear_scratch(self._pointer, rows, threads)
-        scratch = _SCRATCH.take("native", (size,), torch.uint8)
+        scratch = _OF_THREAD.scratch.take("native", (size,), torch.uint8)
         self._library.weft_linear(
             self._pointer, x.data_ptr(), y.data_ptr(), rows, scratch.data_ptr(), threads
         )
@@ -109,9 +122,15 @@ def make_int8(weight: Tensor, group_size: int, bias: Tensor | None) -> NativeLin
 
 def quantize_int8(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """(codes int8 [out, groups, group], scales fp32 [out, groups]): the largest of a group becomes 127."""
-    grouped = weight.float().unflatten(1, (-1, group_size))
-    scales = grouped.abs().amax(-1).div_(127.0).clamp_(min=2.0**-100)
-    return grouped.div_(scales.unsqueeze(-1)).round_().to(torch.int8), scales
+    out_features, in_features = weight.shape
+    codes = torch.empty(out_features, in_features // group_size, group_size, dtype=torch.int8)
+    scales = torch.empty(codes.shape[:2])
+    for first in range(0, out_features, _QUANTIZED_AT_ONCE):
+        span = slice(first, first + _QUANTIZED_AT_ONCE)
+        grouped = weight[span].float().unflatten(1, (-1, group_size))
+        scales[span] = grouped.abs().amax(-1).div_(127.0).clamp_(min=2.0**-100)
+        codes[span] = (grouped / scales[span].unsqueeze(-1)).round_()
+    return codes, scales
 
 
 def make_dense(weight: Tensor, bias: Tensor | None) -> NativeLinear:

@@ -2,9 +2,10 @@
 measurements.
 
 `library` compiles (under a second) or finds the shared object and declares its functions; without the
-processor's instructions or a compiler it is None and says why once, and the plain torch paths serve. `use`
-switches the CPU's operations to it: one engine runs in a process, so the choice is the process's. Knows no
-tensor's meaning.
+processor's instructions or a compiler it is None and says why once, and the plain torch paths serve. What is
+found is code: it is run only from a folder and a file that nobody else may write, and if it still is what was
+compiled. `use` switches the CPU's operations to it: one engine runs in a process, so the choice is the
+process's. Knows no tensor's meaning.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import hashlib
 import logging
 import os
 import shutil
+import stat
 import subprocess
 import tempfile
 from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
@@ -32,7 +34,13 @@ _FLAGS = (
     "-march=x86-64-v4",
     "-mavx512bf16",
 )
-_FEATURES = frozenset(("avx512f", "avx512bw", "avx512vl", "avx512_bf16"))
+_FEATURES = frozenset(
+    (
+        *("avx2", "bmi1", "bmi2", "f16c", "fma", "movbe", "abm"),
+        *("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_bf16"),
+    )
+)
+"""What the flags above let the compiler use; a hypervisor may hide any of it."""
 _COMPILERS = ("gcc", "cc", "clang")
 _TIMEOUT_S = 120.0
 _HERE = Path(__file__).parent
@@ -105,12 +113,38 @@ def _open(cache_dir: Path | None) -> ctypes.CDLL:
     missing = _FEATURES - _processor_flags()
     if missing:
         raise NativeError(f"the processor lacks {', '.join(sorted(missing))}")
-    if cache_dir is not None and _can_write(cache_dir):
-        found = ctypes.CDLL(str(_compiled(cache_dir)))
-    else:
-        with tempfile.TemporaryDirectory(prefix="weft-") as scratch:
-            # Once it is open its name is not needed any more.
-            found = ctypes.CDLL(str(_compiled(Path(scratch))))
+    compiler = _Compiler()
+    if cache_dir is not None:
+        try:
+            return _kept(cache_dir.absolute(), compiler)
+        except (NativeError, OSError) as error:
+            _log.warning("native kernels are not kept but compiled at every start: %s", error)
+    with tempfile.TemporaryDirectory(prefix="weft-") as scratch:
+        # Once it is open its name is not needed any more.
+        return _declared(compiler.compile(Path(scratch)))
+
+
+def _kept(directory: Path, compiler: _Compiler) -> ctypes.CDLL:
+    """The kernels that lie in a folder, or are compiled into it."""
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check_is_ours(directory, directory.stat())
+    for path in sorted(directory.glob(f"native-{compiler.key}-*.so")):
+        _check_is_ours(path, path.lstat())
+        if path.stem.rpartition("-")[2] == _digest(path.read_bytes()):
+            return _declared(path)
+        _log.warning("%s is damaged and compiled anew", path)
+        path.unlink(missing_ok=True)
+    return _declared(compiler.compile(directory))
+
+
+def _check_is_ours(path: Path, facts: os.stat_result) -> None:
+    """Refuse what anybody but this user and root could have written, and links (their mode is 0777)."""
+    if facts.st_uid not in (0, os.geteuid()) or facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise NativeError(f"others may write {path}, and no code from there is run")
+
+
+def _declared(path: Path) -> ctypes.CDLL:
+    found = ctypes.CDLL(str(path))
     for name, arguments in _SIGNATURES.items():
         function = getattr(found, name)
         function.argtypes = arguments
@@ -128,19 +162,37 @@ def _processor_flags() -> frozenset[str]:
     return frozenset()
 
 
-def _compiled(directory: Path) -> Path:
-    compiler = next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
-        raise NativeError(f"no C compiler ({', '.join(_COMPILERS)}) is installed")
-    gomp = _openmp()
-    sources = sorted((*_HERE.glob("*.c"), *_HERE.glob("*.h")))
-    version = _run([compiler, "--version"])
-    facts = [compiler, version, gomp, *_FLAGS, *(source.read_text("utf-8") for source in sources)]
-    key = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
-    path = directory / f"native-{key}.so"
-    if not path.exists():
-        _compile(compiler, [source for source in sources if source.suffix == ".c"], gomp, path)
-    return path
+class _Compiler:
+    """The system's C compiler over this package's sources. `key` names what it makes of them."""
+
+    def __init__(self) -> None:
+        found = next(filter(None, map(shutil.which, _COMPILERS)), None)
+        if found is None:
+            raise NativeError(f"no C compiler ({', '.join(_COMPILERS)}) is installed")
+        self._command, self._gomp = found, _openmp()
+        sources = sorted((*_HERE.glob("*.c"), *_HERE.glob("*.h")))
+        self._sources = [source for source in sources if source.suffix == ".c"]
+        facts = [found, _run([found, "--version"]), self._gomp, *_FLAGS]
+        facts += [source.read_text("utf-8") for source in sources]
+        self.key = _digest("\0".join(facts).encode())
+
+    def compile(self, directory: Path) -> Path:
+        """The shared object, put into a folder whole; its name holds its digest."""
+        with tempfile.TemporaryDirectory(dir=directory, prefix="compile-") as scratch:
+            objects = []
+            for source in self._sources:
+                objects.append(f"{scratch}/{source.stem}.o")
+                _run([self._command, *_FLAGS, "-c", str(source), "-o", objects[-1]])
+            built = Path(scratch, "native.so")
+            _run([self._command, "-shared", *objects, self._gomp, "-lm", "-o", str(built)])
+            built.chmod(0o700)
+            path = directory / f"native-{self.key}-{_digest(built.read_bytes())}.so"
+            os.replace(built, path)
+        return path
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:24]
 
 
 def _openmp() -> str:
@@ -153,29 +205,9 @@ def _openmp() -> str:
     return "-lgomp"
 
 
-def _compile(compiler: str, sources: list[Path], gomp: str, path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix="compile-") as scratch:
-        objects = []
-        for source in sources:
-            objects.append(f"{scratch}/{source.stem}.o")
-            _run([compiler, *_FLAGS, "-c", str(source), "-o", objects[-1]])
-        built = f"{scratch}/{path.name}"
-        _run([compiler, "-shared", *objects, gomp, "-lm", "-o", built])
-        os.replace(built, path)
-
-
 def _run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
+    done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode:
-        raise NativeError(
-            f"{command[0]} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]:.200}"
-        )
-    return done.stdout
-
-
-def _can_write(directory: Path) -> bool:
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(directory, os.W_OK | os.X_OK)
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
+        raise NativeError(f"{command[0]} failed: {lines[0]:.200}")
+    return done.stdout.decode(errors="replace")

@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -300,7 +302,117 @@ def test_a_processor_without_the_instructions(tmp_path: Path, monkeypatch: pytes
 
 
 def test_compiled_once(library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = native._compiled(tmp_path)
-    monkeypatch.setattr(native, "_compile", lambda *args: pytest.fail("compiled again"))
-    assert native._compiled(tmp_path) == first
-    assert [path.name for path in tmp_path.iterdir()] == [first.name]
+    native._kept(tmp_path, native._Compiler())
+    first = list(tmp_path.iterdir())
+    assert len(first) == 1
+    monkeypatch.setattr(native._Compiler, "compile", lambda *args: pytest.fail("compiled again"))
+    native._kept(tmp_path, native._Compiler())
+    assert list(tmp_path.iterdir()) == first
+
+
+@pytest.fixture(scope="module")
+def compiled(library: ctypes.CDLL, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return native._Compiler().compile(tmp_path_factory.mktemp("compiled"))
+
+
+def _copy(compiled: Path, folder: Path, size: int | None = None) -> Path:
+    path = folder / compiled.name
+    path.write_bytes(compiled.read_bytes()[:size])
+    path.chmod(0o700)
+    return path
+
+
+@pytest.mark.parametrize("size", [0, 5000])
+def test_a_damaged_file_is_compiled_anew(
+    size: int, compiled: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = _copy(compiled, tmp_path, size)
+    native._kept(tmp_path, native._Compiler())
+    assert "is damaged and compiled anew" in caplog.text
+    (left,) = tmp_path.iterdir()
+    assert left.stat().st_size == compiled.stat().st_size
+    assert path.name.rpartition("-")[0] == left.name.rpartition("-")[0]
+
+
+def _open_the_folder(path: Path) -> None:
+    path.parent.chmod(0o777)
+
+
+def _open_the_file(path: Path) -> None:
+    path.chmod(0o777)
+
+
+def _link_to_it(path: Path) -> None:
+    path.symlink_to(path.rename(path.parent / "elsewhere"))
+
+
+def _give_the_folder_away(path: Path) -> None:
+    if os.geteuid():
+        pytest.skip("only root can")
+    os.chown(path.parent, 12345, -1)
+
+
+@pytest.mark.parametrize("spoil", [_open_the_folder, _open_the_file, _link_to_it, _give_the_folder_away])
+def test_no_code_is_run_that_others_could_have_written(
+    spoil: Callable[[Path], None],
+    compiled: Path,
+    library: ctypes.CDLL,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    spoil(_copy(compiled, folder))
+    opened: list[Path] = []
+    monkeypatch.setattr(native._Compiler, "compile", lambda compiler, into: _copy(compiled, into))
+    monkeypatch.setattr(native, "_declared", lambda path: opened.append(path) or library)
+    assert native.library(folder) is library
+    assert len(opened) == 1
+    assert not opened[0].is_relative_to(folder)
+    assert "others may write" in caplog.text
+
+
+def test_a_folder_that_runs_no_code_is_not_the_end(
+    compiled: Path, library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dlopen(path: Path) -> ctypes.CDLL:
+        if path.is_relative_to(tmp_path):
+            raise OSError(f"{path}: failed to map segment from shared object")
+        return library
+
+    _copy(compiled, tmp_path)
+    monkeypatch.setattr(native._Compiler, "compile", lambda compiler, into: _copy(compiled, into))
+    monkeypatch.setattr(native, "_declared", dlopen)
+    assert native.library(tmp_path) is library
+
+
+def test_the_current_folder_will_do(
+    library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert native.library(Path()) is not None
+    assert [path.suffix for path in tmp_path.iterdir()] == [".so"]
+
+
+def test_two_threads_do_not_share_buffers(in_use: None) -> None:
+    """A call into C lets other threads run."""
+    inputs = [_normal(64, 512, seed=seed) for seed in (1, 2)]
+    linear = ops.make_int4_linear(*_int4(512, 1024, 128), None, BF16, Scratch())
+    expected = [linear(x) for x in inputs]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(100):
+            assert all(map(torch.equal, pool.map(linear, inputs), expected))
+
+
+def test_rounding_a_head_leaves_the_weight_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_linear, "_QUANTIZED_AT_ONCE", 7)
+    weight = _normal(20, 64).float()
+    before = weight.clone()
+    codes, scales = native_linear.quantize_int8(weight, 32)
+    assert torch.equal(weight, before)
+    assert bool((codes.abs().amax(-1) == 127).all())
+    assert (
+        float((codes * scales.unsqueeze(-1) - before.view(20, 2, 32)).abs().max())
+        <= float(scales.max()) * 0.51
+    )
