@@ -14,7 +14,7 @@ from services.engine.core.batch import Batch, Chunk
 from services.engine.core.block import Match
 from services.engine.core.block_manager import BlockManager
 from services.engine.core.coming_heads import ComingHeads
-from services.engine.core.errors import IntegrityError
+from services.engine.core.integrity import check_lists, check_running
 from services.engine.core.pauses import Pauses
 from services.engine.core.sequence import Sequence, SequenceStatus
 
@@ -118,18 +118,8 @@ class Scheduler:
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
         """Every live sequence is in one list, with counts that fit together. Raises IntegrityError."""
-        listed = {id(s): SequenceStatus.RUNNING for s in self.running}
-        listed |= {id(s): SequenceStatus.WAITING for s in self.waiting}
-        live = list(sequences)
-        if not len(listed) == len(self.running) + len(self.waiting) == len(live):
-            raise IntegrityError("the lists of sequences are not the live sequences")
-        for s in live:
-            counts = (s.num_recorded_tokens, s.num_computed_tokens, s.num_scheduled_tokens)
-            is_known = s.num_foreseen_tokens - len(s.token_ids) in (0, 1)
-            if listed.get(id(s)) is not s.status or not is_known:
-                raise IntegrityError(f"sequence {s.key!r} is {s.status}, {s.num_foreseen_tokens} foreseen")
-            if list(counts) != sorted(counts) or not counts[-1] <= min(s.num_slots, s.num_foreseen_tokens):
-                raise IntegrityError(f"sequence {s.key!r}: {counts} tokens in {s.num_slots} slots")
+        check_lists(self.running, self.waiting, sequences)
+        check_running(self.running, self._prefilling, self._pauses.num_running())
 
     # -- running ------------------------------------------------------------
 

@@ -37,6 +37,7 @@ COMMANDS = (
     "fail",
     "wait",
     "resubmit",
+    "look",
 )
 
 commands = st.lists(
@@ -145,6 +146,19 @@ class History:
             # Even one that does not come again may hit a sequence that runs alone after somebody else's.
             self.failing.add(sequence.key)
             (self.runner.once if is_once else self.runner.fail)[stage, sequence.key] = ValueError("planted")
+
+    def look(self, a, b):
+        """Whoever looks for a prefix finds as much as if all had been written down before."""
+        sequence = self._pick(a)
+        if sequence is None:
+            return
+        blocks, size = self.core.blocks, self.core.blocks.block_size
+        ids = sequence.token_ids[: 1 + b % (len(sequence) + 1)]
+        probe = make_sequence("probe", [*ids, (b >> 10) % 7])
+        found = blocks.match(probe).num_tokens(size)
+        for running in self.core.scheduler.running:
+            blocks.record(running)
+        assert blocks.match(probe).num_tokens(size) == found
 
     def wait(self, a, b):
         self.clock.time += (b % 4) / 2
