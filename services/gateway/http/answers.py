@@ -35,6 +35,7 @@ class AnswerWriter:
         self._texts: list[list[str]] = [[] for _ in range(num_choices)]
         self._logprobs: list[list[Any]] = [[] for _ in range(num_choices)]
         self._offsets = [0] * num_choices
+        self._counts = [0] * num_choices
         self._ends: dict[int, SampleEnd] = {}
 
     def first_chunks(self) -> list[dict[str, Any]]:
@@ -43,7 +44,7 @@ class AnswerWriter:
             return []
         delta = {"role": "assistant", "content": ""}
         return [
-            self._chunk([self._choice(index, {"delta": delta}, None, None)])
+            self._chunk([self._choice(index, {"delta": delta}, None, None)], self._usage_so_far(index))
             for index in range(len(self._texts))
         ]
 
@@ -53,6 +54,7 @@ class AnswerWriter:
         for update in updates:
             index = prompt * self._num_samples + update.sample_index
             logprobs = self._logprobs_of(index, update)
+            self._counts[index] += len(update.token_ids)
             if update.end is not None:
                 self._ends[index] = update.end
             if not (update.text or update.end is not None or logprobs):
@@ -62,7 +64,7 @@ class AnswerWriter:
             else:
                 content = {"text": update.text}
             choice = self._choice(index, content, self._wrap(logprobs), update.end)
-            found.append(self._chunk([choice]))
+            found.append(self._chunk([choice], self._usage_so_far(index)))
         return found
 
     def usage_chunk(self) -> dict[str, Any] | None:
@@ -105,12 +107,25 @@ class AnswerWriter:
             "system_fingerprint": info.artifact_digest or None,
         }
 
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+    def _chunk(self, choices: list[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
         kind = "chat.completion.chunk" if self._request.is_chat else "text_completion"
         chunk = {**self._head(kind), "choices": choices}
         if self._request.includes_usage:
-            chunk["usage"] = None
+            chunk["usage"] = usage
         return chunk
+
+    def _usage_so_far(self, index: int) -> dict[str, Any] | None:
+        """Of one choice, for its chunk, when the client asked for that."""
+        if not self._request.counts_chunks:
+            return None
+        prompt = len(self._resolved[index // self._num_samples].prompt_token_ids)
+        end = self._ends.get(index)
+        completion = self._counts[index] if end is None else end.usage.completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
 
     @staticmethod
     def _choice(index: int, content: dict[str, Any], logprobs: Any, end: SampleEnd | None) -> dict[str, Any]:

@@ -66,7 +66,8 @@ _ONLY_NEUTRAL: dict[str, tuple[Any, ...]] = {
 @dataclass(frozen=True, slots=True)
 class HttpRequest:
     """What was asked for: `common` to all prompts, the `prompts`, and how the answer is to be written. Of a
-    chat there are none: its messages are in `common`.
+    chat there are none: its messages are in `common`. `counts_chunks`: each chunk says what its choice has
+    used so far.
     """
 
     common: pb.GenerateRequest
@@ -74,6 +75,7 @@ class HttpRequest:
     is_chat: bool
     is_stream: bool
     includes_usage: bool
+    counts_chunks: bool
     has_logprobs: bool
 
     @property
@@ -117,7 +119,7 @@ def parse_request(
     request.stop.extend(_stop(take("stop"), limits.max_stop_strings))
     _labels(request, take)
     is_stream = bool(_typed(take("stream"), bool, "stream"))
-    includes_usage = _stream_options(take("stream_options"), is_stream)
+    includes_usage, counts_chunks = _stream_options(take("stream_options"), is_stream)
     best_of = _integer(take("best_of"), "best_of", 32)
     if best_of is not None and best_of != (request.sampling.n or 1):
         raise bad_request("best_of", "is not supported unless it equals n", code="unsupported_parameter")
@@ -129,7 +131,7 @@ def parse_request(
     if unknown:
         names = ", ".join(name[:64] for name in unknown)
         raise HttpError(400, f"unknown parameter: {names}", param=unknown[0][:64], code="unknown_parameter")
-    return HttpRequest(request, prompts, is_chat, is_stream, includes_usage, has_logprobs)
+    return HttpRequest(request, prompts, is_chat, is_stream, includes_usage, counts_chunks, has_logprobs)
 
 
 _Take = Callable[[str], Any]
@@ -264,13 +266,19 @@ def _labels(request: pb.GenerateRequest, take: _Take) -> None:
         request.skip_special_tokens = skip
 
 
-def _stream_options(value: Any, is_stream: bool) -> bool:
+def _stream_options(value: Any, is_stream: bool) -> tuple[bool, bool]:
+    """Whether usage comes at the end, and with each chunk. The second brings the first, as in vLLM."""
     options = _typed(value, dict, "stream_options")
     if options is None:
-        return False
+        return False, False
     if not is_stream:
         raise bad_request("stream_options", "needs stream to be true", code="invalid_value")
-    unknown = set(options) - {"include_usage"}
+    unknown = set(options) - {"include_usage", "continuous_usage_stats"}
     if unknown:
         raise bad_request(f"stream_options.{min(unknown)[:64]}", "is unknown", code="unknown_parameter")
-    return bool(_typed(options.get("include_usage"), bool, "stream_options.include_usage"))
+    at_end = _typed(options.get("include_usage"), bool, "stream_options.include_usage")
+    name = "stream_options.continuous_usage_stats"
+    with_each = bool(_typed(options.get("continuous_usage_stats"), bool, name))
+    if with_each and at_end is False:
+        raise bad_request(name, "needs include_usage not to be false", code="invalid_value")
+    return bool(at_end) or with_each, with_each

@@ -115,6 +115,34 @@ async def test_streamed_completion_with_usage(client: openai.AsyncOpenAI, engine
     assert all(chunk.usage is None for chunk in chunks[:-1])
 
 
+@pytest.mark.parametrize("is_chat", [False, True])
+async def test_each_chunk_says_what_its_choice_has_used(
+    client: openai.AsyncOpenAI, engine: Any, is_chat: bool
+) -> None:
+    engine.say("there was a weaver; she wove é€😀 by the sea.")
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    fields: Any = {"model": "demo", "max_tokens": 80, "n": 2, "stream": True, "stream_options": options}
+    if is_chat:
+        stream = await client.chat.completions.create(messages=MESSAGES, **fields)
+    else:
+        stream = await client.completions.create(prompt="Once", **fields)
+    chunks = [chunk async for chunk in stream]
+    total = chunks[-1].usage
+    assert total is not None
+    assert not chunks[-1].choices
+    sums = 0
+    for index in (0, 1):
+        mine = [chunk for chunk in chunks if chunk.choices and chunk.choices[0].index == index]
+        counts = [chunk.usage.completion_tokens for chunk in mine]
+        assert counts == sorted(counts)
+        assert counts[0] == 0 if is_chat else counts[0] >= 1
+        assert len(set(counts)) > 5
+        assert {chunk.usage.prompt_tokens for chunk in mine} == {total.prompt_tokens}
+        assert all(c.usage.total_tokens == c.usage.prompt_tokens + c.usage.completion_tokens for c in mine)
+        sums += counts[-1]
+    assert sums == total.completion_tokens
+
+
 async def test_chat(client: openai.AsyncOpenAI, engine: Any) -> None:
     engine.say("I am a loom.")
     answer = await client.chat.completions.create(model="demo", messages=MESSAGES)

@@ -57,3 +57,31 @@ def test_many_unknown_names_are_told_in_order() -> None:
         parse_request(body, is_chat=False)
     assert caught.value.param == "u000"
     assert caught.value.message.endswith("u018, u019")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (None, (False, False)),
+        ({}, (False, False)),
+        ({"include_usage": True}, (True, False)),
+        ({"include_usage": True, "continuous_usage_stats": True}, (True, True)),
+        ({"continuous_usage_stats": True}, (True, True)),
+        ({"include_usage": False, "continuous_usage_stats": False}, (False, False)),
+    ],
+)
+def test_usage_comes_at_the_end_and_with_each_chunk(options: Any, expected: tuple[bool, bool]) -> None:
+    body = {"prompt": "x", "stream": True, "stream_options": options}
+    found = parse_request(body, is_chat=False, limits=LIMITS)
+    assert (found.includes_usage, found.counts_chunks) == expected
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"continuous_usage_stats": 1}, {"include_usage": False, "continuous_usage_stats": True}],
+)
+def test_usage_of_chunks_without_usage_is_refused(options: Any) -> None:
+    body = {"prompt": "x", "stream": True, "stream_options": options}
+    with pytest.raises(HttpError) as caught:
+        parse_request(body, is_chat=False, limits=LIMITS)
+    assert (caught.value.status, caught.value.param) == (400, "stream_options.continuous_usage_stats")
