@@ -45,13 +45,14 @@ class Assignment:
 
 @dataclass
 class Outcome:
-    """What one process brings back."""
+    """What one process brings back. `is_used_up`: the workload had no more before the time was over."""
 
     records: list[Record] = field(default_factory=list)
     num_unsent: int = 0
     cpu_s: float = 0.0
     wall_s: float = 0.0
     lags: list[float] = field(default_factory=list)
+    is_used_up: bool = False
 
 
 class Driver:
@@ -67,6 +68,7 @@ class Driver:
         self._records: list[Record] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._room: asyncio.Semaphore | None = None
+        self._is_used_up = False
         self.num_done = 0
         self.num_running = 0
 
@@ -90,12 +92,20 @@ class Driver:
             if isinstance(result, Exception):
                 raise result
         sent = [record for record in self._records if record.sent]
-        return Outcome(sent, len(self._records) - len(sent), health.cpu_s, health.wall_s, list(health.lags))
+        return Outcome(
+            sent,
+            len(self._records) - len(sent),
+            health.cpu_s,
+            health.wall_s,
+            list(health.lags),
+            self._is_used_up,
+        )
 
     def _indices(self) -> Iterator[int]:
         limits = [n for n in (self._assignment.num_conversations, self._workload.size) if n is not None]
         numbers = itertools.count() if not limits else range(min(limits))
-        return (n for n in numbers if n % self._assignment.num_shares == self._assignment.share)
+        yield from (n for n in numbers if n % self._assignment.num_shares == self._assignment.share)
+        self._is_used_up = True
 
     @property
     def _end_at(self) -> float:
@@ -167,17 +177,23 @@ class Driver:
             for number, turn in enumerate(made.turns):
                 if number:
                     await asyncio.sleep(self._settings.workload.think_s)
-                    due = None
+                    if now() >= self._end_at:
+                        return
+                # Whose clock runs is written down before it waits for its place: it is late, or never sent.
+                record = None
+                if number or due is not None:
+                    record = self._record(made.index, number, turn, None if number else due)
+                    if due is not None:
+                        record.woken = record.scheduled if number else woken
                 async with self._room or contextlib.nullcontext():
+                    failure: str | bool | None = None
                     if session_id and not number:
                         failure = await self._session(session_id)
                         is_kept = failure is None
-                        if isinstance(failure, str):
-                            self._failed(made.index, turn, due, failure)
-                            return
-                    record = self._record(made.index, number, turn, due)
-                    if not number and due is not None:
-                        record.woken = woken
+                    record = record or self._record(made.index, number, turn, None)
+                    if isinstance(failure, str):
+                        self._failed(record, failure)
+                        return
                     await self._ask(turn, record, session_id, history)
                 if record.outcome != "ok":
                     return
@@ -207,8 +223,7 @@ class Driver:
         self._records.append(record)
         return record
 
-    def _failed(self, index: int, turn: Turn, due: float | None, why: str) -> None:
-        record = self._record(index, 0, turn, due)
+    def _failed(self, record: Record, why: str) -> None:
         record.sent = now()
         record.ended(now(), FAILED, "SESSION", why)
         self.num_done += 1
@@ -235,6 +250,5 @@ class Driver:
 
 
 async def _sleep_until(at: float) -> None:
-    delay = at - now()
-    if delay > 0:
-        await asyncio.sleep(delay)
+    # What is late lets others run all the same, or nothing would be sent until the schedule is caught up.
+    await asyncio.sleep(max(0.0, at - now()))

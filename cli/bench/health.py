@@ -35,12 +35,17 @@ class Health:
             self.wall_s = time.perf_counter() - wall
 
 
+def settle() -> None:
+    """Collect, and have nobody look again at what is left. Takes long: best done before a clock runs."""
+    gc.collect()
+    gc.freeze()
+
+
 @contextmanager
 def quiet_collector() -> Iterator[None]:
     """Keep the garbage collector from looking at everything in the middle of a run."""
     thresholds = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
+    settle()
     gc.set_threshold(_GC_THRESHOLD, 50, 1000)
     try:
         yield

@@ -16,6 +16,7 @@ from typing import Any
 from cli.bench.crew import Alone, Crew, make_transport
 from cli.bench.driver import Assignment, Outcome
 from cli.bench.files import read_texts, read_trace
+from cli.bench.health import settle
 from cli.bench.machine import describe_machine, describe_versions
 from cli.bench.processes import Processes
 from cli.bench.settings import Load, Settings
@@ -116,7 +117,7 @@ def make_workload(
     kind = settings.workload
     check_length(kind, max_model_len)
     if kind.kind == "trace":
-        rows, num_clipped = clip(source, max_model_len)
+        rows, num_clipped = clip(source, max_model_len, is_exact=vocabulary.is_exact)
         has_times = settings.loads[0].kind == "trace"
         return Trace(rows, vocabulary, has_times), {"clipped_rows": num_clipped}
     if kind.kind == "text":
@@ -131,14 +132,13 @@ async def _point(
     warm_up = await _warm_up(settings, crew, load, salt, names, progress)
     if stop.is_set:
         return None
-    num_requests = settings.num_requests
-    if settings.workload.kind == "multi-turn" and num_requests is not None:
-        num_requests = -(-num_requests // settings.workload.turns)
+    if settings.num_processes == 1:
+        settle()  # the driver does it again, in no time: else the first requests would be late by it
     assignment = Assignment(
         load=load,
         salt=salt,
         start_at=now() + (LEAD_S if settings.num_processes == 1 else LEAD_OF_PROCESSES_S),
-        num_conversations=num_requests,
+        num_conversations=_conversations(settings, settings.num_requests),
         duration_s=settings.duration_s,
         names=names,
     )
@@ -146,6 +146,13 @@ async def _point(
     point = summarize(settings, assignment, outcomes)
     point["warmup"] = warm_up
     return point
+
+
+def _conversations(settings: Settings, num_requests: int | None) -> int | None:
+    """How many it takes for so many requests, or a few more."""
+    if settings.workload.kind != "multi-turn" or num_requests is None:
+        return num_requests
+    return -(-num_requests // settings.workload.turns)
 
 
 async def _warm_up(
@@ -161,7 +168,7 @@ async def _warm_up(
         load=Load(concurrency=most),
         salt=f"{salt}w",
         start_at=now(),
-        num_conversations=settings.num_warmup,
+        num_conversations=_conversations(settings, settings.num_warmup),
         names=names,
     )
     outcomes = await _watched(crew, assignment, f"{load.label} warm-up", progress)

@@ -19,7 +19,7 @@ MAX_CPU_SHARE = 0.85
 MIN_WALL_S = 0.5  # of less, a share says nothing
 MAX_LATENESS_MS = 10.0
 MAX_CACHED_SHARE = 0.05
-_UNCACHED = ("fixed", "random", "trace")
+_UNCACHED = ("fixed", "random", "trace", "text")
 
 
 def summarize(settings: Settings, assignment: Assignment, outcomes: Sequence[Outcome]) -> dict[str, Any]:
@@ -28,7 +28,8 @@ def summarize(settings: Settings, assignment: Assignment, outcomes: Sequence[Out
     start = assignment.start_at
     last = max((r.end for r in records), default=start)
     end = start + assignment.duration_s if assignment.duration_s is not None else last
-    if any(r.outcome == "interrupted" for r in records):
+    # Nothing was left to send, or nothing was sent any more: the rest of the time is nobody's throughput.
+    if any(r.outcome == "interrupted" for r in records) or all(o.is_used_up for o in outcomes):
         end = min(end, last)
     measured = [r for r in records if r.group == MEASURED]
     load = assignment.load
@@ -92,7 +93,8 @@ def warnings(settings: Settings, point: dict[str, Any]) -> list[str]:
             "for goodput a failure misses every target"
         )
     if requests["interrupted"]:
-        found.append(f"stopped early: {requests['interrupted']} requests were running")
+        waiting = f", {requests['unsent']} waited to be sent" if requests["unsent"] else ""
+        found.append(f"stopped early: {requests['interrupted']} requests were running{waiting}")
     if mine["cpu_share"] > MAX_CPU_SHARE and point["wall_s"] >= MIN_WALL_S:
         found.append(
             f"the client used {mine['cpu_share']:.0%} of a core: latencies hold its own queueing; "
@@ -144,11 +146,12 @@ def timeline(records: Sequence[Record], start: float) -> list[dict[str, Any]]:
 
 def over_time(records: Sequence[Record], start: float, end: float) -> dict[str, Any]:
     """Output tokens a second, and the most requests in flight, in at most MAX_STEPS equal steps. The last
-    step may be shorter, and its rate is of what there is of it.
+    one is half to one and a half times as long, and its rate is of its own length: a sliver with one message
+    in it would be a peak that never was.
     """
     length = max(end - start, 1e-6)
     step_s = next(step for step in _STEPS_S if length / step <= MAX_STEPS)
-    count = max(1, math.ceil(length / step_s - 1e-9))
+    count = max(1, math.floor(length / step_s + 0.5))
 
     def place(at: float) -> int:
         return int(min(count - 1, max(0.0, (at - start) / step_s)))

@@ -14,6 +14,9 @@ from cli.bench.records import MEASURED, SLOW, TO_CANCEL
 from cli.bench.settings import Settings, SettingsError, WorkloadSettings
 from cli.bench.vocabulary import Prompt, Vocabulary
 
+WORDS_SHARE = 0.95
+"""Of the context, for prompts of words: so many tokens more or less are luck."""
+
 
 @dataclass(frozen=True, slots=True)
 class Turn:
@@ -144,10 +147,16 @@ def longest(settings: WorkloadSettings) -> int:
     return one + (settings.prefix_tokens if settings.kind == "shared-prefix" else 0)
 
 
-def clip(rows: tuple[TraceRow, ...], max_model_len: int | None) -> tuple[tuple[TraceRow, ...], int]:
-    """Shorten prompts, and answers that alone are too long, to the model's context; and how many it were."""
+def clip(
+    rows: tuple[TraceRow, ...], max_model_len: int | None, *, is_exact: bool = True
+) -> tuple[tuple[TraceRow, ...], int]:
+    """Shorten prompts, and answers that alone are too long, to the model's context; and how many it were.
+    Prompts whose lengths are not exact leave some of it free.
+    """
     if max_model_len is None:
         return rows, 0
+    if not is_exact:
+        max_model_len = max(2, int(max_model_len * WORDS_SHARE))
     found, num_clipped = [], 0
     for row in rows:
         generated = min(row.generated_tokens, max_model_len - 1)

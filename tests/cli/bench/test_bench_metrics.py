@@ -103,6 +103,13 @@ def test_failures_miss_goodput_and_are_counted() -> None:
     assert metrics.latencies(records, only_whole=False)["ttft"]["count"] == 2
 
 
+def test_a_server_that_never_counts_does_not_meet_every_tpot() -> None:
+    unknown = record([0.1, 1.1, 2.1], [0, 0, 0], completion_tokens=None)
+    assert metrics.tpot_s(unknown) is None
+    assert metrics.is_good(unknown, [Target("tpot", 1000.1)])
+    assert not metrics.is_good(unknown, [Target("tpot", 999.0)])
+
+
 def test_only_the_window_counts_for_rates() -> None:
     records = [record([0.5, 1.5], [1, 2]), record([1.5, 2.5])]
     rates = metrics.rates(records, 0.0, 2.0, [])
@@ -133,6 +140,13 @@ def test_steps_hold_every_token_and_the_peak() -> None:
     assert tokens == pytest.approx(8, abs=0.01)
     assert max(found["in_flight"]) == 2
     assert len(found["in_flight"]) <= 120
+
+
+def test_the_last_step_is_no_sliver() -> None:
+    """A message in the last millisecond is no thousand messages a second."""
+    times = [index * 0.1 + 0.05 for index in range(120)] + [12.0005]
+    found = over_time([record(times)], 0.0, 12.001)
+    assert max(found["output_tokens_per_s"]) < 21
 
 
 def settings(**fields: Any) -> Settings:

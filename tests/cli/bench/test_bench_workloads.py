@@ -133,6 +133,7 @@ def test_a_trace_is_clipped_to_the_context(tmp_path: Path) -> None:
     assert count == 2
     assert [(row.context_tokens, row.generated_tokens) for row in clipped] == [(50, 40), (60, 40), (1, 99)]
     assert clip(rows, None) == (rows, 0)
+    assert clip(rows, 100, is_exact=False)[0][1].context_tokens == 95 - 40
     workload = Trace(clipped, IDS, has_times=True)
     assert [workload.at_s(index) for index in range(3)] == [0.0, 1.0, 2.0]
     ((prompt, max_tokens),) = workload.turns(1, random.Random(1))
