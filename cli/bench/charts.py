@@ -44,21 +44,22 @@ def charts_of(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> list
 
 def against_load(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Chart]:
     """Each load is a point of each curve."""
-    x_title = _axis(documents)
+    kinds = {point["load"]["kind"] for document in documents for point in document["points"]}
+    x_title = _axis(kinds)
 
     def prefix(run: int) -> str:
         return f"{names[run]} " if len(documents) > 1 else ""
 
     def curves(metric: str) -> tuple[Series, ...]:
         return tuple(
-            Series(f"{prefix(run)}{p}", _values(document, ("latency_ms", metric, p)), rank, run)
+            Series(f"{prefix(run)}{p}", _values(document, ("latency_ms", metric, p), kinds), rank, run)
             for run, document in enumerate(documents)
             for rank, p in enumerate(PERCENTILES)
         )
 
     def rates(*wanted: tuple[str, str]) -> tuple[Series, ...]:
         return tuple(
-            Series(f"{prefix(run)}{title}", _values(document, ("throughput", name)), rank, run)
+            Series(f"{prefix(run)}{title}", _values(document, ("throughput", name), kinds), rank, run)
             for run, document in enumerate(documents)
             for rank, (name, title) in enumerate(wanted)
         )
@@ -78,19 +79,23 @@ def against_load(documents: Sequence[dict[str, Any]], names: Sequence[str]) -> l
             is_load_x=True,
         ),
     ]
-    return _drawn([*charts, _against_throughput(documents, prefix)])
+    return _drawn([*charts, _against_throughput(documents, prefix, kinds)])
 
 
-def _against_throughput(documents: Sequence[dict[str, Any]], prefix: Callable[[int], str]) -> Chart:
-    """What more throughput costs in latency; the points of a curve are in the order of the loads' rates."""
+def _against_throughput(
+    documents: Sequence[dict[str, Any]], prefix: Callable[[int], str], kinds: set[str]
+) -> Chart:
+    """What more throughput costs in latency; the points of a curve are in the order of the loads, so that it
+    bends back where more load brings less.
+    """
     series = []
     for run, document in enumerate(documents):
         for rank, percent in enumerate(PERCENTILES):
             pairs = (
                 (point["throughput"]["output_tokens_per_s"], point["latency_ms"]["itl"][percent])
-                for point in document["points"]
+                for point in sorted(document["points"], key=lambda point: _x(point, kinds))
             )
-            known = tuple(sorted((x, y) for x, y in pairs if x is not None and y is not None))
+            known = tuple((x, y) for x, y in pairs if x is not None and y is not None)
             series.append(Series(f"{prefix(run)}{percent}", known, rank, run))
     return Chart("ITL against throughput", "ms", "output tokens per second", tuple(series))
 
@@ -106,6 +111,9 @@ def over_time(point: dict[str, Any]) -> list[Chart]:
     steps = point["steps"]
     step = steps["step_s"]
 
+    # Of a server that counts no tokens they are not zero but unknown.
+    has_tokens = point["throughput"]["output_tokens_per_s"] is not None
+
     def curve(name: str, key: str) -> Series:
         return Series(name, tuple((index * step, value) for index, value in enumerate(steps[key])))
 
@@ -114,7 +122,12 @@ def over_time(point: dict[str, Any]) -> list[Chart]:
         Chart("Time to first token", "ms", when, (scatter("request", "ttft_ms"),)),
         Chart("Mean gap between tokens (TPOT)", "ms", when, (scatter("request", "tpot_ms"),)),
         Chart("End to end", "ms", when, (scatter("request", "e2e_ms"),)),
-        Chart("Output tokens", "per second", second, (curve("output tokens", "output_tokens_per_s"),)),
+        Chart(
+            "Output tokens",
+            "per second",
+            second,
+            (curve("output tokens", "output_tokens_per_s"),) * has_tokens,
+        ),
         Chart("Requests in flight", f"most in each {step:g} s", second, (curve("in flight", "in_flight"),)),
     ]
     ttfts = sorted(e["ttft_ms"] for e in timeline if e["outcome"] == "ok" and e["ttft_ms"] is not None)
@@ -135,8 +148,7 @@ def _drawn(charts: list[Chart]) -> list[Chart]:
     return found
 
 
-def _axis(documents: Sequence[dict[str, Any]]) -> str:
-    kinds = {point["load"]["kind"] for document in documents for point in document["points"]}
+def _axis(kinds: set[str]) -> str:
     titles = {"closed": "requests at once", "open": "requests sent per second"}
     mixed = "requests in flight, mean"
     return titles.get(next(iter(kinds)), mixed) if len(kinds) == 1 else mixed
@@ -149,8 +161,10 @@ def _x(point: dict[str, Any], kinds: set[str]) -> float:
     return float(load["rate"]) if kinds == {"open"} else float(point["concurrency"]["mean"])
 
 
-def _values(document: dict[str, Any], path: tuple[str, ...]) -> tuple[tuple[float, float], ...]:
-    kinds = {point["load"]["kind"] for point in document["points"]}
+def _values(
+    document: dict[str, Any], path: tuple[str, ...], kinds: set[str]
+) -> tuple[tuple[float, float], ...]:
+    """`kinds` of all documents: on one axis a load means one thing."""
     found = []
     for point in document["points"]:
         value: Any = point

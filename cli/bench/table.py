@@ -27,7 +27,7 @@ _LATENCIES = (
 
 
 def number(value: float | int | None, digits: int = 3) -> str:
-    """So many significant digits; no exponent; whole numbers whole; a dash for nothing."""
+    """So many significant digits, one less below 1; no exponent; whole numbers whole; a dash for nothing."""
     if value is None:
         return "-"
     if isinstance(value, int):
@@ -40,6 +40,8 @@ def number(value: float | int | None, digits: int = 3) -> str:
     decimals = digits - 1
     while size >= 10:
         size, decimals = size / 10, decimals - 1
+    while size < 0.1 and decimals < digits + 6:
+        size, decimals = size * 10, decimals + 1
     return f"{value:.{max(0, decimals)}f}"
 
 
