@@ -124,9 +124,11 @@ def _console() -> Console:
 
 
 def shown_command(argv: Sequence[str]) -> list[str]:
-    """The command line as it may be kept: without the key."""
-    found: list[str] = []
-    for argument in argv:
+    """The command line as it may be kept: without the key, and without the folder of the program, which often
+    names a person.
+    """
+    found: list[str] = [Path(argv[0]).name] if argv else []
+    for argument in argv[1:]:
         name, equals, _ = argument.partition("=")
         if found and found[-1] in _SECRETS:
             found.append("...")

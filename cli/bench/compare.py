@@ -22,6 +22,8 @@ _ALIKE = (
     "targets",
     "cancel_fraction",
     "slow_fraction",
+    "slow_pause_s",
+    "num_warmup",
     "seed",
 )
 _RATES = (

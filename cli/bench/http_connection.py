@@ -15,6 +15,7 @@ from cli.bench.transport import now
 
 CONNECT_S = 10.0
 IDLE_CONNECTIONS = 4096
+MAX_FILES = 65_536
 
 OnBody = Callable[[AnswerParser, bytes, float], bool]
 """Takes a piece of a body and the time at which it came; True: enough, break off."""
@@ -45,6 +46,9 @@ def origin_of(server: ServerSettings) -> Origin:
         port = parts.port
     except ValueError as error:
         raise SettingsError(f"--url {text}: {error}") from None
+    if "@" in parts.netloc:
+        # The address is written into results; and the key goes into a header. Not repeated here.
+        raise SettingsError("--url with a user or a password: give a key with --api-key")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
         raise SettingsError(f"--url must be as http://HOST:PORT or https://HOST/v1; not {text!r}")
     path = parts.path.rstrip("/")
@@ -154,6 +158,19 @@ class Connection(asyncio.Protocol):
                 self._done.set_exception(error)
 
 
+def allow_connections() -> None:
+    """As many as the system lets a process have: usually it is content with far fewer."""
+    try:
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    except (ImportError, OSError, ValueError):
+        return  # then a connection too many fails, and says so
+
+
 class Pool:
     """Connections that wait for their next request; the one used last is used first."""
 
@@ -163,17 +180,21 @@ class Pool:
         self._idle: deque[Connection] = deque(maxlen=IDLE_CONNECTIONS)
 
     async def take(self) -> tuple[Connection, bool]:
-        """A connection, and whether it was used before. Raises OSError and TimeoutError."""
+        """A connection, and whether it was used before. Raises OSError."""
         while self._idle:
             connection = self._idle.pop()
             if connection.is_open:
                 return connection, True
         origin = self.origin
         name = (origin.tls_name or origin.host) if origin.tls else None
-        async with asyncio.timeout(CONNECT_S):
-            _, connection = await asyncio.get_running_loop().create_connection(
-                Connection, origin.host, origin.port, ssl=origin.tls, server_hostname=name
-            )
+        try:
+            async with asyncio.timeout(CONNECT_S):
+                _, connection = await asyncio.get_running_loop().create_connection(
+                    Connection, origin.host, origin.port, ssl=origin.tls, server_hostname=name
+                )
+        except TimeoutError:
+            # Not to be taken for an answer that took too long.
+            raise ConnectionError(f"no connection within {CONNECT_S:g} s") from None
         self.num_opened += 1
         return connection, False
 

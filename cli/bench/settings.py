@@ -6,6 +6,7 @@ the one line that the user reads.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -159,6 +160,7 @@ def parse_target(text: str) -> Target:
 
 def check(settings: Settings) -> None:
     """Refuse what contradicts itself. Raises SettingsError."""
+    _check_finite(settings)
     _check_load(settings)
     _check_workload(settings)
     server = settings.server
@@ -179,6 +181,8 @@ def check(settings: Settings) -> None:
         raise SettingsError("--extra-body is for HTTP: it needs --url")
     if not settings.slow_pause_s > 0:
         raise SettingsError("--slow-pause must be above 0")
+    if settings.slow_pause_s != Settings.slow_pause_s and not settings.slow_fraction:
+        raise SettingsError("--slow-pause is of --slow-readers")
     if not settings.timeout_s > 0:
         raise SettingsError("--timeout must be above 0")
     if not 1 <= settings.num_processes <= MAX_PROCESSES:
@@ -188,6 +192,21 @@ def check(settings: Settings) -> None:
 
 
 _FRACTIONS = {"cancel_fraction": "cancel-fraction", "slow_fraction": "slow-readers"}
+
+
+def _check_finite(settings: Settings) -> None:
+    workload = settings.workload
+    for name, value in (
+        ("--duration", settings.duration_s),
+        ("--burstiness", settings.burstiness),
+        ("--slow-pause", settings.slow_pause_s),
+        ("--timeout", settings.timeout_s),
+        ("--think-time", workload.think_s),
+        ("--time-scale", workload.time_scale),
+        ("--temperature", workload.temperature),
+    ):
+        if value is not None and not math.isfinite(value):
+            raise SettingsError(f"{name} must be a finite number")
 
 
 def _check_load(settings: Settings) -> None:
@@ -218,6 +237,8 @@ def _check_load(settings: Settings) -> None:
         most = min(load.concurrency or 0 for load in settings.loads)
         if settings.num_processes > most:
             raise SettingsError("--processes is more than --concurrency: each needs a request in flight")
+    elif kinds == {"trace"} and settings.arrivals != "poisson":
+        raise SettingsError("--arrivals is for --rate: a trace has times of its own")
     elif settings.max_concurrency is not None and settings.num_processes > settings.max_concurrency:
         raise SettingsError("--processes is more than --max-concurrency")
 
@@ -243,6 +264,15 @@ def _check_workload(settings: Settings) -> None:
         raise SettingsError("--trace-limit must be at least 1")
     if workload.kind != "trace" and (workload.time_scale != 1.0 or workload.trace_limit is not None):
         raise SettingsError("--time-scale and --trace-limit are for --workload trace")
+    usual = WorkloadSettings()
+    for name, flag, kind in (
+        ("turns", "--turns", "multi-turn"),
+        ("think_s", "--think-time", "multi-turn"),
+        ("prefix_groups", "--prefix-groups", "shared-prefix"),
+        ("prefix_tokens", "--prefix-tokens", "shared-prefix"),
+    ):
+        if workload.kind != kind and getattr(workload, name) != getattr(usual, name):
+            raise SettingsError(f"{flag} is for --workload {kind}")
     if min(workload.prefix_groups, workload.prefix_tokens, workload.turns) < 1:
         raise SettingsError("--prefix-groups, --prefix-tokens and --turns must be at least 1")
     if workload.think_s < 0:

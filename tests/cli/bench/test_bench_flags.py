@@ -54,6 +54,14 @@ from tests.cli.bench.conftest import where
         ("--processes 9 --concurrency 4", "more than --concurrency"),
         ("--plot x.gif", ".html or a .png"),
         ("--plot none/x.html", "no directory"),
+        ("--duration inf", "finite"),
+        ("--workload multi-turn --think-time nan", "finite"),
+        ("--turns 3", "--turns is for --workload multi-turn"),
+        ("--think-time 1", "for --workload multi-turn"),
+        ("--prefix-tokens 9", "for --workload shared-prefix"),
+        ("--slow-pause 1", "--slow-readers"),
+        ("--workload trace --file x --arrivals constant", "times of its own"),
+        ("--url http://me:secret@127.0.0.1:1", "give a key with --api-key"),
         ("--input-tokens 99999 --output-tokens 2", "the model has 100000"),
     ],
 )
@@ -66,6 +74,7 @@ def test_flags_that_make_no_sense_are_one_line(
     told = " ".join(ran.result.stderr.replace("│", " ").split())
     assert message in told
     assert "Traceback" not in ran.result.output
+    assert "secret" not in told
     assert timed.num_requests == 0
 
 
@@ -86,11 +95,12 @@ def test_nobody_there_is_one_line(bench: Any, way: str) -> None:
 
 def test_the_key_is_in_no_result(bench: Any, timed: TimedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = f"{where('http', timed)} --requests 1 --output-tokens 2 --api-key hidden-key".split()
-    monkeypatch.setattr(sys, "argv", ["weft", "bench", *flags])
+    monkeypatch.setattr(sys, "argv", ["/home/somebody/bin/weft", "bench", *flags])
     ran = bench(" ".join(flags))
     assert ran.result.exit_code == 0
     assert "hidden-key" not in json.dumps(ran.document) + ran.result.output
     assert ran.document["command"][-2:] == ["--api-key", "..."]
+    assert ran.document["command"][:2] == ["weft", "bench"]
 
 
 def test_show_plot_and_compare(bench: Any, timed: TimedServer, tmp_path: Path) -> None:
