@@ -105,7 +105,7 @@ class GrpcTransport:
             model=self._settings.server.model,
             sampling=sampling,
             session_id=exchange.session_id,
-            cache_salt="" if exchange.session_id else self._settings.cache_salt,
+            cache_salt=self._settings.cache_salt,
         )
         if isinstance(exchange.prompt, str):
             if self._settings.server.endpoint == "chat":

@@ -125,6 +125,8 @@ class AnswerParser:
                 self._left = int(line.partition(b";")[0], 16)
             except ValueError:
                 raise HttpBroken("a chunk has no size") from None
+            if self._left < 0:
+                raise HttpBroken("a chunk has no size")
             self._in_trailers = self._left == 0
         self._buffer = buffer[at:]
         return found

@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-from cli.bench.http_connection import Connection, Pool, origin_of
+from cli.bench.http_connection import Connection, Pool, allow_connections, origin_of
 from cli.bench.http_parser import AnswerParser, EventParser, HttpBroken
 from cli.bench.http_probe import probe
 from cli.bench.records import CANCELLED, FAILED, INTERRUPTED, OK, Record
@@ -29,11 +29,12 @@ class HttpTransport:
 
     async def open(self) -> None:
         """One connection, to see that somebody is there."""
+        allow_connections()
         origin = self._pool.origin
         try:
             connection, _ = await self._pool.take()
         except (OSError, TimeoutError) as error:
-            why = getattr(error, "strerror", None) or type(error).__name__
+            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise BenchError(
                 f"UNAVAILABLE: nobody answers at {origin.authority}: {' '.join(str(why).split())}"
             ) from None
@@ -61,10 +62,12 @@ class HttpTransport:
             async with asyncio.timeout(self._settings.timeout_s):
                 parser = await self._send(self._head_and(body), answer)
             answer.finished(parser, now())
-        except TimeoutError:
-            record.ended(now(), FAILED, "TIMEOUT", f"no end within {self._settings.timeout_s:g} s")
         except OSError as error:
-            record.ended(now(), FAILED, "CONNECTION", error.strerror or str(error) or type(error).__name__)
+            if isinstance(error, TimeoutError) and error.errno is None:  # our own; the system's has a number
+                record.ended(now(), FAILED, "TIMEOUT", f"no end within {self._settings.timeout_s:g} s")
+            else:
+                why = error.strerror or str(error) or type(error).__name__
+                record.ended(now(), FAILED, "CONNECTION", why)
         except HttpBroken as error:
             record.ended(now(), FAILED, "BROKEN", str(error))
         except asyncio.CancelledError:
@@ -180,7 +183,11 @@ class _Answer:
             if data == b"[DONE]" or not data:
                 continue
             had = len(self._record.times)
-            if self._chunk(json.loads(data), at):
+            try:
+                chunk = json.loads(data)
+            except ValueError:
+                raise HttpBroken("an event is not JSON") from None
+            if self._chunk(chunk, at):
                 self._record.ended(now(), CANCELLED)
                 return True
             has_tokens |= len(self._record.times) > had
@@ -198,6 +205,9 @@ class _Answer:
         elif self._error is not None:
             record.ended(at, FAILED, *self._error)
         elif record.finish:
+            if record.counts and record.has_counts and (record.completion_tokens or 0) > self._num_tokens:
+                # What came behind the last text, as an end token, came with no message of its own.
+                record.counts[-1] += (record.completion_tokens or 0) - self._num_tokens
             record.ended(at, OK)
         else:
             record.ended(at, FAILED, "INCOMPLETE", "the stream ended without a finish_reason")

@@ -29,12 +29,15 @@ class MultiplexTransport(GrpcTransport):
 
     async def run(self, exchange: Exchange) -> None:
         """One logical request."""
+        metadata = auth_metadata(self._settings.server.api_key)
         if not self._streams:
             # Opened by the first request, inside of the run: a stream belongs to whom its key does.
-            metadata = auth_metadata(self._settings.server.api_key)
             self._streams = [_Stream(stub.Multiplex(metadata=metadata)) for stub in self.stubs]
         self._next += 1
-        stream = self._streams[self._next % len(self._streams)]
+        place = self._next % len(self._streams)
+        if self._streams[place].is_over:  # the server has ended it, and may be there again
+            self._streams[place] = _Stream(self.stubs[place].Multiplex(metadata=metadata))
+        stream = self._streams[place]
         await stream.run(self.request(exchange), exchange, self._settings.timeout_s)
 
     async def close(self) -> None:
@@ -52,6 +55,11 @@ class _Stream:
         # Two writes may not overlap.
         self._writing = asyncio.Lock()
         self._reader = asyncio.create_task(self._read())
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._reader.done()
 
     async def run(self, request: pb.GenerateRequest, exchange: Exchange, timeout_s: float) -> None:
         self._count += 1

@@ -64,6 +64,7 @@ class Processes:
     async def close(self) -> None:
         """Let them end; what does not is killed."""
         for child in self._children:
+            child.send("stop")  # one may still run, where another has failed
             child.send("close")
         for child in self._children:
             await asyncio.to_thread(child.process.join, STOP_S)

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.bench_server import TimedServer
 from cli.bench.percentiles import percentile
-from tests.cli.bench.conftest import where
+from tests.cli.bench.conftest import in_thread, where
 
 PROTOCOLS = ("grpc", "multiplex", "http", "chat")
 OUTCOMES = ("ok", "failed", "cancelled", "interrupted")
@@ -253,3 +253,21 @@ def test_ctrl_c_reports_what_there_is(timed: TimedServer, tmp_path: Path, root: 
     assert 3 <= point["requests"]["ok"] < 1000
     assert "stopped early: 3 requests were running" in " ".join(out.split())
     assert "Traceback" not in error
+
+
+def test_a_stream_that_the_server_ends_is_opened_again(bench: Any) -> None:
+    class Ending(TimedServer):
+        """Each Multiplex call has an end after one answer, as of a server that is replaced."""
+
+        async def Multiplex(self, requests: Any, context: Any) -> Any:
+            async for response in super().Multiplex(requests, context):
+                yield response
+                if response.HasField("end"):
+                    return
+
+    with in_thread(Ending(first_s=0.002, gap_s=0.001)) as server:
+        flags = "--concurrency 1 --requests 12 --output-tokens 3"
+        point = bench(where("multiplex", server), *flags.split()).point
+    check_accounts(point)
+    # A request that is written just when the stream ends fails; the next one finds another stream.
+    assert point["requests"]["ok"] >= 6, point["errors"]

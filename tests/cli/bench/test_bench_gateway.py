@@ -41,10 +41,11 @@ def test_fixed(bench: Any, weft_gateway: Any, protocol: str) -> None:
     assert point["throughput"]["good_share"] == 1.0
     tokens = point["tokens"]
     assert (tokens["output"]["min"], tokens["output"]["max"], tokens["shorter_than_asked"]) == (12, 12, 0)
+    # Each message says how many tokens it holds, over HTTP too.
+    assert tokens["itl_counts_tokens"]
+    assert point["latency_ms"]["itl"]["count"] == 8 * 11
     if protocol in ("grpc", "multiplex"):
         assert tokens["input"]["min"] == tokens["input"]["max"] == 60
-        assert tokens["itl_counts_tokens"]
-        assert point["latency_ms"]["itl"]["count"] == 8 * 11
     else:
         assert tokens["input"]["mean"] == pytest.approx(60, rel=0.25)
     assert metric(weft_gateway, LIVE) == 0
@@ -80,6 +81,14 @@ def test_sessions_are_real_and_go(bench: Any, weft_gateway: Any) -> None:
     # A turn's prompt is the whole conversation so far; of it only the new tokens were sent.
     assert point["tokens"]["input"]["max"] >= 20 * 3 + 5 * 2
     assert metric(weft_gateway, "weft_gateway_sessions") == 0
+
+
+def test_a_second_run_of_conversations_is_as_cold_as_the_first(bench: Any, weft_gateway: Any) -> None:
+    flags = "--workload multi-turn --turns 2 --requests 4 --input-tokens 150 --output-tokens 4 --seed 77"
+    shares = [
+        bench(where("grpc", weft_gateway), *flags.split()).point["tokens"]["cached_share"] for _ in "12"
+    ]
+    assert 0 < shares[0] == pytest.approx(shares[1], rel=0.05)
 
 
 @pytest.mark.parametrize("protocol", ["http", "chat"])

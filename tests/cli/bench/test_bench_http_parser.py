@@ -61,6 +61,7 @@ def test_a_body_may_end_with_the_connection_but_no_other_may() -> None:
         b"HTTP/1.1 x\r\n\r\n",
         b"HTTP/1.1 200 OK\r\ncontent-length: x\r\n\r\n",
         HEAD + b"zz\r\n",
+        HEAD + b"-5\r\nhello\r\n",
         HEAD + b"3\r\nhello\r\n",
         b"x" * 70_000,
     ],
