@@ -231,6 +231,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in ("threads", "runs"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1")
+    if options.check and (options.quick or not options.rivals):
+        parser.error("--check has nothing to check without a rival, or with --quick")
     return options
 
 

@@ -236,6 +236,14 @@ def test_rivals_are_chosen_by_name(capsys):
     assert "'vllm' is not known" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flags", [["--quick"], ["--rivals", "none"]])
+def test_a_check_of_nothing_is_refused(capsys, flags):
+    with pytest.raises(SystemExit) as caught:
+        cpu.parse(["--check", *flags])
+    assert caught.value.code == 2
+    assert "nothing to check" in capsys.readouterr().err
+
+
 def test_logits_that_are_not_finite_are_wrong():
     found = Outcome(OWN, errors={"decode 1": float("inf")})
     found.judge()
