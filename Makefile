@@ -35,7 +35,7 @@ $(VENV)/.weft-installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make setup PYTHON=python3.11")'
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(VENV)/bin/python -m pip install --quiet --no-deps --index-url $(TORCH_INDEX) -c constraints.txt torch)
-	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[engine,gateway,quantizer,ray,dev]'
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[engine,gateway,quantizer,bench,ray,dev]'
 	@# A CPU build of torch brings no triton; the kernel tests run it as an interpreter. It exists for Linux x86-64 alone.
 	if [ "$$(uname -sm)" = "Linux x86_64" ] && ! $(VENV)/bin/python -c 'import triton' 2>/dev/null; then \
 	  $(VENV)/bin/python -m pip install --quiet 'triton==3.6.0'; fi
