@@ -3,7 +3,8 @@
  *
  * Each is one pass over a row in an order that depends on the row alone, so a row's bits are those it has alone.
  * Attention sees keys in tiles of 64 that begin at multiples of 64 positions, with a running maximum (Milakov and
- * Gimelshein, arXiv 1805.02867). Slots that a row does not see may hold anything, NaN included.
+ * Gimelshein, arXiv 1805.02867). Slots that no row of a sequence's batch sees may hold anything, NaN included; a value
+ * that is not finite shows in all rows of its unit, as it does in the tiled form.
  */
 #include "weft_cpu.h"
 
@@ -11,10 +12,11 @@
 #define MAX_HEAD_DIM 256
 #define SMALL 16384 /* elements below which a second thread costs more than it brings */
 
-/* exp to about 1e-7, by 2^n times a polynomial of the rest (Cephes' coefficients). exp(-inf) is 0. */
+/* exp to about 1e-7, by 2^n times a polynomial of the rest (Cephes' coefficients). exp(-inf) is 0, and from 88.73
+ * on it is infinite. */
 INLINE __m512 exp512(__m512 x) {
     /* Of a NaN and a number both instructions give their second operand: a NaN stays one. */
-    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), _mm512_min_ps(_mm512_set1_ps(88.7f), x));
+    x = _mm512_max_ps(_mm512_set1_ps(-104.0f), _mm512_min_ps(_mm512_set1_ps(89.0f), x));
     const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
     r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
