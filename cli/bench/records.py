@@ -40,15 +40,17 @@ class Record:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     cached_tokens: int | None = None
+    num_received: int = (
+        0  # a sum of `counts`, kept: adding them up for each message would grow with its square
+    )
 
     def arrived(self, now: float, num_tokens: int) -> bool:
         """A message with tokens has come; 0 where the server does not say how many. True: cancel now."""
         self.times.append(now)
         self.counts.append(num_tokens)
-        if self.cancel_after is None:
-            return False
         # Where a message does not say how many tokens it holds it counts as one.
-        return sum(count or 1 for count in self.counts) >= self.cancel_after
+        self.num_received += num_tokens or 1
+        return self.cancel_after is not None and self.num_received >= self.cancel_after
 
     def ended(self, now: float, outcome: str, status: str = "", reason: str = "") -> None:
         """The one way out. The first call holds."""

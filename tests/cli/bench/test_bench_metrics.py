@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from array import array
 from typing import Any
 
@@ -122,6 +123,17 @@ def test_peak_and_mean_concurrency() -> None:
     records = [record([1.0, 4.0]), record([3.0, 3.5], scheduled=2.0), record([5.0], scheduled=4.0)]
     found = metrics.concurrency(records, 0.0, 5.0)
     assert found == {"peak": 2, "mean": pytest.approx((4 + 1.5 + 1) / 5)}
+
+
+def test_a_cancel_comes_with_its_token_and_costs_a_long_answer_nothing() -> None:
+    made = record([], end=0.0)
+    made.cancel_after = 6
+    assert [made.arrived(1.0, tokens) for tokens in (3, 0, 1, 2)] == [False, False, False, True]
+    made.cancel_after = 10**9
+    began = time.process_time()
+    for _ in range(20_000):  # squared, that is 10 s and more
+        made.arrived(1.0, 1)
+    assert time.process_time() - began < 2.0
 
 
 def test_an_end_counts_once_and_the_first_holds() -> None:
