@@ -138,7 +138,8 @@ def work(console: Console, stack: Stack, options: DemoOptions) -> list[str]:
     addresses = [address_of(engine) for engine in engines]
     ready_s = time.monotonic() - began
     shown = " and ".join(addresses)
-    console.print(f"engine on {shown}, gateway on {address_of(gateway)}, ready after {ready_s:.1f} s")
+    ready = f"engine on {shown}, gateway on {address_of(gateway)}, ready after {ready_s:.1f} s"
+    console.print(ready, soft_wrap=True)
     if options.is_up:
         text = HOW_TO_CALL.format(grpc=address_of(gateway), http=http_of(gateway), weft=weft_command())
         console.print(text, markup=False, highlight=False, soft_wrap=True)

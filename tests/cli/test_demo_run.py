@@ -55,7 +55,12 @@ def up(data: Path, first: object) -> Iterator[subprocess.Popen[str]]:
             if "The services are up" in line:
                 break
         yield process
-        process.kill()
+        # In order, also when a test has failed: killed at once it would leave its services behind.
+        process.terminate()
+        try:
+            process.wait(120)
+        except subprocess.TimeoutExpired:
+            process.kill()
 
 
 def test_everything_ends_well(first: subprocess.CompletedProcess[str]) -> None:
@@ -80,8 +85,11 @@ def test_the_second_run_starts_soon(data: Path, first: subprocess.CompletedProce
     assert second.returncode == 0, second.stderr
     match = re.search(r"ready after ([\d.]+) s", second.stdout)
     assert match is not None
-    assert float(match[1]) < 15
-    assert time.monotonic() - began < 60
+    assert '"event": "up to date"' in second.stderr
+    assert '"event": "quantizing"' not in second.stderr
+    # Nothing but the start of three services; the bounds are a busy machine's.
+    assert float(match[1]) < 90
+    assert time.monotonic() - began < 180
 
 
 def test_it_leaves_in_order_at_a_signal(up: subprocess.Popen[str]) -> None:
