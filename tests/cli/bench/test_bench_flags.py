@@ -95,7 +95,7 @@ def test_nobody_there_is_one_line(bench: Any, way: str) -> None:
 
 def test_the_key_is_in_no_result(bench: Any, timed: TimedServer, monkeypatch: pytest.MonkeyPatch) -> None:
     flags = f"{where('http', timed)} --requests 1 --output-tokens 2 --api-key hidden-key".split()
-    monkeypatch.setattr(sys, "argv", ["/home/somebody/bin/weft", "bench", *flags])
+    monkeypatch.setattr(sys, "argv", ["/opt/somebody/bin/weft", "bench", *flags])
     ran = bench(" ".join(flags))
     assert ran.result.exit_code == 0
     assert "hidden-key" not in json.dumps(ran.document) + ran.result.output
