@@ -59,7 +59,7 @@ class _Stream:
     @property
     def is_over(self) -> bool:
         """Whether it takes no more requests."""
-        return self._reader.done()
+        return self._reader.done() or self._call.done()
 
     async def run(self, request: pb.GenerateRequest, exchange: Exchange, timeout_s: float) -> None:
         self._count += 1
@@ -103,7 +103,9 @@ class _Stream:
         try:
             while (message := await self._call.read()) is not _EOF:
                 self._take(message)
-            status, reason = (await self._call.code()).name, await self._call.details() or reason
+            code = await self._call.code()
+            status = "INCOMPLETE" if code is grpc.StatusCode.OK else code.name
+            reason = await self._call.details() or reason
         except grpc.aio.AioRpcError as error:
             status, reason = error.code().name, error.details() or reason
         finally:

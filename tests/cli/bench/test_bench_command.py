@@ -269,5 +269,6 @@ def test_a_stream_that_the_server_ends_is_opened_again(bench: Any) -> None:
         flags = "--concurrency 1 --requests 12 --output-tokens 3"
         point = bench(where("multiplex", server), *flags.split()).point
     check_accounts(point)
-    # A request that is written just when the stream ends fails; the next one finds another stream.
-    assert point["requests"]["ok"] >= 6, point["errors"]
+    # A request that is written just when the stream ends fails; the next one finds another stream. Without
+    # that, the first alone has an answer.
+    assert point["requests"]["ok"] >= 4, point["errors"]
