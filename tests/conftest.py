@@ -69,6 +69,24 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         reporter.write_line("not every test was run: workers died, or did not collect the same", red=True)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_report_to_serializable() -> Any:
+    """What a test logs may hold halves of characters; the wire between processes takes whole ones, and a
+    worker whose report it refuses is lost with all that it had still to do.
+    """
+    return _encodable((yield))
+
+
+def _encodable(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
+    if isinstance(value, dict):
+        return {_encodable(key): _encodable(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_encodable(item) for item in value)
+    return value
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository root."""

@@ -160,6 +160,21 @@ def test_only_what_failed_in_a_whole_run_is_run_again(tmp_path: Path, code: int,
     assert make() is (code == 0)
 
 
+def test_a_report_that_is_no_utf8_ends_no_worker(tmp_path: Path) -> None:
+    copy_of_conftest(tmp_path)
+    (tmp_path / "test_a.py").write_text(
+        "import logging, pytest\n"
+        "@pytest.mark.parametrize('i', range(3))\n"
+        "def test(i):\n"
+        "    logging.error('half \\ud800')\n"
+        "    assert i != 1, 'half \\ud800'\n"
+    )
+    done = run_pytest(tmp_path, "-n", "2")
+    assert "1 failed, 2 passed" in done.stdout, done.stdout
+    assert "half \\ud800" in done.stdout
+    assert done.returncode == pytest.ExitCode.TESTS_FAILED
+
+
 def test_pytest_asks_for_the_schedule_and_remembers_failures_by_their_plain_names(tmp_path: Path) -> None:
     """The whole of it: two workers, one failure, and a second run of that failure alone."""
     copy_of_conftest(tmp_path)
