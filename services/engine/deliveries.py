@@ -101,9 +101,7 @@ class Deliveries:
 
     def _sort_tokens(self, tokens: Tokens) -> None:
         """Give each link its rows. Mostly all are of one."""
-        keys = cast("list[tuple[int, int]]", tokens.keys)
-        link_ids = [link_id for link_id, _ in keys]
-        slots: list[Hashable] = [slot for _, slot in keys]
+        link_ids, slots = zip(*cast("list[tuple[int, int]]", tokens.keys), strict=True)
         if link_ids.count(link_ids[0]) == len(link_ids):
             if link_ids[0] in self._deliver:
                 self._events(link_ids[0]).tokens.extend(tokens, slots)

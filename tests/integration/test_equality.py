@@ -37,7 +37,7 @@ class Recorder:
     def sample(self, logits, chunks):
         for row, chunk in zip(logits, chunks, strict=True):
             sequence = chunk.sequence
-            self.logits[sequence.key, len(sequence.output_token_ids)] = row.clone()
+            self.logits[sequence.key, sequence.num_output_tokens] = row.clone()
         return self.runner.sample(logits, chunks)
 
 

@@ -78,7 +78,7 @@ class Admission:
         num_before = self._num_tokens_before(sequence, now)
         wait = self._costs.prefill_s(num_before + len(sequence) - num_cached) + self._costs.itl_s()
         if sequence.must_complete:
-            wait += (sequence.params.max_tokens - len(sequence.output_token_ids)) * self._costs.itl_s()
+            wait += (sequence.params.max_tokens - sequence.num_output_tokens) * self._costs.itl_s()
         left = (sequence.deadline or 0.0) - now
         if left <= 0 or wait > left:
             raise DeadlineUnmet(f"{max(left, 0):.3f} s are left; about {wait:.3f} s are needed")

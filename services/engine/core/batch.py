@@ -32,7 +32,7 @@ class Chunk:
     def output_position(self) -> int:
         """The place in the completion of the token that this chunk draws, counted from 0.
 
-        Holds with a token in flight, too, when `len(sequence.output_token_ids)` is still one less.
+        Holds with a token in flight, too, when `sequence.num_output_tokens` is still one less.
         """
         return self.start + self.length - len(self.sequence.prompt_token_ids)
 
@@ -107,8 +107,9 @@ class Runner(Protocol):
         """Start one step: the copies, then the forward of one mixed ragged batch, then sampling.
 
         May return before the device is done, with whatever `collect` needs. All that is wanted of the chunks
-        and their sequences has been read by then: the core changes both right after. If it raises, the step
-        counts as not having run, and its sequences are launched again, one at a time.
+        and their sequences has been read by then: the core changes both, and a decode's chunk serves again
+        the step after next. If it raises, the step counts as not having run, and its sequences are launched
+        again, one at a time.
         """
 
     def collect(self, launched: Any) -> list[SampledToken | Exception]:

@@ -48,7 +48,7 @@ class Deadlines:
 
 
 def _margin(sequence: Sequence) -> float:
-    return max(MIN_MARGIN_S, 2 * sequence.last_itl_s) if sequence.output_token_ids else 0.0
+    return max(MIN_MARGIN_S, 2 * sequence.last_itl_s) if sequence.num_output_tokens else 0.0
 
 
 def _safe_s(sequence: Sequence, left: float, now: float) -> float:

@@ -13,10 +13,11 @@ from collections.abc import Callable, Hashable, Iterable
 from time import monotonic
 
 from services.engine.core.admission import Admission, CoreLimits
-from services.engine.core.batch import Batch, ForwardRunner, Runner, as_runner
+from services.engine.core.batch import Batch, Chunk, ForwardRunner, Runner, as_runner
 from services.engine.core.block_manager import BlockManager
 from services.engine.core.cost_model import CostModel
 from services.engine.core.deadlines import Deadlines
+from services.engine.core.decodes import take_decodes
 from services.engine.core.errors import (
     DeadlineUnmet,
     Draining,
@@ -233,30 +234,36 @@ class EngineCore:
 
     def _update(self, batch: Batch, outputs: Iterable[Output], now: float) -> None:
         """Commit what was computed, hand out the tokens, end what is done."""
-        finished, running = SequenceStatus.FINISHED, SequenceStatus.RUNNING
-        for chunk, output in zip(batch.chunks, outputs, strict=True):
-            sequence = chunk.sequence
-            if sequence.status is finished:
-                continue  # It ended while the step ran. What was computed in excess is nobody's.
-            reason = None
-            try:
-                if isinstance(output, Exception):
-                    raise output
-                if sequence.status is running:
-                    sequence.num_computed_tokens = chunk.start + chunk.length
-                    if chunk.length > 1:
-                        self.blocks.record(sequence)
-                else:
-                    # It lost its blocks while the step ran. If it drew no token then, none is on its way now.
-                    sequence.num_foreseen_tokens = len(sequence.token_ids)
-                if output is not None:
-                    self._journal.token(sequence, output, now)
-                    reason = sequence.append(output.token_id)
-            except Exception as error:
-                self._fail(sequence, error, "sample" if error is output else "emit")
-                continue
-            if reason is not None:
-                self._finish(sequence, reason)
+        last, others = take_decodes(batch.chunks, outputs, self._journal.tokens, now)
+        for sequence, reason in last:
+            self._finish(sequence, reason)
+        for chunk, output in others:
+            self._take_output(chunk, output, now)
+
+    def _take_output(self, chunk: Chunk, output: Output, now: float) -> None:
+        """The same for one row of any kind."""
+        sequence = chunk.sequence
+        if sequence.status is SequenceStatus.FINISHED:
+            return  # It ended while the step ran. What was computed in excess is nobody's.
+        reason = None
+        try:
+            if isinstance(output, Exception):
+                raise output
+            if sequence.status is SequenceStatus.RUNNING:
+                sequence.num_computed_tokens = chunk.start + chunk.length
+                if chunk.length > 1:
+                    self.blocks.record(sequence)
+            else:
+                # It lost its blocks while the step ran. If it drew no token then, none is on its way now.
+                sequence.num_foreseen_tokens = len(sequence.token_ids)
+            if output is not None:
+                self._journal.token(sequence, output, now)
+                reason = sequence.append(output.token_id)
+        except Exception as error:
+            self._fail(sequence, error, "sample" if error is output else "emit")
+            return
+        if reason is not None:
+            self._finish(sequence, reason)
 
     # -- the ends ------------------------------------------------------------
 
@@ -265,7 +272,7 @@ class EngineCore:
         for sequence in self._deadlines.late(now):
             error = (
                 None
-                if sequence.output_token_ids
+                if sequence.num_output_tokens
                 else DeadlineUnmet("the deadline passed before the first token")
             )
             self._finish(sequence, FinishReason.DEADLINE, error)

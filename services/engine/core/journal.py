@@ -20,7 +20,7 @@ class Journal:
         self.num_paused = 0
         self.num_begun = 0
         self.num_ended = 0
-        self._tokens = Tokens()
+        self.tokens = Tokens()
         self._finished: list[FinishedEvent] = []
         self._num_batched_tokens = 0
         self._num_steps = 0
@@ -42,7 +42,7 @@ class Journal:
 
     def token(self, sequence: Sequence, token: SampledToken, now: float) -> None:
         """A token was drawn; the sequence does not have it yet."""
-        tokens, itl_s = self._tokens, None
+        tokens, itl_s = self.tokens, None
         if sequence.last_token_at is not None:
             sequence.last_itl_s = itl_s = now - sequence.last_token_at
         elif sequence.first_token_at is None:
@@ -53,7 +53,7 @@ class Journal:
         sequence.last_token_at = now
         tokens.keys.append(sequence.key)
         tokens.token_ids.append(token.token_id)
-        tokens.positions.append(len(sequence.output_token_ids))
+        tokens.positions.append(sequence.num_output_tokens)
         tokens.itls_s.append(itl_s)
 
     def end(self, sequence: Sequence, error: RequestError | None, now: float) -> None:
@@ -66,7 +66,7 @@ class Journal:
             key=sequence.key,
             reason=sequence.finish_reason or FinishReason.ERROR,
             num_prompt_tokens=len(sequence.prompt_token_ids),
-            num_output_tokens=len(sequence.output_token_ids),
+            num_output_tokens=sequence.num_output_tokens,
             num_cached_tokens=sequence.num_cached_tokens,
             queue_s=scheduled - sequence.arrival,
             ttft_s=None if first is None else first - sequence.arrival,
@@ -79,14 +79,14 @@ class Journal:
     @property
     def has_news(self) -> bool:
         """Whether a token or an end has not been told."""
-        return bool(self._tokens or self._finished)
+        return bool(self.tokens or self._finished)
 
     def report(self, scheduler: Scheduler, blocks: BlockManager) -> StepReport:
         """The state now, with the tokens and ends that no report has told yet."""
-        self._num_generation_tokens += len(self._tokens)
+        self._num_generation_tokens += len(self.tokens)
         report = StepReport(
             step=self._num_steps,
-            tokens=self._tokens,
+            tokens=self.tokens,
             finished=self._finished,
             num_batched_tokens=self._num_batched_tokens,
             num_running=len(scheduler.running),
@@ -105,5 +105,5 @@ class Journal:
                 peak_batch_size=self._peak_batch_size,
             ),
         )
-        self._tokens, self._finished, self._num_batched_tokens = Tokens(), [], 0
+        self.tokens, self._finished, self._num_batched_tokens = Tokens(), [], 0
         return report

@@ -151,9 +151,12 @@ class Scheduler:
             elif len(chunks) < budget and (
                 start < sequence.num_slots or self._reserve_or_preempt(sequence, end, batch)
             ):
-                input_row = sequence.drawn_row if end > len(sequence.token_ids) else None
+                spare, chunk = sequence.decode_chunks
+                sequence.decode_chunks = chunk, spare
+                chunk.start = start
+                chunk.input_row = sequence.drawn_row if end > len(sequence.token_ids) else None
                 sequence.drawn_row = len(chunks)
-                chunks.append(Chunk(sequence, start, 1, True, input_row))
+                chunks.append(chunk)
                 sequence.num_scheduled_tokens = end
                 if end < sequence.max_foreseen_tokens:
                     sequence.num_foreseen_tokens = end + 1
@@ -197,6 +200,7 @@ class Scheduler:
     def _take_out(self, sequence: Sequence) -> None:
         ranks.take_out(self.running, sequence)
         self._prefilling.pop(sequence, None)
+        sequence.decode_chunks = ()  # They point back to it: a circle would wait for the collector.
 
     # -- waiting ------------------------------------------------------------
 
@@ -282,6 +286,7 @@ class Scheduler:
             sequence.num_cached_tokens = min(sequence.num_computed_tokens, len(sequence.prompt_token_ids))
             self.num_cache_queries += len(sequence.prompt_token_ids)
             self.num_cache_hits += sequence.num_cached_tokens
+        sequence.decode_chunks = Chunk(sequence, 0, 1, True), Chunk(sequence, 0, 1, True)
         ranks.insert(self.running, sequence)
         self._prefilling[sequence] = None
         length = min(sequence.num_uncomputed_tokens, budget, self.config.prefill_chunk)

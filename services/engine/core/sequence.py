@@ -8,7 +8,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Hashable
-from dataclasses import dataclass, field
+from collections.abc import Sequence as SequenceABC
+from dataclasses import InitVar, dataclass, field
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from services.engine.core.batch import Chunk
 
 
 class SequenceStatus(enum.Enum):
@@ -57,12 +62,12 @@ class SamplingParams:
 class Sequence:
     """One sample of one request.
 
-    `prompt_token_ids` and `output_token_ids` are token ids; outputs include the `num_emitted` tokens that
-    were delivered before a resume. `priority`: lower runs first. `deadline` and `arrival` are seconds of the
-    core's clock. `has_host_state`: each token changes something on the host that the next one's draw needs,
-    so no step is built on a token that is still in flight. `num_bypassed` counts admissions of later requests
-    while this one could not be placed. For `retain_s` seconds after it gave its blocks back they are evicted
-    after others'.
+    `prompt_token_ids` and, of a resume, the `emitted_token_ids` that were delivered before are how
+    `token_ids` begins; what is drawn goes behind them. `priority`: lower runs first. `deadline` and `arrival`
+    are seconds of the core's clock. `has_host_state`: each token changes something on the host that the next
+    one's draw needs, so no step is built on a token that is still in flight. `num_bypassed` counts admissions
+    of later requests while this one could not be placed. For `retain_s` seconds after it gave its blocks back
+    they are evicted after others'.
 
     In blocks: `block_table[i]` holds the positions from i * block_size, `num_slots` in all. `prefix_names`
     is the hash chain over full blocks of `token_ids`, as far as anyone needed it: the i-th names all before
@@ -72,13 +77,14 @@ class Sequence:
     * `num_scheduled_tokens`: the steps scheduled so far compute them;
     * `num_foreseen_tokens`: a step may compute them: the known ones, and the one being drawn, unless it is
       the last or there is `has_host_state`. It is at most `max_foreseen_tokens` while one is being drawn.
-    `drawn_row` is the row of the newest step in which this sequence's token is drawn.
+    `drawn_row` is the row of the newest step in which this sequence's token is drawn. `decode_chunks` serve
+    its decodes in turn while it runs: when a step is scheduled, the one in flight may still need the other.
     """
 
     key: Hashable
     prompt_token_ids: list[int]
     params: SamplingParams
-    output_token_ids: list[int] = field(default_factory=list)
+    emitted_token_ids: InitVar[SequenceABC[int]] = ()
     sample_index: int = 0
     priority: int = 0
     deadline: float | None = None
@@ -99,7 +105,8 @@ class Sequence:
     num_foreseen_tokens: int = field(init=False)
     max_foreseen_tokens: int = 0
     drawn_row: int = 0
-    num_emitted: int = 0
+    decode_chunks: tuple[Chunk, ...] = ()
+    num_emitted: int = field(init=False)
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     is_paused: bool = False
@@ -116,10 +123,10 @@ class Sequence:
     max_length: int = field(init=False)
     """Prompt and max_tokens together."""
 
-    def __post_init__(self) -> None:
-        self.token_ids = self.prompt_token_ids + self.output_token_ids
+    def __post_init__(self, emitted_token_ids: SequenceABC[int]) -> None:
+        self.token_ids = [*self.prompt_token_ids, *emitted_token_ids]
         self.num_foreseen_tokens = len(self.token_ids)
-        self.num_emitted = len(self.output_token_ids)
+        self.num_emitted = len(emitted_token_ids)
         self.max_length = len(self.prompt_token_ids) + self.params.max_tokens
         self.stop_ids = self.params.stop_token_ids
         if not self.params.ignore_eos:
@@ -130,18 +137,27 @@ class Sequence:
         return len(self.token_ids)
 
     @property
+    def output_token_ids(self) -> list[int]:
+        """A copy of what is behind the prompt, emitted tokens included."""
+        return self.token_ids[len(self.prompt_token_ids) :]
+
+    @property
+    def num_output_tokens(self) -> int:
+        """How many tokens are behind the prompt, emitted ones included."""
+        return len(self.token_ids) - len(self.prompt_token_ids)
+
+    @property
     def num_uncomputed_tokens(self) -> int:
         """Known tokens whose K and V are not in the cache yet; the last of them yields the next logits."""
         return len(self.token_ids) - self.num_computed_tokens
 
     def update_bans(self) -> None:
         """Recompute `banned_token_ids`: the stop ids while fewer than min_tokens are out, else nothing."""
-        is_early = len(self.output_token_ids) < self.params.min_tokens
+        is_early = self.num_output_tokens < self.params.min_tokens
         self.banned_token_ids = self.stop_ids if is_early else frozenset()
 
     def append(self, token_id: int) -> FinishReason | None:
         """Take one sampled token. Returns why the sequence ends with it, or None when it goes on."""
-        self.output_token_ids.append(token_id)
         self.token_ids.append(token_id)
         num_tokens = len(self.token_ids)
         if self.num_foreseen_tokens < num_tokens:
@@ -153,9 +169,9 @@ class Sequence:
 
     def stop_reason(self) -> FinishReason | None:
         """Why the sequence ends after its newest token, or None when it goes on."""
-        if not self.output_token_ids:
+        if not self.num_output_tokens:
             return None
         # With fewer than min_tokens out, the stop ids are banned and not yet in force.
-        if self.output_token_ids[-1] in self.stop_ids and not self.banned_token_ids:
+        if self.token_ids[-1] in self.stop_ids and not self.banned_token_ids:
             return FinishReason.STOP
         return FinishReason.LENGTH if len(self.token_ids) >= self.max_length else None

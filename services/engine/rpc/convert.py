@@ -130,7 +130,7 @@ def sequence(
         key=None,
         prompt_token_ids=prompt,
         params=sampling_params(sampling, seed=seed, max_tokens=max_tokens),
-        output_token_ids=list(request.emitted_token_ids),
+        emitted_token_ids=request.emitted_token_ids,
         sample_index=request.sample_index,
         priority=request.priority,
         deadline=deadline,

@@ -70,10 +70,10 @@ class PenaltyCounts:
         counts.zero_()
         prompt = send_values(sequence.prompt_token_ids, torch.int64, counts.device)
         counts.index_fill_(0, prompt, IN_PROMPT)
-        if sequence.output_token_ids:
+        if sequence.num_output_tokens:
             output = send_values(sequence.output_token_ids, torch.int64, counts.device)
             counts.index_add_(0, output, torch.ones_like(output, dtype=torch.int32))
-        row.num_counted = len(sequence.output_token_ids)
+        row.num_counted = sequence.num_output_tokens
 
     def close(self, row: DeviceRow) -> None:
         """Take a row's slot back. Work queued on it comes before the next owner's."""

@@ -67,7 +67,7 @@ class DeviceSampler:
         row = self._rows.get(sequence)
         if row is None:
             row = self._rows[sequence] = DeviceRow(sequence, self.vocab_size, self._device)
-        if row.has_penalty and (row.slot is None or row.num_counted != len(sequence.output_token_ids)):
+        if row.has_penalty and (row.slot is None or row.num_counted != sequence.num_output_tokens):
             self._counts.open(row)
 
     def forget(self, sequence: Sequence) -> None:

@@ -43,16 +43,17 @@ class RowState:
 
     def counts(self) -> tuple[Tensor, Tensor]:
         """(bool [vocab] whether an id is in the prompt, fp32 [vocab] how often it is in the output)."""
-        output = self.sequence.output_token_ids
-        if self._is_in_prompt is None or self._counts is None or self._num_counted > len(output):
+        sequence = self.sequence
+        num_output = sequence.num_output_tokens
+        if self._is_in_prompt is None or self._counts is None or self._num_counted > num_output:
             self._is_in_prompt = torch.zeros(self.vocab_size, dtype=torch.bool)
-            self._is_in_prompt[torch.tensor(self.sequence.prompt_token_ids, dtype=torch.int64)] = True
+            self._is_in_prompt[torch.tensor(sequence.prompt_token_ids, dtype=torch.int64)] = True
             self._counts = torch.zeros(self.vocab_size)
             self._num_counted = 0
-        if self._num_counted < len(output):
-            fresh = torch.tensor(output[self._num_counted :])
+        if self._num_counted < num_output:
+            fresh = torch.tensor(sequence.token_ids[self._num_counted - num_output :])
             self._counts.index_add_(0, fresh, torch.ones(len(fresh)))
-            self._num_counted = len(output)
+            self._num_counted = num_output
         return self._is_in_prompt, self._counts
 
 

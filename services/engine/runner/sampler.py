@@ -104,7 +104,7 @@ class Sampler:
         keys = DrawKeys(
             [p.seed for p in params],
             [state.sequence.sample_index for state in states],
-            [len(state.sequence.output_token_ids) for state in states],
+            [state.sequence.num_output_tokens for state in states],
         )
         temperatures = torch.tensor([p.temperature for p in params], dtype=torch.float64)
         scaled = edited.double().div_(temperatures[:, None])

@@ -162,7 +162,7 @@ class DelayedRunner(OracleRunner):
 
     def prepare(self, chunk):
         super().prepare(chunk)
-        self._num_drawn.setdefault(chunk.sequence, len(chunk.sequence.output_token_ids))
+        self._num_drawn.setdefault(chunk.sequence, chunk.sequence.num_output_tokens)
 
     def forget(self, sequence):
         self._num_drawn.pop(sequence, None)

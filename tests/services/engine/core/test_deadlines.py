@@ -12,7 +12,7 @@ from tests.services.engine.core.oracle import make_sequence
 
 def is_late(sequence, now):
     """The rule itself."""
-    margin = max(MIN_MARGIN_S, 2 * sequence.last_itl_s) if sequence.output_token_ids else 0.0
+    margin = max(MIN_MARGIN_S, 2 * sequence.last_itl_s) if sequence.num_output_tokens else 0.0
     return now >= sequence.deadline - margin
 
 
@@ -37,7 +37,7 @@ def test_nobody_is_found_later_than_by_looking_always(seed):
                 if sequence.last_token_at is not None:
                     sequence.last_itl_s = now - sequence.last_token_at
                 sequence.last_token_at = now
-                sequence.output_token_ids.append(1)
+                sequence.token_ids.append(1)
             elif rng.random() < 0.02 and sequence.deadline is not None:
                 sequence.deadline = now + rng.uniform(0, 5)
                 deadlines.add(sequence)

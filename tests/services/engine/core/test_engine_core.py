@@ -14,7 +14,7 @@ from services.engine.core.errors import (
     InvalidRequest,
     QueueFull,
 )
-from services.engine.core.sequence import FinishReason, SamplingParams, SequenceStatus
+from services.engine.core.sequence import FinishReason, SamplingParams, Sequence, SequenceStatus
 from tests.services.engine.core.oracle import (
     Clock,
     collect,
@@ -209,22 +209,24 @@ def test_a_failure_leaves_the_blocks_that_others_own_with_them():
     assert_clean(core)
 
 
-def test_an_exception_in_emit_ends_that_request_alone(monkeypatch):
+@pytest.mark.parametrize("num_drawn", [0, 2], ids=["first token", "later token"])
+def test_an_exception_in_taking_a_token_ends_that_request_alone(monkeypatch, num_drawn):
     core, _ = make_core()
-    emit = core._journal.token
+    append = Sequence.append
 
-    def failing(sequence, token, now):
-        if sequence.key == 1 and len(sequence.output_token_ids) == 2:
+    def failing(sequence, token_id):
+        if sequence.key == 1 and sequence.num_output_tokens == num_drawn:
             raise RuntimeError("planted")
-        emit(sequence, token, now)
+        return append(sequence, token_id)
 
-    monkeypatch.setattr(core._journal, "token", failing)
+    monkeypatch.setattr(Sequence, "append", failing)
     sequences = [make_sequence(i, p, seed=i) for i, p in enumerate(prompts(3))]
     for sequence in sequences:
         core.add(sequence)
     tokens, ends = run(core)
     assert ends[1].reason is FinishReason.ERROR
     assert isinstance(ends[1].error, InternalFailure)
+    monkeypatch.undo()
     for key in (0, 2):
         assert output_of(tokens, key) == expected_output(sequences[key])
     assert_clean(core)
@@ -357,14 +359,14 @@ def test_a_paused_sequence_waits_gives_way_and_goes_on():
     for _ in range(3):
         collect(core.step(), tokens, ends)
     core.set_paused("slow", True)
-    before = len(slow.output_token_ids)
+    before = slow.num_output_tokens
     assert not core.has_work()
     big = make_sequence("big", list(range(50, 70)), max_tokens=8)
     core.add(big)
     while "big" not in ends:
         collect(core.step(), tokens, ends)
         core.check_integrity()
-    assert len(slow.output_token_ids) == before
+    assert slow.num_output_tokens == before
     assert slow.num_preemptions == 1
     core.set_paused("slow", False)
     while core.num_live:

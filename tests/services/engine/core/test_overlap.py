@@ -163,10 +163,10 @@ def test_a_pause_lets_the_token_in_flight_through_and_no_other():
     for _ in range(4):
         step()
     core.set_paused("a", True)
-    before = len(sequence.output_token_ids)
+    before = sequence.num_output_tokens
     for _ in range(5):
         step()
-    assert len(sequence.output_token_ids) == before + 1
+    assert sequence.num_output_tokens == before + 1
     assert not core.has_work()
     clock.time += 60
     core.set_paused("a", False)

@@ -24,7 +24,7 @@ def _sequence(
     return Sequence(
         key=index,
         prompt_token_ids=prompt or [1, 2, 3],
-        output_token_ids=list(output or []),
+        emitted_token_ids=list(output or []),
         params=SamplingParams(max_tokens=100, **params),
         eos_token_ids=frozenset({1}),
         sample_index=index,
@@ -82,7 +82,7 @@ def _oracle_token(logits: Tensor, sequence: Sequence) -> int:
     params = sequence.params
     if params.temperature == 0:
         return edited.index(max(edited))
-    keys = DrawKeys([params.seed], [sequence.sample_index], [len(sequence.output_token_ids)])
+    keys = DrawKeys([params.seed], [sequence.sample_index], [sequence.num_output_tokens])
     noise = gumbel(keys.all_words(len(edited)))[0].tolist()
     return max(
         _oracle_kept(edited, params), key=lambda token: edited[token] / params.temperature + noise[token]

@@ -20,7 +20,7 @@ def make_sequence(index, num_prompt, num_output=0):
     ids = list(range(100 * index, 100 * index + num_prompt))
     outputs = [1_000 + 10 * index + i for i in range(num_output)]
     sequence = Sequence(
-        key=index, prompt_token_ids=ids, params=SamplingParams(max_tokens=99), output_token_ids=outputs
+        key=index, prompt_token_ids=ids, params=SamplingParams(max_tokens=99), emitted_token_ids=outputs
     )
     sequence.block_table = [
         (7 * index + i) % SCRATCH for i in range(-(-(num_prompt + num_output + 1) // BLOCK))

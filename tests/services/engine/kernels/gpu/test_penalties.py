@@ -37,7 +37,7 @@ def test_the_bits_of_the_plain_formula(vocab_size, device):
         )
         prompt = torch.randint(vocab_size, (5,), generator=generator).tolist()
         output = torch.randint(vocab_size, (9,), generator=generator).tolist()
-        sequence = Sequence(index, prompt, params, output_token_ids=output)
+        sequence = Sequence(index, prompt, params, emitted_token_ids=output)
         states.append(RowState(sequence, vocab_size))
         row, slot = (3 * index + 1) % 8, 8 - index
         rows.append((row, slot))
