@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The docker tests with an engine of their own: brings one up where that can be done, runs `pytest -m docker` where its
-# published ports are, takes it down again. Says why and ends well where no engine is to be had. Needs git, make, pip.
+# The docker tests with an engine of their own: brings one up where that can be done, runs `pytest -m "docker and not slow"`
+# where its published ports are, takes it down again. Says why and ends well where no engine is to be had. Needs git, make, pip.
 #
 #   PY              the interpreter with everything installed
 #   WEFT_ENGINE_UP  a script that brings an engine up (`up`, `env`, `exec CMD`), with engine-down.sh beside it
@@ -51,7 +51,7 @@ ls docker/wheels/torch-2.13.0*.whl >/dev/null 2>&1 ||
 begin=$SECONDS
 # The files that have the marker: to collect the others takes a minute.
 mapfile -t FILES < <(grep -rl --include='test_*.py' 'mark\.docker' tests | sort)
-"${WHERE[@]}" timeout --kill-after=30 "$LIMIT_S" "$PY" -m pytest -m docker -v --durations=10 "${FILES[@]}" 2>&1 | tee "$LOG"
+"${WHERE[@]}" timeout --kill-after=30 "$LIMIT_S" "$PY" -m pytest -m "docker and not slow" -v --durations=10 "${FILES[@]}" 2>&1 | tee "$LOG"
 code=${PIPESTATUS[0]}
 tidy
 # Whatever a test skips for was looked at above.

@@ -5,16 +5,17 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.docker.compose_project import ComposeProject, docker
+from tests.docker.compose_project import BASE_IMAGE, ComposeProject, docker
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(1800)]
 FILES = ["docker-compose.airgap.yml"]
 TAG = "test-offline"
+COMPILER_BASE = "weft-test/base-with-compiler:local"
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +46,39 @@ def test_the_gateway_is_built_from_its_wheels(offline: ComposeProject, measure) 
         assert "--engine-wait-seconds" in shown
     finally:
         docker("image", "rm", "--force", f"weft-test/gateway:{TAG}", check=False)
+
+
+@pytest.fixture
+def compiler_base(docker_engine: None) -> Iterator[str]:
+    """What python:3.11-bookworm is and the slim base is not: with a C compiler and Python's headers."""
+    install = "apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev python3-dev"
+    dockerfile = f"FROM {BASE_IMAGE}\nRUN {install}\n"
+    build = ["docker", "build", "--tag", COMPILER_BASE, "-"]
+    done = subprocess.run(build, input=dockerfile, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    yield COMPILER_BASE
+    docker("image", "rm", "--force", COMPILER_BASE, check=False)
+
+
+@pytest.mark.slow
+def test_all_images_are_built_from_their_wheels(
+    clean_copy: Callable[[str], Path], compiler_base: str, measure
+) -> None:
+    environment = {"WEFT_IMAGES": "weft-test", "WEFT_TAG": TAG, "PYTHON_IMAGE": compiler_base}
+    offline = ComposeProject(clean_copy("offline-all"), "weft-test-offline-all", environment, FILES)
+    begin = time.monotonic()
+    command = ["make", "wheels", f"PY={sys.executable}"]
+    done = subprocess.run(command, cwd=offline.checkout, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    measure("make wheels, for all images", f"{time.monotonic() - begin:.0f} s")
+    try:
+        for service in ("gateway", "quantizer", "engine"):
+            begin = time.monotonic()
+            offline.compose("build", service, timeout_s=1200)
+            measure(f"build of the {service} without a network", f"{time.monotonic() - begin:.0f} s")
+            image = f"weft-test/{service}:{TAG}"
+            shown = docker("run", "--rm", "--network=none", image, "--help", timeout_s=300)
+            assert "Usage:" in shown.stdout or "usage:" in shown.stdout
+    finally:
+        for service in ("gateway", "quantizer", "engine"):
+            docker("image", "rm", "--force", f"weft-test/{service}:{TAG}", check=False)
