@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 
 from services.engine.application import EngineApplication
 from services.engine.config import EngineConfig, load
@@ -12,9 +11,10 @@ from weft.artifact.manifest import ArtifactError, DigestMismatch
 from weft.config import effective, let_waiting_threads_sleep
 from weft.rpc.guard import guard_of
 from weft.rpc.server import BindError, serve
+from weft.usage import tell_usage
 
 log = logs.get_logger("engine")
-USAGE = "usage: python -m services.engine serve [--help | OPTIONS]"
+PROGRAM = "python -m services.engine"
 
 
 async def _run(config: EngineConfig) -> int:
@@ -26,8 +26,7 @@ def main(argv: list[str]) -> int:
     fault.
     """
     if argv[:1] != ["serve"]:
-        print(USAGE, file=sys.stderr)
-        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+        return tell_usage(PROGRAM, argv)
     let_waiting_threads_sleep()
     config = load(argv[1:])
     logs.start(config.log_level)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import gc
-import sys
 
 from services.gateway.application import GatewayApplication
 from services.gateway.config import GatewayConfig, load
@@ -15,9 +14,10 @@ from weft.config import effective
 from weft.rpc.address import Address
 from weft.rpc.guard import guard_of
 from weft.rpc.server import BindError, Server, serve
+from weft.usage import tell_usage
 
 log = logs.get_logger("gateway")
-USAGE = "usage: python -m services.gateway serve [--help | OPTIONS]"
+PROGRAM = "python -m services.gateway"
 
 
 # Fewer collections than by default: a token leaves nothing for them to find, a request about 40 objects.
@@ -63,8 +63,7 @@ def _plus(address: Address | None, index: int) -> Address | None:
 def main(argv: list[str]) -> int:
     """Serve until a signal. Exit code 0 after a drain, 1 when it cannot start, 2 on a bad flag."""
     if argv[:1] != ["serve"]:
-        print(USAGE, file=sys.stderr)
-        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+        return tell_usage(PROGRAM, argv)
     config = load(argv[1:])
     logs.start(config.log_level, is_private=True)
     if config.processes > 1:

@@ -16,9 +16,10 @@ from weft import logs
 from weft.config import effective
 from weft.rpc.guard import guard_of
 from weft.rpc.server import exit_process, serve
+from weft.usage import tell_usage
 
 log = logs.get_logger("mock_engine")
-USAGE = "usage: python -m tools.mock_engine serve [--help | OPTIONS]"
+PROGRAM = "python -m tools.mock_engine"
 
 
 async def _run(config: MockConfig) -> int:
@@ -31,8 +32,7 @@ async def _run(config: MockConfig) -> int:
 def main(argv: list[str]) -> int:
     """Serve until a signal. Exit codes are a real engine's."""
     if argv[:1] != ["serve"]:
-        print(USAGE, file=sys.stderr)
-        return 0 if argv[:1] in (["-h"], ["--help"]) else 2
+        return tell_usage(PROGRAM, argv)
     config = load(argv[1:])
     logs.start(config.log_level)
     log.info("configuration", **effective(config))
