@@ -18,7 +18,7 @@ TAG = "test-offline"
 IMPORTS = {
     "gateway": "services.gateway.serve",
     "quantizer": "torch, services.quantizer.quantize",
-    "engine": "torch, triton, services.engine.serve",
+    "engine": "torch, services.engine.serve",
 }
 """Service -> what must be importable in its image."""
 COMPILER_BASE = "weft-test/base-with-compiler:local"
