@@ -19,7 +19,8 @@ from torch import Tensor
 from services.engine.kernels.gpu.compile_case import CompileCase
 from services.engine.kernels.gpu.philox import gumbel, words_of_groups
 from services.engine.kernels.gpu.rounding import is_interpreting
-from services.engine.kernels.gpu.sampling_filters import find_bounds, load_temperature, rank_key
+from services.engine.kernels.gpu.sampling_filters import find_bounds
+from services.engine.kernels.gpu.sampling_row import INFINITY, load_temperature, rank_key
 
 PARAM_WORDS = 8
 """int32 words per row: temperature (fp32 bits), top_k (0 = off), top_p (fp32 bits), min_p (fp32 bits), seed's
@@ -27,7 +28,6 @@ low and high 32 bits, sample index, completion offset."""
 _TILE = 1024
 _NUM_WARPS = 4
 _REDUCE_WARPS = 1
-_INFINITY = tl.constexpr(float("inf"))
 
 
 @triton.jit
@@ -55,13 +55,13 @@ def _draw_kernel(
     tile = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     ids = tile * TILE + tl.arange(0, TILE)
-    logits = tl.load(logits_ptr + row * stride_logits_n + ids, mask=ids < vocab, other=-_INFINITY)
+    logits = tl.load(logits_ptr + row * stride_logits_n + ids, mask=ids < vocab, other=-INFINITY)
     # NaN is no smaller than infinity: both show as an infinite maximum.
-    logits = tl.where(logits < _INFINITY, logits, _INFINITY)
+    logits = tl.where(logits < INFINITY, logits, INFINITY)
     largest = tl.max(logits, axis=0)
-    best = -_INFINITY
+    best = -INFINITY
     best_id = 0
-    is_live = (largest > -_INFINITY) & (largest < _INFINITY)
+    is_live = (largest > -INFINITY) & (largest < INFINITY)
     if HAS_FILTERS:
         edge = tl.load(bounds_ptr + 2 * row)
         is_live &= rank_key(largest) >= edge
@@ -80,7 +80,7 @@ def _draw_kernel(
         if HAS_FILTERS:
             keys = rank_key(logits)
             is_kept = (keys > edge) | ((keys == edge) & (ids <= tl.load(bounds_ptr + 2 * row + 1)))
-            scores = tl.where(is_kept, scores, -_INFINITY)
+            scores = tl.where(is_kept, scores, -INFINITY)
         best = tl.max(scores, axis=0)
         best_id = tl.min(tl.where(scores == best, ids, 0x7FFFFFFF), axis=0)
     at = row * num_tiles + tile
@@ -106,14 +106,14 @@ def _draw_reduce_kernel(
     tiles = tl.arange(0, TILES)
     is_inside = tiles < num_tiles
     at = row * num_tiles + tiles
-    maxima = tl.load(maxima_ptr + at, mask=is_inside, other=-_INFINITY)
-    scores = tl.load(scores_ptr + at, mask=is_inside, other=-_INFINITY)
+    maxima = tl.load(maxima_ptr + at, mask=is_inside, other=-INFINITY)
+    scores = tl.load(scores_ptr + at, mask=is_inside, other=-INFINITY)
     ids = tl.load(ids_ptr + at, mask=is_inside, other=0x7FFFFFFF)
     temperature = load_temperature(params_ptr + row * PARAM_WORDS)
     temperature = tl.where(temperature > 0, temperature, 1.0)
     totals = maxima.to(tl.float64) / temperature.to(tl.float64) + scores.to(tl.float64)
     largest = tl.max(maxima, axis=0)
-    is_sound = (largest > -_INFINITY) & (largest < _INFINITY)
+    is_sound = (largest > -INFINITY) & (largest < INFINITY)
     best_id = tl.min(tl.where(totals == tl.max(totals, axis=0), ids, 0x7FFFFFFF), axis=0)
     tl.store(token_ids_ptr + row, tl.where(is_sound, best_id, 0).to(tl.int64))
     tl.store(status_ptr + row, tl.where(is_sound, 0, 1))
