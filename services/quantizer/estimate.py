@@ -19,8 +19,8 @@ from services.quantizer.canary import NUM_PROMPTS, PROMPT_LENGTH
 from services.quantizer.config import QuantizerConfig
 from services.quantizer.errors import QuantizerError
 from services.quantizer.evaluation import LOGITS_PER_CHUNK, TOKENS_PER_CHUNK, VARIANTS
+from services.quantizer.group_fitting import max_rows_at_once
 from services.quantizer.inputs import Inputs
-from services.quantizer.quantize import max_rows_at_once
 from services.quantizer.source import STORED_DTYPES, TOKENS_PER_BATCH, VOCABULARY_SLICE, Source
 
 _MIB = 1 << 20

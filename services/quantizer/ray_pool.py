@@ -2,19 +2,18 @@
 
 Why actors and not Ray's own task retries: a worker says what decides bits on its machine before it gets any
 work, keeps its device and its imports for the whole run, and the loss of all of them is noticed instead of
-waited for. This module does not know what a task computes.
+waited for. This module does not know what a task computes, nor in which order tasks go and answers come.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 import ray.exceptions
@@ -24,10 +23,9 @@ from services.quantizer.errors import QuantizerError
 from services.quantizer.parcels import Span, as_array, as_tensor, pack, unpack
 from services.quantizer.ray_cluster import Cluster
 from services.quantizer.ray_worker import Answer, Facts, Worker, facts_here
+from services.quantizer.task_queue import Job, TaskQueue
+from services.quantizer.workers import Result, Task
 from weft import logs
-
-Task = TypeVar("Task")
-Result = TypeVar("Result")
 
 _LOGGER = logs.get_logger("quantizer")
 _LARGE = 64 << 10  # bytes from which a buffer goes to the object store, once, instead of with every task
@@ -50,22 +48,13 @@ class _Member:
     name: str = "?"
 
 
-@dataclass(slots=True, order=True)
-class _Job:
-    index: int
-    arguments: list[Any] = field(compare=False)
-    num_losses: int = field(default=0, compare=False)
-
-
 @dataclass(slots=True)
 class _Batch:
-    """The state of one `stream`: what is being worked on, what is to be done again, what is done."""
+    """The state of one `stream`: `running` are the jobs at work, by what Ray will answer them under."""
 
     function: Callable[[Any], Any]
-    store: _Store
-    running: dict[Any, tuple[_Job, _Member]] = field(default_factory=dict)
-    again: list[_Job] = field(default_factory=list)
-    answers: dict[int, Answer] = field(default_factory=dict)
+    queue: TaskQueue
+    running: dict[Any, tuple[Job, _Member]] = field(default_factory=dict)
 
 
 class _Store:
@@ -74,8 +63,12 @@ class _Store:
     def __init__(self) -> None:
         self._put: dict[tuple[Any, ...], tuple[Any, Span]] = {}
 
-    def argument(self, span: Span) -> Any:
-        """The bytes themselves, or a reference to where they are."""
+    def arguments(self, task: Any) -> list[Any]:
+        """The parcel of a task, its spans as the bytes themselves, or references to where they are."""
+        content, spans = pack(task)
+        return [content, *(self._argument(span) for span in spans)]
+
+    def _argument(self, span: Span) -> Any:
         if span.data.numel() < _LARGE:
             return as_array(span.data).copy()
         if span.key not in self._put:
@@ -99,9 +92,7 @@ class RayPool:
         self.num_workers = 0
 
     def start(self) -> None:
-        """Make the workers and wait for the first, and for the others a moment more: who comes later joins
-        then.
-        """
+        """Make the workers; wait for the first, and a moment more for the others: who is late joins later."""
         with _lost_connection(self._cluster):
             self.num_workers = self._count_slots()
             for _ in range(self.num_workers):
@@ -135,29 +126,16 @@ class RayPool:
         return self._run(function, iter(tasks), self.num_workers)
 
     def _run(self, function: Callable[[Any], Any], tasks: Iterator[Any], limit: float) -> Iterator[Any]:
-        batch = _Batch(function, _Store())
-        taken, given = 0, 0
-        is_exhausted = False
+        # Tasks of one batch share what is large; a stream would keep all that ever passed.
+        arguments = _Store().arguments if math.isinf(limit) else lambda task: _Store().arguments(task)
+        batch = _Batch(function, TaskQueue(tasks, arguments, limit))
         try:
             while True:
-                while self._idle and (batch.again or (not is_exhausted and taken - given < limit)):
-                    if batch.again:
-                        self._hand_out(batch, heapq.heappop(batch.again))
-                        continue
-                    try:
-                        task = next(tasks)
-                    except StopIteration:
-                        is_exhausted = True
-                        continue
-                    # Tasks of one batch share what is large; a stream would keep all that ever passed.
-                    store = batch.store if math.isinf(limit) else _Store()
-                    self._hand_out(batch, _Job(taken, _arguments(task, store)))
-                    del task, store
-                    taken += 1
-                if given in batch.answers:
-                    yield self._open(batch.answers.pop(given))
-                    given += 1
-                elif is_exhausted and given == taken:
+                while self._idle and self._hand_out(batch):
+                    pass
+                if batch.queue.has_answer:
+                    yield self._open(batch.queue.take_answer())
+                elif batch.queue.is_done:
                     return
                 else:
                     with _lost_connection(self._cluster):
@@ -166,10 +144,15 @@ class RayPool:
             # Left in the middle: the next task of these waits until the one that nobody wants is done.
             self._idle.extend(member for _, member in batch.running.values())
 
-    def _hand_out(self, batch: _Batch, job: _Job) -> None:
+    def _hand_out(self, batch: _Batch) -> bool:
+        """The next job to a worker that is idle; False if there is none for now."""
+        job = batch.queue.next_job()
+        if job is None:
+            return False
         member = self._idle.popleft()
         with _lost_connection(self._cluster):
             batch.running[member.actor.run.remote(batch.function, *job.arguments)] = job, member
+        return True
 
     def _settle(self, batch: _Batch | None) -> None:
         """Wait a moment for something to end, and act on it."""
@@ -186,18 +169,17 @@ class RayPool:
     def _collect(self, batch: _Batch, ref: Any) -> None:
         job, member = batch.running.pop(ref)
         try:
-            batch.answers[job.index] = ray.get(ref)
+            batch.queue.answer(job, ray.get(ref))
         except ray.exceptions.RayTaskError as error:  # not the function's: those come as answers
             raise QuantizerError(f"worker on {member.name}: {_line(error.cause or error)}") from error
         except ray.exceptions.RayError as error:
-            job.num_losses += 1
+            batch.queue.lose(job)
             self._lose(member, _line(error))
             if job.num_losses >= _MAX_LOSSES_OF_TASK:
                 raise QuantizerError(
                     f"a task was lost with its worker {job.num_losses} times, the last on {member.name} "
                     f"(memory?): {_line(error)}"
                 ) from error
-            heapq.heappush(batch.again, job)
         else:
             self._idle.append(member)
 
@@ -284,11 +266,6 @@ class RayPool:
             self._alone_since = now
         elif self._is_started and now - self._alone_since > _REPLACEMENT_TIMEOUT_S:
             raise QuantizerError(f"--workers {self._cluster.description}: all workers are lost")
-
-
-def _arguments(task: Any, store: _Store) -> list[Any]:
-    content, spans = pack(task)
-    return [content, *(store.argument(span) for span in spans)]
 
 
 def _may_start_elsewhere(error: Exception) -> bool:

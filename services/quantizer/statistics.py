@@ -4,21 +4,19 @@ A stage is one or several scale groups. The block runs with whatever of it is qu
 stage sees the errors of the earlier ones; beside it, if there is an exact stream, the source's own block
 runs on that, and what separates the two inputs is collected as well. A module whose linears are all done runs
 once more and is replayed from then on, and no run goes on behind what it is for. This module does not know
-what is done with any of it.
+how a run is heard, replayed or ended, nor what is done with what it collects.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
+from services.quantizer.block_stream import BlockStream
 from services.quantizer.model_map import ScaleGroup
 from services.quantizer.source import Source, Weights
 
@@ -102,8 +100,8 @@ class BlockInputs:
     ) -> None:
         self._source, self._index, self._weights = source, index, weights
         layer = source.block(index)
-        self._quantized = _Stream(layer, hidden)
-        self._exact = None if exact is None else _Stream(layer, exact)
+        self._quantized = BlockStream(layer, hidden)
+        self._exact = None if exact is None else BlockStream(layer, exact)
         self._is_exact_behind = False
         self._left = {_module(group): [g for g in groups if _module(g) == _module(group)] for group in groups}
 
@@ -164,81 +162,6 @@ class BlockInputs:
                 output = stream.run(weights, window, batch, positions)
                 if output is not None:
                     stream.hidden[window] = output.to(stream.hidden.device)
-
-
-class _Reached(Exception):
-    """Raised in a hook: the rest of the block has nothing to tell."""
-
-
-class _Stream:
-    """One stream of hidden states in one block.
-
-    Attributes:
-        hidden: [windows, length, hidden] before the block.
-        complete: modules whose outputs are kept for all windows, and given instead of being computed.
-    """
-
-    def __init__(self, layer: nn.Module, hidden: Tensor) -> None:
-        self._layer, self.hidden = layer, hidden
-        self._kept: dict[str, Tensor] = {}
-        self._tuples: set[str] = set()
-        self.complete: set[str] = set()
-
-    def run(
-        self,
-        weights: Weights,
-        window: slice,
-        batch: Tensor,
-        positions: dict[str, Any],
-        *,
-        listeners: Mapping[str, Callable[[Tensor], None]] | None = None,
-        record: Collection[str] = (),
-        before: str | None = None,
-        behind: str | None = None,
-    ) -> Tensor | None:
-        """One batch through the block; None if it ended `before` or `behind` a module. `listeners` get what
-        linears take, [windows, length, in].
-        """
-        with ExitStack() as stack:
-            for name in self.complete:
-                self._replay(stack, name, window)
-            for name in record:
-                stack.callback(self._record(name, window).remove)
-            for name, listener in (listeners or {}).items():
-                stack.callback(_listen(self._layer.get_submodule(name), listener).remove)
-            if before is not None:
-                hook = self._layer.get_submodule(before).register_forward_pre_hook(_stop)
-                stack.callback(hook.remove)
-            if behind is not None:
-                stack.callback(self._layer.get_submodule(behind).register_forward_hook(_stop).remove)
-            try:
-                output: Tensor = functional_call(self._layer, weights, (batch,), positions)
-            except _Reached:
-                return None
-        return output
-
-    def _record(self, name: str, window: slice) -> Any:
-        kept = self._kept.setdefault(name, torch.empty_like(self.hidden))
-
-        def store(_module: nn.Module, _arguments: Any, output: Any) -> None:
-            if isinstance(output, tuple):  # an attention gives its weights as well, or None
-                self._tuples.add(name)
-                output = output[0]
-            kept[window] = output.to(kept.device)
-
-        return self._layer.get_submodule(name).register_forward_hook(store)
-
-    def _replay(self, stack: ExitStack, name: str, window: slice) -> None:
-        module = self._layer.get_submodule(name)
-        is_tuple = name in self._tuples
-
-        def forward(inputs: Tensor | None = None, **options: Any) -> Any:
-            like = options["hidden_states"] if inputs is None else inputs
-            kept = self._kept[name][window].to(like.device)
-            return (kept, None) if is_tuple else kept
-
-        module.__dict__["forward"] = forward
-        stack.callback(module.__dict__.pop, "forward")
 
 
 class _Collector:
@@ -322,14 +245,3 @@ def output_energy(weight: Tensor, gram: Tensor) -> float:
 def _module(group: ScaleGroup) -> str:
     """The module that a group's linears are in."""
     return group.linears[0].rpartition(".")[0]
-
-
-def _listen(module: nn.Module, listener: Callable[[Tensor], None]) -> Any:
-    def hook(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        listener(arguments[0])
-
-    return module.register_forward_pre_hook(hook)
-
-
-def _stop(*_arguments: Any) -> None:
-    raise _Reached

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from services.quantizer.quantize import BlockQuantizer
+from services.quantizer.block_scales import BlockScales
 from services.quantizer.source import Source
 from services.quantizer.statistics import BlockInputs
 
@@ -51,17 +51,17 @@ def test_folding_alone_leaves_the_logits_equal(make_checkpoint, family, dtype, c
     spread = []
 
     def folded(index, weights, hidden):
-        search = BlockQuantizer(source, index, weights, hidden, 32, set())
+        scales = BlockScales(source, index, weights, source.architecture.groups, 32)
         means = input_means(source, index, weights, hidden)
         chosen = {}
         for group in source.architecture.groups:
-            candidate = search.space(group, means[group.linears[0]]).make(method, ratio)
+            candidate = scales.space(group, means[group.linears[0]]).make(method, ratio)
             spread.append(float(candidate.scales.max() / candidate.scales.min()))
             chosen[group.linears[0]] = candidate
             if group.previous.endswith("norm"):
                 assert candidate.scales[3] == 1.0  # a channel of norm weight 0 keeps its scale
                 assert candidate.scales[5] != 1.0
-        folding = search.folding(chosen)
+        folding = scales.folding(chosen)
         changed = folding.full_precision()
         assert not torch.equal(changed["self_attn.v_proj.weight"], weights["self_attn.v_proj.weight"])
         if "self_attn.v_proj.bias" in weights:
@@ -79,10 +79,10 @@ def test_folding_alone_leaves_the_logits_equal(make_checkpoint, family, dtype, c
 def test_grouped_heads_share_the_mean_of_their_scales(make_checkpoint):
     source = Source(make_checkpoint("Llama", torch.float32), torch.device("cpu"))
     token_ids = torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0))
-    search = BlockQuantizer(source, 0, source.block_weights(0), source.embed(token_ids), 32, set())
-    group = source.architecture.groups[1]
+    groups = source.architecture.groups
+    group = groups[1]
     means = input_means(source, 0, source.block_weights(0), source.embed(token_ids))
-    space = search.space(group, means[group.linears[0]])
+    space = BlockScales(source, 0, source.block_weights(0), groups, 32).space(group, means[group.linears[0]])
     scales = space.make("x-only", 1.0).scales.view(2, 2, 16)  # kv heads, repeats, head size
     assert torch.equal(scales[:, 0], scales[:, 1])
     raw = space.x_mean.view(2, 2, 16).mean(1)

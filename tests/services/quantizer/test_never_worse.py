@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch.func import functional_call
 
+from services.quantizer.block_scales import BlockScales
 from services.quantizer.config import BEST, METHODS
 from services.quantizer.grid import round_to_nearest
 from services.quantizer.quantize import BlockQuantizer
@@ -46,7 +47,7 @@ def spoil(weights, case, generator):
 
 def outside(quantizer, block, source, hidden, weights):
     """Per linear: (error, rounding's), over the inputs that the quantized block itself gives."""
-    folding = quantizer.folding(quantizer.chosen)
+    folding = BlockScales(source, 0, weights, source.architecture.groups, GROUP).folding(quantizer.chosen)
     layer, grams = source.block(0), {}
 
     def listen(name):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import services.quantizer.quantize as quantize_module
+import services.quantizer.group_fitting as group_fitting
 from services.quantizer.config import BEST, METHODS
 from services.quantizer.fitting import ROUNDING, fit_rows
 from services.quantizer.grid import full_range, quantize
@@ -23,7 +23,7 @@ def test_a_bad_search_leaves_rounding(make_checkpoint, monkeypatch, method):
         low, high = full_range((task.weight * task.scales).unflatten(1, (-1, task.group_size)))
         return quantize(task.weight * task.scales, low / 2, high / 2)
 
-    monkeypatch.setattr(quantize_module, "fit_rows", halve)
+    monkeypatch.setattr(group_fitting, "fit_rows", halve)
     source = Source(make_checkpoint("Qwen2"), torch.device("cpu"))
     hidden = source.embed(torch.randint(0, 4096, (2, 50), generator=torch.Generator().manual_seed(0)))
     exact = hidden.clone() if method == BEST else None
