@@ -53,7 +53,7 @@ class EngineConfig(ServerFlags, SamplingLimitFlags):
         None, "bit-equal logits in any batch; unset means on for float32 and for the native kernels on a CPU"
     )
     native_kernels: bool = option(
-        True, "on a CPU in bfloat16, compute with kernels in C, compiled at the first start; needs a compiler"
+        True, "on a CPU in bfloat16, compute with kernels in C, compiled at the first start; needs gcc"
     )
     quantize_head: str = option(
         "auto",

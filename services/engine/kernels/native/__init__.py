@@ -41,7 +41,8 @@ _FEATURES = frozenset(
     )
 )
 """What the flags above let the compiler use; a hypervisor may hide any of it."""
-_COMPILERS = ("gcc", "cc", "clang")
+_COMPILERS = ("gcc", "cc")
+"""clang brings an OpenMP of its own, a second set of threads beside torch's."""
 _TIMEOUT_S = 120.0
 _HERE = Path(__file__).parent
 _log = logging.getLogger(__name__)
@@ -209,5 +210,6 @@ def _run(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S, check=False)
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise NativeError(f"{command[0]} failed: {lines[0]:.200}")
+        reason = next((line for line in lines if "error" in line), lines[0])
+        raise NativeError(f"{command[0]} failed: {reason:.200}")
     return done.stdout.decode(errors="replace")

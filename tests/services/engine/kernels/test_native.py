@@ -286,14 +286,26 @@ def test_no_compiler_is_one_line(
     with caplog.at_level(logging.INFO):
         assert native.library(tmp_path / "none") is None
     assert [record.getMessage() for record in caplog.records] == [
-        "no native kernels, torch's are used: no C compiler (gcc, cc, clang) is installed"
+        "no native kernels, torch's are used: no C compiler (gcc, cc) is installed"
     ]
 
 
-def test_a_compiler_that_fails_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compiler_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = tmp_path / "gcc"
+    compiler.write_text(
+        "#!/bin/sh\n[ $1 = --version ] && exit\n"
+        "printf 'In file included from layer.c:9:\\nweft_cpu.h:6:10: fatal error: no omp.h\\n' >&2\nexit 1\n"
+    )
+    compiler.chmod(0o755)
     monkeypatch.setattr(native, "_processor_flags", lambda: native._FEATURES)
-    monkeypatch.setattr("shutil.which", lambda name: "/bin/false")
-    assert native.library(tmp_path / "bad") is None
+    monkeypatch.setattr("shutil.which", lambda name: str(compiler))
+    with caplog.at_level(logging.INFO):
+        assert native.library(tmp_path / "bad") is None
+    *_, last = (record.getMessage() for record in caplog.records)
+    reason = f"{compiler} failed: weft_cpu.h:6:10: fatal error: no omp.h"
+    assert last == f"no native kernels, torch's are used: {reason}"
 
 
 def test_a_processor_without_the_instructions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
