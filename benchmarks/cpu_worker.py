@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from benchmarks.cpu_shape import Dimensions, Workload, from_spec
+from weft.config import let_waiting_threads_sleep
 
 MODULES = {
     "weft": "benchmarks.cpu_engine",
@@ -115,6 +116,8 @@ def serve(name: str, spec_file: Path) -> None:
     def say(answer: dict[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
+    if name == "weft":
+        let_waiting_threads_sleep()  # as the service does, before torch is imported
     try:
         worker = Worker(name, json.loads(spec_file.read_text(encoding="utf-8")))
         say({"ready": True})

@@ -45,7 +45,7 @@ class EngineConfig(ServerFlags, SamplingLimitFlags):
         None, "address to serve Prometheus metrics on", parse=parse_address, metavar="HOST:PORT"
     )
     device: str = option("cpu", "where the model runs: cpu, cuda, or cuda:N for the Nth GPU")
-    dtype: str = option("auto", "type of the activations", choices=DTYPES)
+    dtype: str = option("auto", "type of the activations; auto takes what is fast here", choices=DTYPES)
     kv_dtype: str = option(
         "auto", "type of K and V in the cache; auto is that of the activations", choices=KV_DTYPES
     )

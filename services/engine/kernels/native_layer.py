@@ -25,6 +25,12 @@ _DIM_MULTIPLE, _MAX_DIM = 32, 256
 _UNIT_ROWS = 64
 
 
+def takes_attention(head_dim: int, heads_each: int, softcap: float | None) -> bool:
+    """Whether the kernels attend in this shape, over caches in bf16; `heads_each`: per kv head."""
+    is_shape = head_dim % _DIM_MULTIPLE == 0 and head_dim <= _MAX_DIM and heads_each <= _UNIT_ROWS
+    return is_shape and softcap is None
+
+
 def _library(x: Tensor, width: int) -> CDLL | None:
     """The kernels, if they take x."""
     return native.active() if x.dtype == torch.bfloat16 and width % _LANES == 0 else None
@@ -138,8 +144,7 @@ def paged_attention(
     _, heads, dim = query.shape
     each = heads // cache.num_kv_heads
     library = _library(query, dim)
-    is_other = cache.k.dtype != torch.bfloat16 or softcap is not None
-    if library is None or is_other or dim % _DIM_MULTIPLE or dim > _MAX_DIM or each > _UNIT_ROWS:
+    if library is None or cache.k.dtype != torch.bfloat16 or not takes_attention(dim, each, softcap):
         return tiled_attention.paged_attention(
             query, cache, metadata, scale, numerics, scratch, sliding_window=sliding_window, softcap=softcap
         )

@@ -11,18 +11,19 @@ from importlib.metadata import version
 
 import torch
 
-from services.engine.kernels import int4pack, native
+from services.engine.kernels import int4pack, native, native_layer, native_linear
 from services.engine.kernels.kv_format import KVFormat
 from services.engine.kernels.numerics import KEY_TILE, Numerics
 from services.engine.models.config import ModelConfig
 from services.engine.models.llama import Llama
+from services.engine.models.quantization import PER_CHANNEL
 from services.engine.runner.config import RunnerConfig, RunnerConfigError, RunnerInfo
 from services.engine.runner.kv_cache import KVCache, kv_bytes_per_token
 from services.engine.runner.source import Source
 
 AUTO_FLOAT32_WEIGHTS = 64_000_000
-"""Up to so many layer weights, dtype auto is float32: dequantising them takes about 20 ms of a step on two
-cores.
+"""Up to so many layer weights, dtype auto is float32 where the native kernels do not serve: dequantising them
+takes about 20 ms of a step on two cores.
 """
 
 _log = logging.getLogger(__name__)
@@ -35,12 +36,11 @@ def choose_numerics(config: RunnerConfig, model: ModelConfig) -> Numerics:
     """
     if config.dtype == "float16":
         raise RunnerConfigError("dtype float16 is for GPUs: a CPU computes it many times slower")
-    if config.dtype == "auto":
-        dtype = torch.float32 if config.is_deterministic else _auto_dtype(model)
-    else:
-        dtype = _DTYPES[config.dtype]
-    wants_native = dtype == torch.bfloat16 and config.has_native_kernels
+    wants_native = config.has_native_kernels and config.dtype in ("auto", "bfloat16")
     native.use(native.library(config.cache_dir) if wants_native else None)
+    dtype = _auto_dtype(config, model) if config.dtype == "auto" else _DTYPES[config.dtype]
+    if dtype != torch.bfloat16:
+        native.use(None)
     has_native = native.active() is not None
     is_deterministic = config.is_deterministic
     if is_deterministic is None:
@@ -67,11 +67,14 @@ def is_head_quantized(config: RunnerConfig, model: ModelConfig) -> bool:
     return has_native and is_wanted
 
 
-def _auto_dtype(model: ModelConfig) -> torch.dtype:
-    """float32, with its guarantee, while that costs little; bfloat16 for larger models where the CPU is fast
-    at it.
+def _auto_dtype(config: RunnerConfig, model: ModelConfig) -> torch.dtype:
+    """bfloat16 where the native kernels compute all of the model's products, and so keep the guarantee of
+    equal bits; else float32, with that guarantee, while it costs little; else bfloat16 if the CPU is fast at
+    it.
     """
-    if num_layer_weights(model) <= AUTO_FLOAT32_WEIGHTS:
+    if _is_native_throughout(config, model):
+        return torch.bfloat16
+    if config.is_deterministic or num_layer_weights(model) <= AUTO_FLOAT32_WEIGHTS:
         return torch.float32
     if model.quantization is not None:
         shape = (model.hidden_size, 64, abs(model.quantization.group_size))
@@ -79,6 +82,23 @@ def _auto_dtype(model: ModelConfig) -> torch.dtype:
     else:
         is_fast = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     return torch.bfloat16 if is_fast else torch.float32
+
+
+def _is_native_throughout(config: RunnerConfig, model: ModelConfig) -> bool:
+    """Whether no linear and no attention would be left to torch."""
+    numerics = Numerics(torch.bfloat16, is_deterministic=True)
+    group = PER_CHANNEL if model.quantization is None else model.quantization.group_size
+    widths = (model.hidden_size, model.num_heads * model.head_dim, model.intermediate_size)
+    return (
+        config.kv_dtype in ("auto", "bfloat16")
+        and native_layer.takes_attention(
+            model.head_dim, model.num_heads // model.num_kv_heads, model.attention_softcap
+        )
+        and all(
+            native_linear.is_supported(width, width if group == PER_CHANNEL else group, numerics)
+            for width in widths
+        )
+    )
 
 
 def num_layer_weights(model: ModelConfig) -> int:

@@ -134,6 +134,8 @@ int64_t weft_linear_scratch(const Weight *w, int64_t rows, int64_t threads) {
     return align(groups * rows * 4) + align(rows * w->in_features * 2) + threads * rows * PANEL * 4;
 }
 
+#define SMALL_PRODUCT 1048576 /* multiplications below which a second thread costs more than it brings */
+
 /* x bf16 [rows][in] -> y bf16 [rows][out]. The group is a multiple of 8, the number of inputs one of it. */
 void weft_linear(const Weight *w, const uint16_t *x, uint16_t *y, int64_t rows, uint8_t *scratch, int64_t threads) {
     const int64_t group = w->group_size, groups = w->in_features / group;
@@ -141,7 +143,7 @@ void weft_linear(const Weight *w, const uint16_t *x, uint16_t *y, int64_t rows, 
     float *sums = (float *)scratch;
     uint16_t *packed = (uint16_t *)(scratch + align(groups * rows * 4));
     float *totals = (float *)((uint8_t *)packed + align(rows * w->in_features * 2));
-#pragma omp parallel num_threads((int)threads)
+#pragma omp parallel num_threads((int)threads) if (rows * w->in_features * w->out_features > SMALL_PRODUCT)
     {
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < rows; row++) pack_row(w, x, row, rows, packed, sums);

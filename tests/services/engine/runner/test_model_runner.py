@@ -271,11 +271,11 @@ def test_auto_is_exact_for_small_models_and_fast_for_large_ones(
     small = _config_of(runners[16])
     large = _config_of(runners[16], num_layers=200)
     auto = RunnerConfig(source=Path("x"), has_native_kernels=False)
+    told = RunnerConfig(source=Path("x"), has_native_kernels=False, is_deterministic=True)
     assert load.num_layer_weights(small) == 6 * (256 * (256 + 128 + 128 + 256) + 3 * 256 * 768)
     assert load.choose_numerics(auto, small) == Numerics(torch.float32, is_deterministic=True)
     monkeypatch.setattr("services.engine.kernels.int4pack.is_supported", lambda *args: True)
     assert load.choose_numerics(auto, large) == Numerics(torch.bfloat16, is_deterministic=False)
-    told = RunnerConfig(source=Path("x"), is_deterministic=True)
     assert load.choose_numerics(told, large) == Numerics(torch.float32, is_deterministic=True)
     monkeypatch.setattr("services.engine.kernels.int4pack.is_supported", lambda *args: False)
     assert load.choose_numerics(auto, large).dtype == torch.float32

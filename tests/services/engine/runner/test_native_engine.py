@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,13 @@ import torch
 from services.engine.core.batch import Chunk
 from services.engine.core.sequence import SamplingParams, Sequence
 from services.engine.kernels import native
+from services.engine.kernels.numerics import Numerics
+from services.engine.models.loader import read_model_config
+from services.engine.models.quantization import QuantizationConfig
+from services.engine.runner import load
 from services.engine.runner.config import RunnerConfig, RunnerConfigError
 from services.engine.runner.model_runner import ModelRunner, load_runner
+from weft.artifact.checkpoint import Checkpoint
 
 LENGTHS = (150, 40, 33)
 
@@ -113,6 +119,42 @@ def test_without_a_compiler_torch_serves(
     assert bool(_logits(runner).isfinite().all())
     with pytest.raises(RunnerConfigError, match="native kernels"):
         _load(packed_demo, tmp_path / "none", is_deterministic=True)
+
+
+@pytest.mark.parametrize("is_deterministic", [None, True])
+def test_auto_takes_it_and_keeps_the_promise(
+    is_deterministic: bool | None, packed_demo: Path, cache_dir: Path
+) -> None:
+    info = _load(packed_demo, cache_dir, dtype="auto", is_deterministic=is_deterministic).info
+    assert (info.dtype, info.is_deterministic) == ("bfloat16", True)
+    assert info.kernel_paths["qkv"] == "native-int4"
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        ({"kv_dtype": "int8"}, {}),
+        ({"has_native_kernels": False}, {}),
+        ({}, {"head_dim": 80}),
+        ({}, {"head_dim": 512}),
+        ({}, {"num_heads": 130, "num_kv_heads": 1}),
+        ({}, {"attention_softcap": 30.0}),
+        ({}, {"intermediate_size": 772}),
+        ({}, {"hidden_size": 260}),
+        ({}, {"quantization": QuantizationConfig(4, ())}),
+    ],
+    ids=repr,
+)
+def test_auto_leaves_it_where_a_product_would_be_torchs(
+    settings: dict[str, object], changes: dict[str, object], demo_model: Path, cache_dir: Path
+) -> None:
+    config = RunnerConfig(source=demo_model, cache_dir=cache_dir, **settings)  # type: ignore[arg-type]
+    demo = read_model_config(Checkpoint.open(demo_model))
+    whole = replace(config, kv_dtype="auto", has_native_kernels=True)
+    assert load.choose_numerics(whole, demo).dtype == torch.bfloat16
+    model = replace(demo, **changes)  # type: ignore[arg-type]
+    assert load.choose_numerics(config, model) == Numerics(torch.float32, is_deterministic=True)
+    assert native.active() is None
 
 
 def test_float32_is_left_alone(packed_demo: Path, cache_dir: Path) -> None:
