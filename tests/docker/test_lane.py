@@ -78,8 +78,7 @@ def test_the_engine_is_taken_down_whatever_the_tests_say(place: Path, code: int)
     (place / "python").write_text(PYTHON.format(code=code, outcome="PASSED"))
     done = run_lane(place)
     assert done.returncode == code
-    assert "ran -m pytest -m docker and not slow -v " in done.stdout
-    assert f", on unix://{place}/socket" in done.stdout
+    assert f"pytest -m docker and not slow -v --durations=10, on unix://{place}/socket" in done.stdout
     assert calls(place)[-1] == "down"
     assert "ran -m pytest" in (place / "tree" / ".weft" / "docker-lane.log").read_text()
 
