@@ -317,12 +317,12 @@ def keep_grpc_quiet() -> None:
 
 
 def let_waiting_threads_sleep() -> None:
-    """Make OpenMP's waiting threads spin for some 20 us and then sleep, unless OMP_WAIT_POLICY or
+    """Make OpenMP's waiting threads spin for some 50 us and then sleep, unless OMP_WAIT_POLICY or
     GOMP_SPINCOUNT says otherwise.
 
     Must come before torch is imported. By default they spin for milliseconds, and a spinning thread takes the
     core of the process it waits for: on two busy cores the engine ran 20 times slower so. One that sleeps at
-    once has to be woken for every operation, which costs a small model half of its speed.
+    once has to be woken for every operation, which is a quarter to a third of a decode step.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "2000")
